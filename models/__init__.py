@@ -1,0 +1,1 @@
+"""What the networks compute: FlashVSR, the Wan VAE, tiling plans, video files. Knows nothing of ComfyUI."""

@@ -1,0 +1,64 @@
+"""Test set-up: the package name, the thread count, and the two kinds of tests that need more than a CPU.
+
+`from steadyvsr.models…` works in an environment where the project is not installed: the repository root is then
+registered as the package `steadyvsr` without being put on `sys.path` (there, our `nodes/` would shadow ComfyUI's).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI_PATH = "COMFYUI_PATH"
+
+
+def installed_from_here() -> bool:
+    """Whether `import steadyvsr` finds this checkout (an installed copy of another one must not be tested)."""
+    spec = importlib.util.find_spec("steadyvsr")
+    return bool(spec and spec.origin and Path(spec.origin).resolve() == ROOT / "__init__.py")
+
+
+if "steadyvsr" not in sys.modules and not installed_from_here():
+    package = types.ModuleType("steadyvsr")
+    package.__path__ = [str(ROOT)]
+    sys.modules["steadyvsr"] = package
+
+# Tiny networks lose more to thread hand-over than they gain; two is what the CI machine has.
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
+
+
+def comfyui_checkouts() -> list[Path]:
+    """The checkouts named by COMFYUI_PATH: one folder, or several joined by the system's path separator."""
+    return [Path(part) for part in os.environ.get(COMFYUI_PATH, "").split(os.pathsep) if part]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("comfy") and not comfyui_checkouts():
+        pytest.skip(f"needs a ComfyUI checkout: set {COMFYUI_PATH}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `comfyui_path` runs once per checkout."""
+    if "comfyui_path" in metafunc.fixturenames:
+        checkouts = comfyui_checkouts() or [None]
+        metafunc.parametrize("comfyui_path", checkouts, ids=[path.name if path else "none" for path in checkouts])
+
+
+@pytest.fixture(scope="session")
+def package_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables under which a subprocess can run `python -m steadyvsr`, installed or not."""
+    environment = dict(os.environ)
+    if not installed_from_here():
+        folder = tmp_path_factory.mktemp("package")
+        (folder / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    return environment
