@@ -1,0 +1,157 @@
+"""The shapes of a FlashVSR model and the choices of a run, as frozen values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+HEAD_DIM = 128
+PATCH = 2
+LATENT_STRIDE = 8
+"""Pixels per latent cell, each way."""
+BLOCK_PIXELS = 128
+"""One attention block covers 8 × 8 tokens of 16 × 16 pixels: the frame is padded to multiples of this."""
+COLOURS = ("adain", "wavelet", "none")
+BACKENDS = ("auto", "gather", "flex")
+LQ_CACHE_ORDERS = ("fixed", "as_trained")
+TRAINED_AREA = 768 * 1280
+"""Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""
+
+
+@dataclass(frozen=True)
+class FlashVSRConfig:
+    """Sizes of the three networks. The defaults are those of the released 1.3 B model."""
+
+    dim: int = 1536
+    num_heads: int = 12
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    freq_dim: int = 256
+    text_dim: int = 4096
+    in_dim: int = 16
+    out_dim: int = 16
+    lq_hidden: tuple[int, int] = (2048, 3072)
+    lq_layers: int = 1
+    decoder_channels: tuple[int, int, int, int] = (512, 256, 128, 128)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"FlashVSRConfig: expected dim divisible by num_heads; got {self.dim} and {self.num_heads}.")
+        third = self.head_dim // 3
+        if self.head_dim % 2 or third % 2:
+            raise ValueError(
+                f"FlashVSRConfig: expected a head dim whose rotary axes are even (hd even, hd // 3 even); "
+                f"got {self.head_dim}. Pass num_heads."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_tensors(
+        cls,
+        transformer: Mapping[str, Tensor],
+        lq_projection: Mapping[str, Tensor],
+        decoder: Mapping[str, Tensor],
+        num_heads: int | None = None,
+    ) -> FlashVSRConfig:
+        """Reads every size from state dicts with official, un-prefixed keys; the tensors may be on the meta device.
+
+        Args:
+            num_heads: only needed where the head dim is not 128, since no tensor shows it.
+
+        Raises:
+            KeyError: a key that fixes a size is missing.
+            ValueError: the sizes do not fit a FlashVSR model.
+        """
+        patch = transformer["patch_embedding.weight"]
+        dim = patch.shape[0]
+        if num_heads is None:
+            if dim % HEAD_DIM:
+                raise ValueError(f"FlashVSRConfig: expected a width divisible by {HEAD_DIM}; got {dim}. Pass num_heads.")
+            num_heads = dim // HEAD_DIM
+        layers = [int(key.split(".")[1]) for key in transformer if key.startswith("blocks.")]
+        linears = [int(key.split(".")[1]) for key in lq_projection if key.startswith("linear_layers.")]
+        return cls(
+            dim=dim,
+            num_heads=num_heads,
+            ffn_dim=transformer["blocks.0.ffn.0.weight"].shape[0],
+            num_layers=max(layers) + 1,
+            freq_dim=transformer["time_embedding.0.weight"].shape[1],
+            text_dim=transformer["text_embedding.0.weight"].shape[1],
+            in_dim=patch.shape[1],
+            out_dim=transformer["head.head.weight"].shape[0] // PATCH**2,
+            lq_hidden=(lq_projection["conv1.weight"].shape[0], lq_projection["conv2.weight"].shape[0]),
+            lq_layers=max(linears) + 1,
+            decoder_channels=tuple(decoder[f"decoder.{i}.weight"].shape[0] for i in (1, 10, 16, 22)),
+        )
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The choices of one run. A ValueError names the field that is out of range.
+
+    Attributes:
+        scale: output size over input size, 1.0 to 8.0.
+        seed: of the latent noise, 0 … 2**63 - 1.
+        sparse_ratio: selected key blocks per query block, in units of 60; see `TRAINED_AREA`.
+        topk_ratio: selected block pairs over all pairs of one time group; when given, replaces sparse_ratio.
+        kv_ratio: latent-frame pairs kept in the key/value cache, at least 2; fractions are dropped.
+        local_range: side of the local attention window, in blocks of 128 pixels.
+        colour: adain | wavelet | none.
+        attention: auto | gather | flex.
+        tile: side of spatial transformer tiles in output pixels (a multiple of 128), or None for whole frames. Tiling
+            costs quality: it is the last thing to try when memory is short.
+    """
+
+    scale: float = 4.0
+    seed: int = 0
+    sparse_ratio: float = 2.0
+    topk_ratio: float | None = None
+    kv_ratio: float = 3.0
+    local_range: int = 11
+    colour: str = "adain"
+    attention: str = "auto"
+    tile: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numeric = field.name not in ("colour", "attention")
+            if numeric and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"StreamOptions.{field.name}: expected a finite number; got {value!r}.")
+        if not 1.0 <= self.scale <= 8.0:
+            raise ValueError(f"StreamOptions.scale: expected 1.0 to 8.0; got {self.scale}.")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ValueError(f"StreamOptions.seed: expected an integer from 0 to 2**63 - 1; got {self.seed!r}.")
+        if self.sparse_ratio <= 0:
+            raise ValueError(f"StreamOptions.sparse_ratio: expected a positive number; got {self.sparse_ratio}.")
+        if self.topk_ratio is not None and self.topk_ratio <= 0:
+            raise ValueError(f"StreamOptions.topk_ratio: expected a positive number or None; got {self.topk_ratio}.")
+        if self.kv_ratio < 2:
+            raise ValueError(f"StreamOptions.kv_ratio: expected at least 2; got {self.kv_ratio}.")
+        if not (isinstance(self.local_range, int) and self.local_range >= 1):
+            raise ValueError(f"StreamOptions.local_range: expected an integer of at least 1; got {self.local_range!r}.")
+        if self.colour not in COLOURS:
+            raise ValueError(f"StreamOptions.colour: expected one of {', '.join(COLOURS)}; got {self.colour!r}.")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"StreamOptions.attention: expected one of {', '.join(BACKENDS)}; got {self.attention!r}.")
+        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 256 or self.tile % BLOCK_PIXELS):
+            raise ValueError(
+                f"StreamOptions.tile: expected None or a multiple of {BLOCK_PIXELS} of at least 256; got {self.tile!r}."
+            )
+
+    @property
+    def cached_pairs(self) -> int:
+        """Latent-frame pairs whose keys and values are kept between process steps."""
+        return int(self.kv_ratio)
+
+    def block_pair_ratio(self, height: int, width: int) -> float:
+        """The top-k ratio for a frame of height × width pixels (official: sparse_ratio · 768 · 1280 / (H · W))."""
+        if self.topk_ratio is not None:
+            return self.topk_ratio
+        return self.sparse_ratio * TRAINED_AREA / (height * width)

@@ -1,0 +1,249 @@
+"""The tiny conditional decoder: latents and low-quality frames in, frames out, one latent at a time.
+
+Layout NTCHW. The module holds weights with the official keys; what a stream remembers between calls is a
+`DecoderMemory` that the caller owns. The three transitions "nearest ×2 → 1×1 (time growth) → 3×3" are linear, so they
+run as four 2×2 convolutions, one for each output phase, on the small map: the same result without the large tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operations import cast_on_use, to_like
+
+CONDITION_CELL = (4, 8, 8)
+"""Frames, rows and columns of low-quality video that meet one latent cell."""
+FRAMES_PER_LATENT = 4
+STRIP_PIXELS = 1 << 20
+"""Full-resolution pixels of one frame whose last-stage activations exist at once: bounds the decoder's peak."""
+LAST_STAGE_HALO = 2
+"""Full-resolution rows that the two 3×3 convolutions after the last transition look beyond a strip."""
+
+_WORK_BLOCKS = ((5, 6, 7), (11, 12, 13), (17, 18, 19))
+_TRANSITIONS = ((9, 10), (15, 16), (21, 22))
+
+
+class MemBlock(nn.Module):
+    """ReLU(conv(ReLU(conv(ReLU(conv([x_t, x_{t-1}]))))) + x_t), all 3×3 with zero padding."""
+
+    def __init__(self, channels: int, operations) -> None:
+        super().__init__()
+        conv = operations.Conv2d
+        self.conv = nn.Sequential(
+            conv(2 * channels, channels, 3, padding=1),
+            nn.ReLU(),
+            conv(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            conv(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat([x, past], 1)) + x)
+
+
+class TimeGrow(nn.Module):
+    """Holds the 1×1 kernel that makes `stride` time steps of one (`TGrow` in the official code)."""
+
+    def __init__(self, channels: int, stride: int, operations) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = operations.Conv2d(channels, channels * stride, 1, bias=False)
+
+
+@dataclass
+class DecoderMemory:
+    """What one stream's decoder remembers: the inputs of its nine memory blocks at the previous time step.
+
+    Attributes:
+        past: block index → NCHW tensor, empty before the first latent.
+        kernels: transition index → its phase kernels, derived from the weights once per stream.
+    """
+
+    past: dict[int, Tensor] = field(default_factory=dict)
+    kernels: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+def condition_cells(frames: Tensor) -> Tensor:
+    """Low-quality frames NTCHW (T a multiple of 4) → cells N,T/4,768,H/8,W/8, channel = ((c·4+t)·8+y)·8+x."""
+    batch, time, channels, height, width = frames.shape
+    ft, fh, fw = CONDITION_CELL
+    cells = frames.reshape(batch, time // ft, ft, channels, height // fh, fh, width // fw, fw)
+    return cells.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(batch, time // ft, -1, height // fh, width // fw)
+
+
+def phase_kernels(grow: Tensor, conv: Tensor, stride: int) -> list[Tensor]:
+    """Folds nearest ×2, a 1×1 convolution `grow` and a 3×3 convolution `conv` into 2×2 kernels.
+
+    Output row 2r reads input rows r-1, r with the taps (k0, k1+k2); output row 2r+1 reads r, r+1 with (k0+k1, k2);
+    columns alike. Zero padding of the large map becomes zero padding of the small one.
+
+    Args:
+        grow: (stride · C, C, 1, 1).
+        conv: (O, C, 3, 3).
+
+    Returns:
+        For each of the `stride` time steps a tensor (4, O, C, 2, 2) in conv's dtype, folded in fp32; its first axis is
+        (row phase, column phase), row-major.
+    """
+    channels = grow.shape[1]
+    kernels = []
+    for step in range(stride):
+        mixed = torch.einsum("omyx,mc->ocyx", conv.float(), grow[step * channels : (step + 1) * channels, :, 0, 0].float())
+        rows = [torch.stack([mixed[:, :, 0], mixed[:, :, 1] + mixed[:, :, 2]], 2)]
+        rows.append(torch.stack([mixed[:, :, 0] + mixed[:, :, 1], mixed[:, :, 2]], 2))
+        phases = []
+        for taps in rows:
+            phases.append(torch.stack([taps[..., 0], taps[..., 1] + taps[..., 2]], -1))
+            phases.append(torch.stack([taps[..., 0] + taps[..., 1], taps[..., 2]], -1))
+        kernels.append(torch.stack(phases).to(conv.dtype))
+    return kernels
+
+
+def upsample_phases(padded: Tensor, kernel: Tensor) -> Tensor:
+    """Runs one folded transition.
+
+    Args:
+        padded: N,C,H+2,W+2: the small map with a border of one, zero where the image ends.
+        kernel: (4, O, C, 2, 2) of `phase_kernels`.
+
+    Returns:
+        N,O,2H,2W.
+    """
+    batch, _, height, width = padded.shape
+    height, width, outputs = height - 2, width - 2, kernel.shape[1]
+    # One convolution makes all four phases on a map one larger than needed; each phase is a window of it.
+    maps = F.conv2d(padded, kernel.flatten(0, 1)).unflatten(1, (2, 2, outputs))
+    out = padded.new_empty(batch, outputs, height, 2, width, 2)
+    for row in range(2):
+        for column in range(2):
+            out[:, :, :, row, :, column] = maps[:, row, column, :, row : row + height, column : column + width]
+    return out.view(batch, outputs, 2 * height, 2 * width)
+
+
+class TCDecoder(nn.Module):
+    """FlashVSR's tiny decoder. State-dict keys are the official ones (`decoder.N.…`).
+
+    Args:
+        channels: widths at 1/8, 1/4, 1/2 and full resolution.
+        latent_channels: of the diffusion latent.
+        operations: namespace with `Conv2d`; see `models.operations`.
+    """
+
+    def __init__(
+        self, channels: tuple[int, int, int, int] = (512, 256, 128, 128), latent_channels: int = 16, operations=cast_on_use
+    ) -> None:
+        super().__init__()
+        conv = operations.Conv2d
+        c0, c1, c2, c3 = channels
+        condition = 3 * CONDITION_CELL[0] * CONDITION_CELL[1] * CONDITION_CELL[2]
+        layers: list[nn.Module] = [nn.Identity() for _ in range(27)]
+        layers[1] = conv(condition + latent_channels, c0, 3, padding=1)
+        layers[3] = conv(c0, c0, 3, padding=1, bias=False)
+        for width, indices in zip((c0, c1, c2), _WORK_BLOCKS, strict=True):
+            for index in indices:
+                layers[index] = MemBlock(width, operations)
+        for (grow, index), (before, after), stride in zip(
+            _TRANSITIONS, ((c0, c1), (c1, c2), (c2, c3)), (1, 2, 2), strict=True
+        ):
+            layers[grow] = TimeGrow(before, stride, operations)
+            layers[index] = conv(before, after, 3, padding=1, bias=False)
+        layers[24] = conv(c3, c3, 3, padding=1, bias=False)
+        layers[26] = conv(c3, 3, 3, padding=1)
+        self.decoder = nn.Sequential(*layers)
+        self.latent_channels = latent_channels
+
+    def forward(
+        self, latents: Tensor, condition: Tensor, memory: DecoderMemory | None = None
+    ) -> tuple[Tensor, DecoderMemory]:
+        """Decodes the next latents of a stream.
+
+        Args:
+            latents: NTCHW.
+            condition: NTCHW low-quality frames in -1..1 at output size: 4T frames, or 4T - 3 at the start of a stream.
+            memory: of the latents before, changed in place; None starts a stream.
+
+        Returns:
+            Frames NTCHW, nominally 0..1 and not clamped: 4T, or 4T - 3 at the start; and the memory.
+
+        Raises:
+            ValueError: the condition does not fit the latents.
+        """
+        batch, time, _, height, width = latents.shape
+        start = memory is None
+        if memory is None:
+            memory = DecoderMemory()
+        frames = FRAMES_PER_LATENT * time - 3 * start
+        expected = (batch, frames, 3, height * CONDITION_CELL[1], width * CONDITION_CELL[2])
+        if condition.shape != expected:
+            raise ValueError(
+                f"TCDecoder: expected a condition of shape {expected} for latents {tuple(latents.shape)} "
+                f"{'at the start' if start else 'inside'} of a stream; got {tuple(condition.shape)}."
+            )
+        decoded = []
+        position = 0
+        for step in range(time):
+            skipped = 3 if start and step == 0 else 0
+            taken = condition[:, position : position + FRAMES_PER_LATENT - skipped]
+            position += FRAMES_PER_LATENT - skipped
+            if skipped:
+                taken = torch.cat([taken[:, :1].expand(-1, skipped, -1, -1, -1), taken], 1)
+            decoded += self._decode_latent(latents[:, step], condition_cells(taken)[:, 0], memory, skipped)
+        return torch.stack(decoded, 1), memory
+
+    def _decode_latent(self, latent: Tensor, cell: Tensor, memory: DecoderMemory, skipped: int) -> list[Tensor]:
+        """One latent N,16,h,w and its condition cell N,768,h,w → its frames, without the first `skipped`."""
+        x = 3 * torch.tanh(torch.cat([cell, latent], 1) / 3)
+        x = F.relu(self.decoder[1](x))
+        steps = [F.relu(self.decoder[3](x))]
+        for indices, transition in zip(_WORK_BLOCKS[:2], _TRANSITIONS[:2], strict=True):
+            worked = [self._remember(x, indices, memory) for x in steps]
+            kernels = self._kernels(transition, worked[0], memory)
+            steps = [upsample_phases(F.pad(x, (1, 1, 1, 1)), kernel) for x in worked for kernel in kernels]
+        frames = []
+        for x in steps:
+            x = self._remember(x, _WORK_BLOCKS[2], memory)
+            for kernel in self._kernels(_TRANSITIONS[2], x, memory):
+                # The last stage has no memory, so the frames that a fresh stream drops need not be made.
+                if skipped:
+                    skipped -= 1
+                else:
+                    frames.append(self._finish(x, kernel))
+        return frames
+
+    def _remember(self, x: Tensor, indices: tuple[int, ...], memory: DecoderMemory) -> Tensor:
+        for index in indices:
+            past = memory.past.get(index)
+            memory.past[index] = x
+            x = self.decoder[index](x, torch.zeros_like(x) if past is None else past)
+        return x
+
+    def _kernels(self, transition: tuple[int, int], like: Tensor, memory: DecoderMemory) -> list[Tensor]:
+        grow, conv = transition
+        if conv not in memory.kernels:
+            grown = self.decoder[grow]
+            folded = phase_kernels(
+                grown.conv.weight.to(like.device), self.decoder[conv].weight.to(like.device), grown.stride
+            )
+            memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
+        return memory.kernels[conv]
+
+    def _finish(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Last transition and the two 3×3 convolutions, in strips of rows: N,C,h,w → N,3,2h,2w."""
+        batch, _, height, width = x.shape
+        rows = max(1, STRIP_PIXELS // (4 * width))
+        frame = x.new_empty(batch, 3, 2 * height, 2 * width)
+        halo = LAST_STAGE_HALO // 2
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            low, high = max(0, top - halo), min(height, bottom + halo)
+            strip = x[:, :, max(0, low - 1) : high + 1]
+            strip = F.pad(strip, (1, 1, 1 if low == 0 else 0, 1 if high == height else 0))
+            strip = F.relu(upsample_phases(strip, kernel))
+            strip = self.decoder[26](F.relu(self.decoder[24](strip)))
+            frame[:, :, 2 * top : 2 * bottom] = strip[:, :, 2 * (top - low) : 2 * (bottom - low)]
+        return frame

@@ -1,0 +1,58 @@
+"""Layers whose weights follow their input.
+
+Every network here takes an `operations` argument: a namespace with `Linear`, `Conv2d`, `Conv3d` and `LayerNorm`.
+`cast_on_use` is the default; `torch.nn` works where weights and inputs already agree, and the nodes hand in ComfyUI's
+own cast-on-use layers, so that its partial loading can keep weights in RAM.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def to_like(parameter: Tensor, like: Tensor) -> Tensor:
+    """`parameter` in the device and dtype of `like`; the same tensor where they agree."""
+    return parameter.to(device=like.device, dtype=like.dtype)
+
+
+def weight_and_bias(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of one layer, for code that computes with them in another form than `layer(x)`.
+
+    Returns tensors in the device and dtype of `like`.
+    """
+    bias = layer.bias
+    return to_like(layer.weight, like), None if bias is None else to_like(bias, like)
+
+
+class Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, *weight_and_bias(self, input))
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, *weight_and_bias(self, input))
+
+
+class Conv3d(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, *weight_and_bias(self, input))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = None if self.weight is None else to_like(self.weight, input)
+        bias = None if self.bias is None else to_like(self.bias, input)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+cast_on_use = SimpleNamespace(Linear=Linear, Conv2d=Conv2d, Conv3d=Conv3d, LayerNorm=LayerNorm)
+
+
+def rms_gain(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last axis, computed in fp32, times `gain`; returned in x's dtype."""
+    return F.rms_norm(x.float(), (x.shape[-1],), gain.to(device=x.device, dtype=torch.float32), eps).to(x.dtype)
