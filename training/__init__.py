@@ -1,0 +1,1 @@
+"""Training of the embedded nano network: clips, metrics, analytic start, training and evaluation."""
