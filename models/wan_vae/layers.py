@@ -1,0 +1,179 @@
+"""The building blocks of the Wan 2.1 VAE: causal convolutions over time, and the cache they share.
+
+Nothing here remembers a frame. A clip that arrives in chunks carries its past in a `CausalCache`, which the caller
+owns. All tensors are NCTHW.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operations import to_like
+
+# Attention scores exist for this many queries at a time, so that a kernel without a fused path needs 2048 x tokens
+# elements, not tokens².
+ATTENTION_QUERIES = 2048
+
+
+class CausalCache:
+    """What the temporal convolutions of one network keep of one clip: the last input frames of each, in calling order.
+
+    `frames` is a queue: in a chunk every convolution takes its past from the front and puts its new past at the end, so
+    that after the chunk the queue stands as before. It changes in place, which lets the old past of a layer be released
+    as soon as that layer has run. Every tensor owns its storage exactly.
+    """
+
+    def __init__(self) -> None:
+        self.frames: deque[Tensor] = deque()
+        self.started = False
+        self._usable = True
+        self._last = False
+
+    @contextmanager
+    def chunk(self, last: bool = False) -> Iterator[None]:
+        """One pass of the network over one chunk. With `last` nothing is kept of it and the cache is used up.
+
+        Raises:
+            RuntimeError: the cache was used up, or an exception interrupted its last chunk.
+        """
+        if not self._usable:
+            raise RuntimeError(
+                "Wan VAE: expected the cache of a stream in progress; got one that has ended or was interrupted. "
+                "Start again with cache=None."
+            )
+        self._usable = False
+        self._last = last
+        try:
+            yield
+        except BaseException:
+            self.frames.clear()
+            raise
+        self._usable = not last
+        self.started = True
+
+    def take(self) -> Tensor | None:
+        """The past of the convolution that runs now; None in a clip's first chunk."""
+        return self.frames.popleft() if self.started else None
+
+    def put(self, past: Tensor) -> None:
+        if not self._last:
+            self.frames.append(past.clone(memory_format=torch.contiguous_format))
+
+
+def causal_conv(layer: nn.Module, x: Tensor, cache: CausalCache) -> Tensor:
+    """`layer`, a Conv3d of three frames without padding in time, over the two frames before `x` and `x` itself.
+
+    The frames before a clip are zero.
+    """
+    past = cache.take()
+    x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past, x], dim=2)
+    del past  # the cache has let go of it: at full resolution these are the largest tensors of the network
+    cache.put(x[:, :, -2:])
+    return layer(x)
+
+
+class RMSNorm(nn.Module):
+    """Normalisation of every pixel over its channels to root mean square `gamma`; the norm is taken in fp32."""
+
+    def __init__(self, channels: int, axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+        scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # a black pixel stays 0 in fp16: no 0 * inf
+        return (x * scale).mul_(to_like(self.gamma, x))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, operations: SimpleNamespace) -> None:
+        super().__init__()
+        # the numbers of the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights
+        self.residual = nn.ModuleDict({
+            "0": RMSNorm(channels_in, 3),
+            "2": operations.Conv3d(channels_in, channels_out, 3, padding=(0, 1, 1)),
+            "3": RMSNorm(channels_out, 3),
+            "6": operations.Conv3d(channels_out, channels_out, 3, padding=(0, 1, 1)),
+        })
+        self.shortcut = operations.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        h = causal_conv(self.residual["2"], F.silu(self.residual["0"](x), inplace=True), cache)
+        h = causal_conv(self.residual["6"], F.silu(self.residual["3"](h), inplace=True), cache)
+        return h.add_(x if self.shortcut is None else self.shortcut(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention among the pixels of each frame."""
+
+    def __init__(self, channels: int, operations: SimpleNamespace) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = operations.Conv2d(channels, channels * 3, 1)
+        self.proj = operations.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        return torch.stack([frame + self._attend(frame) for frame in x.unbind(2)], dim=2)
+
+    def _attend(self, frame: Tensor) -> Tensor:
+        n, c, h, w = frame.shape
+        q, k, v = self.to_qkv(self.norm(frame)).view(n, 1, 3 * c, h * w).transpose(2, 3).contiguous().chunk(3, dim=-1)
+        blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(ATTENTION_QUERIES, dim=2)]
+        return self.proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels; with `temporal` twice the frames, except the first."""
+
+    def __init__(self, channels: int, temporal: bool, operations: SimpleNamespace) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.time_conv = operations.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        if self.time_conv is not None:
+            x = self._double_frames(self.time_conv, x, cache)
+        n, c, t, h, w = x.shape
+        out = x.new_empty(n, c // 2, t, 2 * h, 2 * w)
+        for i in range(t):  # frame by frame: the enlarged input has twice the elements of the output
+            out[:, :, i] = self.resample["1"](F.interpolate(x[:, :, i], scale_factor=2, mode="nearest-exact"))
+        return out
+
+    @staticmethod
+    def _double_frames(time_conv: nn.Module, x: Tensor, cache: CausalCache) -> Tensor:
+        n, c, t, h, w = x.shape
+        if not cache.started:
+            # A first latent is one frame and passes undoubled. It is also forgotten: the network was trained with
+            # zeros, not this latent, before the second one (the marker "Rep" in the official cache).
+            cache.put(x.new_zeros(n, c, 2, h, w))
+            return x
+        x = causal_conv(time_conv, x, cache)
+        return x.view(n, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(n, c, 2 * t, h, w)
+
+
+class Downsample(nn.Module):
+    """Half the height and width; with `temporal` half the frames, except the first."""
+
+    def __init__(self, channels: int, temporal: bool, operations: SimpleNamespace) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels, 3, stride=2)})
+        self.time_conv = operations.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        n, c, t, h, w = x.shape
+        out = x.new_empty(n, c, t, h // 2, w // 2)
+        for i in range(t):
+            out[:, :, i] = self.resample["1"](F.pad(x[:, :, i], (0, 1, 0, 1)))
+        if self.time_conv is None:
+            return out
+        past = cache.take()
+        cache.put(out[:, :, -1:])
+        return out if past is None else self.time_conv(torch.cat([past, out], dim=2))

@@ -1,0 +1,283 @@
+"""The Wan 2.1 video VAE: eight pixels and four frames to one latent, causal in time.
+
+The modules hold weights and nothing else, under the official state-dict keys. A clip may come whole or in chunks: both
+run the same passes over one latent frame at a time, so they agree bit for bit and memory does not grow with the clip.
+Device and dtype of the computation are those of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operations import cast_on_use
+from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, causal_conv
+from .state_dict import check_keys, read_sizes, strip_prefix
+
+PIXELS_PER_LATENT = 8
+FRAMES_PER_LATENT = 4
+CHANNEL_MULTIPLES = (1, 2, 4, 4)
+
+# Mean and standard deviation of each latent channel over the training data (Wan 2.1, wan/modules/vae.py).
+LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+def middle_blocks(channels: int, operations: SimpleNamespace) -> nn.ModuleList:
+    return nn.ModuleList([
+        ResidualBlock(channels, channels, operations),
+        AttentionBlock(channels, operations),
+        ResidualBlock(channels, channels, operations),
+    ])
+
+
+def output_head(channels_in: int, channels_out: int, operations: SimpleNamespace) -> nn.ModuleDict:
+    conv = operations.Conv3d(channels_in, channels_out, 3, padding=(0, 1, 1))
+    return nn.ModuleDict({"0": RMSNorm(channels_in, 3), "2": conv})
+
+
+class Encoder(nn.Module):
+    """Frames to the moments of the latent distribution, in two stages: only the second one sees the whole frame."""
+
+    def __init__(self, dim: int, moments: int, operations: SimpleNamespace) -> None:
+        super().__init__()
+        widths = [dim * m for m in CHANNEL_MULTIPLES]
+        self.conv1 = operations.Conv3d(3, dim, 3, padding=(0, 1, 1))
+        blocks: list[nn.Module] = []
+        previous = dim
+        for level, width in enumerate(widths):
+            blocks += [ResidualBlock(previous, width, operations), ResidualBlock(width, width, operations)]
+            if level < 3:
+                blocks.append(Downsample(width, temporal=level > 0, operations=operations))
+            previous = width
+        self.downsamples = nn.ModuleList(blocks)
+        self.middle = middle_blocks(previous, operations)
+        self.head = output_head(previous, moments, operations)
+
+    def local_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """One chunk of frames to features at latent resolution, by convolutions of limited reach only.
+
+        Their reach is 29 pixels to the left and top, 36 to the right and bottom.
+        """
+        x = causal_conv(self.conv1, x, cache)
+        for block in self.downsamples:
+            x = block(x, cache)
+        return x
+
+    def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Features at latent resolution to moments; holds the attention among all pixels of a frame."""
+        for block in self.middle:
+            x = block(x, cache)
+        return causal_conv(self.head["2"], F.silu(self.head["0"](x), inplace=True), cache)
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        return self.global_stage(self.local_stage(x, cache), cache)
+
+
+class Decoder(nn.Module):
+    """Latents to frames, in two stages: only the first one sees the whole frame."""
+
+    def __init__(self, dim: int, z_dim: int, operations: SimpleNamespace) -> None:
+        super().__init__()
+        widths = [dim * m for m in reversed(CHANNEL_MULTIPLES)]
+        previous = widths[0]
+        self.conv1 = operations.Conv3d(z_dim, previous, 3, padding=(0, 1, 1))
+        self.middle = middle_blocks(previous, operations)
+        blocks: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            blocks += [ResidualBlock(previous if i == 0 else width, width, operations) for i in range(3)]
+            if level < 3:
+                blocks.append(Upsample(width, temporal=level < 2, operations=operations))
+                previous = width // 2
+        self.upsamples = nn.ModuleList(blocks)
+        self.head = output_head(dim, 3, operations)
+
+    def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """One latent frame to features of the same size; holds the attention among all pixels of a frame."""
+        x = causal_conv(self.conv1, x, cache)
+        for block in [*self.middle, *self.upsamples[:3]]:
+            x = block(x, cache)
+        return x
+
+    def local_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """Features to frames, by convolutions of limited reach only: 7 latents to every side."""
+        for block in self.upsamples[3:]:
+            x = block(x, cache)
+        return causal_conv(self.head["2"], F.silu(self.head["0"](x), inplace=True), cache)
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        return self.local_stage(self.global_stage(x, cache), cache)
+
+
+class WanVAE(nn.Module):
+    """Wan 2.1 VAE.
+
+    Args:
+        dim: channels at full resolution (96 in the released weights).
+        z_dim: latent channels.
+        with_encoder: False for weights that hold the decoder only; `encode` then raises.
+        latents_mean, latents_std: `z_dim` numbers each; normalised latents are (latents - mean) / std.
+        operations: namespace with Conv2d and Conv3d.
+
+    Raises:
+        ValueError: the statistics do not have `z_dim` numbers.
+    """
+
+    def __init__(
+        self,
+        dim: int = 96,
+        z_dim: int = 16,
+        with_encoder: bool = True,
+        latents_mean: Sequence[float] = LATENTS_MEAN,
+        latents_std: Sequence[float] = LATENTS_STD,
+        operations: SimpleNamespace = cast_on_use,
+    ) -> None:
+        super().__init__()
+        if not len(latents_mean) == len(latents_std) == z_dim:
+            raise ValueError(
+                f"Wan VAE: expected mean and std for {z_dim} latent channels; got {len(latents_mean)} and "
+                f"{len(latents_std)} numbers. Give latents_mean and latents_std of this VAE."
+            )
+        self.dim = dim
+        self.z_dim = z_dim
+        self.latents_mean = tuple(latents_mean)
+        self.latents_std = tuple(latents_std)
+        self.encoder = Encoder(dim, 2 * z_dim, operations) if with_encoder else None
+        self.conv1 = operations.Conv3d(2 * z_dim, 2 * z_dim, 1) if with_encoder else None
+        self.conv2 = operations.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(dim, z_dim, operations)
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_state_dict(cls, sd: Mapping[str, Tensor], operations: SimpleNamespace = cast_on_use) -> WanVAE:
+        """A VAE with the tensors of `sd` as its weights (not copied); sizes are read from them.
+
+        Raises:
+            ValueError: missing, unexpected or misshapen keys (all are listed), or other than 16 latent channels.
+        """
+        sd = strip_prefix(sd)
+        dim, z_dim = read_sizes(sd)
+        with_encoder = any(key.startswith(("encoder.", "conv1.")) for key in sd)
+        with torch.device("meta"):  # no memory and no initialisation for weights that are replaced at once
+            vae = cls(dim, z_dim, with_encoder, operations=operations)
+        check_keys(vae, sd)
+        vae.load_state_dict(sd, strict=True, assign=True)
+        return vae
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Whole clip to latents.
+
+        Args:
+            frames: NCTHW, -1..1, T = 4k+1, height and width multiples of 8.
+
+        Returns:
+            Latents NCTHW, normalised: the mean of the distribution, (T-1)/4+1 frames, an eighth of the size.
+
+        Raises:
+            ValueError: wrong shape, or the weights have no encoder.
+        """
+        return self._encode(frames, CausalCache(), whole=True)
+
+    @torch.no_grad()
+    def encode_stream(self, frames: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+        """The next frames of a clip to latents.
+
+        Args:
+            frames: NCTHW, -1..1; T = 4k+1 in the first call, 4k in later ones.
+            cache: None to begin a clip, then what the last call returned. Changed in place.
+
+        Returns:
+            Latents NCTHW, normalised, bit-equal to those of `encode` over the whole clip; and the cache.
+        """
+        cache = CausalCache() if cache is None else cache
+        return self._encode(frames, cache, whole=False), cache
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Whole clip to frames.
+
+        Args:
+            latents: NCTHW, normalised, T ≥ 1.
+
+        Returns:
+            Frames NCTHW, clamped to -1..1, 4T-3 of them.
+
+        Raises:
+            ValueError: wrong shape.
+        """
+        return self._decode(latents, CausalCache(), whole=True).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+        """The next latents of a clip to frames.
+
+        Args:
+            latents: NCTHW, normalised, T ≥ 1.
+            cache: None to begin a clip, then what the last call returned. Changed in place.
+
+        Returns:
+            Frames NCTHW, not clamped, 4T-3 in the first call and 4T in later ones; and the cache.
+        """
+        cache = CausalCache() if cache is None else cache
+        return self._decode(latents, cache, whole=False), cache
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents NCTHW as the encoder gives them, to mean 0 and deviation 1 per channel."""
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = like.new_tensor(self.latents_mean).view(1, -1, 1, 1, 1)
+        return mean, like.new_tensor(self.latents_std).view(1, -1, 1, 1, 1)
+
+    def _encode(self, frames: Tensor, cache: CausalCache, whole: bool) -> Tensor:
+        if self.encoder is None or self.conv1 is None:
+            raise ValueError(
+                "Wan VAE: expected weights with an encoder; got a decoder alone. Load the complete Wan 2.1 VAE."
+            )
+        if frames.ndim != 5 or frames.shape[1] != 3:
+            raise ValueError(f"Wan VAE: expected frames NCTHW with 3 channels; got shape {tuple(frames.shape)}.")
+        n, _, t, h, w = frames.shape
+        first = 0 if cache.started else 1
+        if t < 1 or (t - first) % FRAMES_PER_LATENT or h % PIXELS_PER_LATENT or w % PIXELS_PER_LATENT:
+            raise ValueError(
+                f"Wan VAE: expected {'4k+1' if first else '4k'} frames of a height and width that 8 divides; "
+                f"got {t} frames of {h}x{w}. Pad or crop the clip."
+            )
+        count = first + (t - first) // FRAMES_PER_LATENT
+        latents = frames.new_empty(n, self.z_dim, count, h // PIXELS_PER_LATENT, w // PIXELS_PER_LATENT)
+        stop = 0
+        for i in range(count):
+            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.started else 1)
+            with cache.chunk(last=whole and i == count - 1):
+                moments = self.conv1(self.encoder(frames[:, :, start:stop], cache))
+            latents[:, :, i : i + 1] = self.normalise(moments[:, : self.z_dim])
+        return latents
+
+    def _decode(self, latents: Tensor, cache: CausalCache, whole: bool) -> Tensor:
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
+            raise ValueError(
+                f"Wan VAE: expected latents NCTHW with {self.z_dim} channels and at least one frame; "
+                f"got shape {tuple(latents.shape)}."
+            )
+        n, _, t, h, w = latents.shape
+        count = FRAMES_PER_LATENT * t - (0 if cache.started else FRAMES_PER_LATENT - 1)
+        frames = latents.new_empty(n, 3, count, h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT)
+        stop = 0
+        for i in range(t):
+            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.started else 1)
+            with cache.chunk(last=whole and i == t - 1):
+                frames[:, :, start:stop] = self.decoder(self.conv2(self.denormalise(latents[:, :, i : i + 1])), cache)
+        return frames
