@@ -17,6 +17,6 @@ async def comfy_entrypoint():
         from .nodes import FlashVSRExtension
 
         return FlashVSRExtension()
-    except BaseException:
-        logging.getLogger("steadyvsr").exception("SteadyVSR: the nodes could not be imported.")
+    except Exception as error:
+        logging.getLogger("steadyvsr").error("SteadyVSR: the nodes could not be imported.", exc_info=error)
         raise

@@ -1,0 +1,55 @@
+# Sourced by demo.sh and test.sh: makes or reuses the project's virtual environment and puts it first on PATH.
+# Runs on bash 3.2, which is what macOS has. Leaves the shell in the project root, where `python` is the environment's.
+#
+#   PYTHON                 the interpreter that starts the set-up (python3)
+#   STEADYVSR_TORCH_INDEX  the package index PyTorch is installed from (whatever pip is configured for)
+
+TORCH="torch==2.13.0"
+
+fail() {
+    echo "steadyvsr: $1" >&2
+    exit 1
+}
+
+# enter: what .venv/bin/activate does, and unlike it also right after the folder has been moved.
+enter() {
+    export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+    unset PYTHONHOME
+}
+
+# prepare_environment EXTRA: an environment that has the project (editable) with the extra "test", or "" for none.
+prepare_environment() {
+    local extra="$1" python="${PYTHON:-python3}" project="." site="" stamp key
+    [ -z "$extra" ] || project=".[$extra]"
+    stamp=".venv/steadyvsr-stamp${extra:+-$extra}"
+    # What the environment depends on: the two requirement files, and the folder (an editable install names it).
+    key="$(cat pyproject.toml requirements.txt | cksum) $PWD"
+    if [ -x .venv/bin/python ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
+        enter
+        return
+    fi
+
+    command -v "$python" >/dev/null 2>&1 ||
+        fail "expected a Python interpreter called '$python'; found none. Install Python 3.10 or newer, or set PYTHON."
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "expected Python 3.10 or newer; got $("$python" --version 2>&1) from '$python'. Set PYTHON to a newer one."
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "expected '$python' to have the venv module; it has not. Install it (Debian and Ubuntu: python3-venv)."
+        # A PyTorch that is already there may be the one build that fits this machine's GPU: keep it.
+        if "$python" -c 'import torch' 2>/dev/null; then site="--system-site-packages"; fi
+        echo "steadyvsr: making .venv${site:+ around the PyTorch of '$python'}" >&2
+        "$python" -m venv --clear $site .venv || fail "the virtual environment .venv could not be made."
+    fi
+    enter
+    if ! python -c 'import torch' 2>/dev/null; then
+        echo "steadyvsr: installing $TORCH" >&2
+        python -m pip install ${STEADYVSR_TORCH_INDEX:+--index-url "$STEADYVSR_TORCH_INDEX"} "$TORCH" >&2 ||
+            fail "$TORCH could not be installed. See 'Choosing PyTorch' in README.md."
+    fi
+    echo "steadyvsr: installing the project and what it needs" >&2
+    python -m pip install --quiet --editable "$project" || fail "the project could not be installed into .venv."
+    printf '%s\n' "$key" > "$stamp"
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || fail "the project folder cannot be entered."
