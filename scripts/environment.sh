@@ -5,6 +5,7 @@
 #   STEADYVSR_TORCH_INDEX  the package index PyTorch is installed from (whatever pip is configured for)
 
 TORCH="torch==2.13.0"
+SITE_PACKAGES='import sysconfig; print(sysconfig.get_path("platlib"))'
 
 fail() {
     echo "steadyvsr: $1" >&2
@@ -40,6 +41,10 @@ prepare_environment() {
         if "$python" -c 'import torch' 2>/dev/null; then site="--system-site-packages"; fi
         echo "steadyvsr: making .venv${site:+ around the PyTorch of '$python'}" >&2
         "$python" -m venv --clear $site .venv || fail "the virtual environment .venv could not be made."
+        # "System" means the base installation: of an interpreter that is itself in an environment, the packages are added.
+        if [ -n "$site" ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+            "$python" -c "$SITE_PACKAGES" > "$(.venv/bin/python -c "$SITE_PACKAGES")/packages-of-the-starter.pth"
+        fi
     fi
     enter
     if ! python -c 'import torch' 2>/dev/null; then

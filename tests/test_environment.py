@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or not shutil.which("bash"), reason="needs a POSIX bash")
 
-# Answers what environment.sh asks an interpreter. LACKS names the things that it has not: version, venv, torch, index.
+# Answers what environment.sh asks an interpreter. LACKS names the things that it has not: version, venv, torch, index;
+# inner-torch is lacking in the new environment alone.
 STAND_IN = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 lacks() { case " $LACKS " in *" $1 "*) exit 1 ;; esac; }
@@ -21,7 +22,8 @@ case "$*" in
     --version) echo "Python 3.8.1" ;;
     *version_info*) lacks version ;;
     *ensurepip*) lacks venv ;;
-    *"import torch"*) lacks torch ;;
+    *"import torch"*) case "$0" in *.venv/*) [ -e .venv/*.pth ] || lacks inner-torch ;; esac; lacks torch ;;
+    *platlib*) case "$0" in *.venv/*) echo .venv ;; *) echo "/packages of the starter" ;; esac ;;
     "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip install"*) lacks index ;;
 esac
@@ -72,6 +74,13 @@ def test_the_torch_of_the_interpreter_stays(machine: Machine) -> None:
     assert code == 0
     assert "-m venv --clear --system-site-packages .venv" in calls
     assert installs(calls) == ["--quiet --editable .[test]"]
+
+
+def test_the_torch_of_an_interpreter_in_an_environment_of_its_own_stays(machine: Machine) -> None:
+    """There, --system-site-packages shows the packages of the base installation only."""
+    code, _, calls = machine.run("demo.sh", lacks="inner-torch")
+    assert (code, installs(calls)) == (0, ["--quiet --editable ."])
+    assert [path.read_text() for path in (machine.folder / ".venv").glob("*.pth")] == ["/packages of the starter\n"]
 
 
 def test_the_named_index_is_used_for_torch_alone(machine: Machine) -> None:
