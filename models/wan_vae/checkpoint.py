@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,7 @@ def load_wan_vae(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    operations: SimpleNamespace = cast_on_use,
+    operations=cast_on_use,
 ) -> WanVAE:
     """A `WanVAE` with the weights of a .safetensors or .pth file, in `dtype` (None: as stored) on `device`.
 

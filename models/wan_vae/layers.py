@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +66,17 @@ class CausalCache:
             self.frames.append(past.clone(memory_format=torch.contiguous_format))
 
 
-def causal_conv(layer: nn.Module, x: Tensor, cache: CausalCache) -> Tensor:
-    """`layer`, a Conv3d of three frames without padding in time, over the two frames before `x` and `x` itself.
+def with_past(x: Tensor, cache: CausalCache) -> Tensor:
+    """The two frames before `x`, then `x`: the input of the next convolution, which spans three frames.
 
-    The frames before a clip are zero.
+    The frames before a clip are zero. Callers rebind their own `x` to the result before they convolve: at full
+    resolution every name that outlives its use is hundreds of megabytes.
     """
     past = cache.take()
     x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past, x], dim=2)
-    del past  # the cache has let go of it: at full resolution these are the largest tensors of the network
+    del past
     cache.put(x[:, :, -2:])
-    return layer(x)
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +94,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int, operations: SimpleNamespace) -> None:
+    def __init__(self, channels_in: int, channels_out: int, operations) -> None:
         super().__init__()
         # the numbers of the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights
         self.residual = nn.ModuleDict({
@@ -106,15 +106,19 @@ class ResidualBlock(nn.Module):
         self.shortcut = operations.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        h = causal_conv(self.residual["2"], F.silu(self.residual["0"](x), inplace=True), cache)
-        h = causal_conv(self.residual["6"], F.silu(self.residual["3"](h), inplace=True), cache)
+        h = F.silu(self.residual["0"](x), inplace=True)
+        h = with_past(h, cache)
+        h = self.residual["2"](h)
+        h = F.silu(self.residual["3"](h), inplace=True)
+        h = with_past(h, cache)
+        h = self.residual["6"](h)
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):
     """Single-head self-attention among the pixels of each frame."""
 
-    def __init__(self, channels: int, operations: SimpleNamespace) -> None:
+    def __init__(self, channels: int, operations) -> None:
         super().__init__()
         self.norm = RMSNorm(channels, 2)
         self.to_qkv = operations.Conv2d(channels, channels * 3, 1)
@@ -133,7 +137,7 @@ class AttentionBlock(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width, half the channels; with `temporal` twice the frames, except the first."""
 
-    def __init__(self, channels: int, temporal: bool, operations: SimpleNamespace) -> None:
+    def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels // 2, 3, padding=1)})
         self.time_conv = operations.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
@@ -155,14 +159,14 @@ class Upsample(nn.Module):
             # zeros, not this latent, before the second one (the marker "Rep" in the official cache).
             cache.put(x.new_zeros(n, c, 2, h, w))
             return x
-        x = causal_conv(time_conv, x, cache)
+        x = time_conv(with_past(x, cache))
         return x.view(n, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(n, c, 2 * t, h, w)
 
 
 class Downsample(nn.Module):
     """Half the height and width; with `temporal` half the frames, except the first."""
 
-    def __init__(self, channels: int, temporal: bool, operations: SimpleNamespace) -> None:
+    def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = operations.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None

@@ -8,14 +8,13 @@ Device and dtype of the computation are those of the input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import cast_on_use
-from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, causal_conv
+from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, with_past
 from .state_dict import check_keys, read_sizes, strip_prefix
 
 PIXELS_PER_LATENT = 8
@@ -29,7 +28,7 @@ LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
 
 
-def middle_blocks(channels: int, operations: SimpleNamespace) -> nn.ModuleList:
+def middle_blocks(channels: int, operations) -> nn.ModuleList:
     return nn.ModuleList([
         ResidualBlock(channels, channels, operations),
         AttentionBlock(channels, operations),
@@ -37,7 +36,7 @@ def middle_blocks(channels: int, operations: SimpleNamespace) -> nn.ModuleList:
     ])
 
 
-def output_head(channels_in: int, channels_out: int, operations: SimpleNamespace) -> nn.ModuleDict:
+def output_head(channels_in: int, channels_out: int, operations) -> nn.ModuleDict:
     conv = operations.Conv3d(channels_in, channels_out, 3, padding=(0, 1, 1))
     return nn.ModuleDict({"0": RMSNorm(channels_in, 3), "2": conv})
 
@@ -45,7 +44,7 @@ def output_head(channels_in: int, channels_out: int, operations: SimpleNamespace
 class Encoder(nn.Module):
     """Frames to the moments of the latent distribution, in two stages: only the second one sees the whole frame."""
 
-    def __init__(self, dim: int, moments: int, operations: SimpleNamespace) -> None:
+    def __init__(self, dim: int, moments: int, operations) -> None:
         super().__init__()
         widths = [dim * m for m in CHANNEL_MULTIPLES]
         self.conv1 = operations.Conv3d(3, dim, 3, padding=(0, 1, 1))
@@ -65,7 +64,7 @@ class Encoder(nn.Module):
 
         Their reach is 29 pixels to the left and top, 36 to the right and bottom.
         """
-        x = causal_conv(self.conv1, x, cache)
+        x = self.conv1(with_past(x, cache))
         for block in self.downsamples:
             x = block(x, cache)
         return x
@@ -74,7 +73,9 @@ class Encoder(nn.Module):
         """Features at latent resolution to moments; holds the attention among all pixels of a frame."""
         for block in self.middle:
             x = block(x, cache)
-        return causal_conv(self.head["2"], F.silu(self.head["0"](x), inplace=True), cache)
+        x = F.silu(self.head["0"](x), inplace=True)
+        x = with_past(x, cache)
+        return self.head["2"](x)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         return self.global_stage(self.local_stage(x, cache), cache)
@@ -83,7 +84,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to frames, in two stages: only the first one sees the whole frame."""
 
-    def __init__(self, dim: int, z_dim: int, operations: SimpleNamespace) -> None:
+    def __init__(self, dim: int, z_dim: int, operations) -> None:
         super().__init__()
         widths = [dim * m for m in reversed(CHANNEL_MULTIPLES)]
         previous = widths[0]
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
         """One latent frame to features of the same size; holds the attention among all pixels of a frame."""
-        x = causal_conv(self.conv1, x, cache)
+        x = self.conv1(with_past(x, cache))
         for block in [*self.middle, *self.upsamples[:3]]:
             x = block(x, cache)
         return x
@@ -109,7 +110,9 @@ class Decoder(nn.Module):
         """Features to frames, by convolutions of limited reach only: 7 latents to every side."""
         for block in self.upsamples[3:]:
             x = block(x, cache)
-        return causal_conv(self.head["2"], F.silu(self.head["0"](x), inplace=True), cache)
+        x = F.silu(self.head["0"](x), inplace=True)
+        x = with_past(x, cache)
+        return self.head["2"](x)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
         return self.local_stage(self.global_stage(x, cache), cache)
@@ -136,7 +139,7 @@ class WanVAE(nn.Module):
         with_encoder: bool = True,
         latents_mean: Sequence[float] = LATENTS_MEAN,
         latents_std: Sequence[float] = LATENTS_STD,
-        operations: SimpleNamespace = cast_on_use,
+        operations=cast_on_use,
     ) -> None:
         super().__init__()
         if not len(latents_mean) == len(latents_std) == z_dim:
@@ -155,7 +158,7 @@ class WanVAE(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_state_dict(cls, sd: Mapping[str, Tensor], operations: SimpleNamespace = cast_on_use) -> WanVAE:
+    def from_state_dict(cls, sd: Mapping[str, Tensor], operations=cast_on_use) -> WanVAE:
         """A VAE with the tensors of `sd` as its weights (not copied); sizes are read from them.
 
         Raises:
