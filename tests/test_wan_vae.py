@@ -145,19 +145,36 @@ def test_stages_with_a_cache_each_equal_the_whole_decoder_and_encoder(vae):
             assert torch.equal(chunk, expected)
 
 
-def test_the_decoder_reaches_seven_latents_beyond_its_attention(vae):
-    features = torch.randn(1, 4 * DIM, 2, 1, 20)
+def last_of_stream(stage, clip: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    cache = CausalCache()
+    for chunk in clip.split(parts, dim=2):
+        with cache.chunk():
+            result = stage(chunk, cache)
+    return result
+
+
+def test_the_local_stage_of_the_decoder_reaches_fifty_pixels(vae):
+    """50 pixels need 7 latents of halo."""
+    features = torch.randn(1, 4 * DIM, 2, 1, 24)
     changed = features.clone()
-    changed[..., 0] += 1
-    results = []
-    for clip in (features, changed):
-        cache = CausalCache()
-        for chunk in clip.split(1, dim=2):
-            with cache.chunk():
-                frames = vae.decoder.local_stage(chunk, cache)
-        results.append(frames)
-    touched = (results[0] != results[1]).flatten(0, 3).any(0).nonzero().max().item() // 8
-    assert 5 <= touched <= 7
+    changed[..., 12] += 1
+    frames, others = (last_of_stream(vae.decoder.local_stage, clip, [1, 1]) for clip in (features, changed))
+    touched = (frames != others).flatten(0, 3).any(0).nonzero()
+    assert 12 * 8 - touched.min() == touched.max() - (12 * 8 + 7) == 50
+
+
+def test_the_local_stage_of_the_encoder_reaches_29_pixels_back_and_36_ahead():
+    torch.manual_seed(0)
+    encoder = WanVAE(dim=DIM).double().encoder
+    frames = torch.rand(1, 3, 5, 8, 120, dtype=torch.float64)
+    features = last_of_stream(encoder.local_stage, frames, [1, 4])
+    reach = {}
+    for pixel in (56 - 30, 56 - 29, 63 + 36, 63 + 37):  # latent 7 stands for pixels 56…63
+        changed = frames.clone()
+        changed[..., pixel] += 0.5
+        others = last_of_stream(encoder.local_stage, changed, [1, 4])
+        reach[pixel] = not torch.equal(others[..., 7], features[..., 7])
+    assert list(reach.values()) == [False, True, True, False]
 
 
 # Cache and memory
@@ -286,6 +303,12 @@ def test_bf16_is_finite_and_close_to_fp32(golden, golden_weights, golden_vae):
     assert (frames - reference).norm() < 0.05 * reference.norm()
     reference = golden_vae.encode(golden["in/video"][:, :, :9])
     assert (latents - reference).norm() < 0.05 * reference.norm()
+
+
+def test_float64_agrees_with_fp32(vae):
+    frames, latents = random_frames(5), random_latents(2)
+    torch.testing.assert_close(vae.encode(frames.double()), vae.encode(frames).double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latents.double()), vae.decode(latents).double(), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_another_dtype_are_cast_where_they_are_used(golden, golden_weights, golden_vae):

@@ -80,14 +80,14 @@ def with_past(x: Tensor, cache: CausalCache) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Normalisation of every pixel over its channels to root mean square `gamma`; the norm is taken in fp32."""
+    """Every pixel scaled to root mean square `gamma` over its channels; the norm is taken in fp32 at least."""
 
     def __init__(self, channels: int, axes: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
         scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # a black pixel stays 0 in fp16: no 0 * inf
         return (x * scale).mul_(to_like(self.gamma, x))

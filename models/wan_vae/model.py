@@ -65,13 +65,13 @@ class Encoder(nn.Module):
         Their reach is 29 pixels to the left and top, 36 to the right and bottom.
         """
         x = self.conv1(with_past(x, cache))
-        for block in self.downsamples:
+        for block in self.downsamples[:9]:
             x = block(x, cache)
         return x
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Features at latent resolution to moments; holds the attention among all pixels of a frame."""
-        for block in self.middle:
+        for block in [*self.downsamples[9:], *self.middle]:
             x = block(x, cache)
         x = F.silu(self.head["0"](x), inplace=True)
         x = with_past(x, cache)
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         return x
 
     def local_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Features to frames, by convolutions of limited reach only: 7 latents to every side."""
+        """Features to frames, by convolutions of limited reach only: 50 pixels (7 latents) to every side."""
         for block in self.upsamples[3:]:
             x = block(x, cache)
         x = F.silu(self.head["0"](x), inplace=True)
