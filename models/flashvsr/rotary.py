@@ -1,0 +1,55 @@
+"""Rotary position embedding over (frame, row, column), with angles computed on demand.
+
+There is no table, so there is no last position: process step 510 and beyond work like any other. Angles and their
+sines are float64 (position · 10000^(-2m/d)), the rotation itself is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .windows import WINDOW, Grid
+
+BASE = 10000.0
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels of one head that turn with the frame, the row and the column (Wan 2.1: 44, 42, 42 of 128)."""
+    third = head_dim // 3
+    return head_dim - 2 * third, third, third
+
+
+def axis_angles(start: int, count: int, dim: int) -> Tensor:
+    """Angles of positions start … start+count-1 on one axis: count × dim/2, float64 on the CPU."""
+    frequencies = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies
+
+
+def rotation(grid: Grid, first_frame: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for the tokens of one process step.
+
+    Args:
+        grid: tokens of the step.
+        first_frame: position of its first latent frame in the whole video.
+
+    Returns:
+        Two fp32 tensors, L × 1 × head_dim/2, in window order.
+    """
+    angles = [axis_angles(start, count, dim) for start, count, dim in zip((first_frame, 0, 0), grid, axis_dims(head_dim), strict=True)]
+    blocks = [count // side for count, side in zip(grid, WINDOW, strict=True)]
+    parts = []
+    for axis, angle in enumerate(angles):
+        # [frame blocks, row blocks, column blocks, 2, 8, 8, pairs], constant along the two other axes
+        shape = [1] * 6 + [-1]
+        shape[axis], shape[axis + 3] = blocks[axis], WINDOW[axis]
+        parts.append((angle.cos().float().reshape(shape), angle.sin().float().reshape(shape)))
+    full = [*blocks, *WINDOW, -1]
+    cos, sin = (torch.cat([part[i].expand(full) for part in parts], -1) for i in range(2))
+    return cos.reshape(-1, 1, head_dim // 2).to(device), sin.reshape(-1, 1, head_dim // 2).to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns adjacent channel pairs (2m, 2m+1) of x (L × heads × head_dim) in fp32; returns x's dtype."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

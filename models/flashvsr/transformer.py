@@ -1,0 +1,301 @@
+"""The streaming one-step transformer: Wan 2.1's blocks with block-sparse self-attention and a key/value cache.
+
+The module holds weights only, under the official keys. What one stream remembers is a `TransformerState` of the
+caller; what depends on the prompt alone is a `Constants` made once by `prepare`. Layout BLD, in window order.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..operations import cast_on_use, rms_gain, to_like, weight_and_bias
+from .attention import choose_backend, local_window, pool, select_blocks, sparse_attention
+from .config import LATENT_STRIDE, PATCH, FlashVSRConfig, StreamOptions
+from .plan import step_latents
+from .rotary import rotate, rotation
+from .windows import BLOCK_TOKENS, WINDOW, Grid, patchify, to_windows, unpatchify
+
+log = logging.getLogger("steadyvsr.transformer")
+
+EPS = 1e-6
+TIMESTEP = 1000.0
+"""The only noise level: one step from pure noise (sigma = 1)."""
+FEED_FORWARD_TOKENS = 1 << 14
+"""Tokens whose feed-forward activations exist at once; they are nearly six times as wide as a token."""
+
+
+@dataclass
+class LayerCache:
+    """Keys (after rotary), values and pooled keys of one layer's last frame pairs, in ring slots.
+
+    Attributes:
+        keys, values: HBTD with B = slots · blocks.
+        pooled: heads × B × head dim: the mean key of each block, kept so that it is never computed again.
+    """
+
+    keys: Tensor
+    values: Tensor
+    pooled: Tensor
+
+
+@dataclass
+class TransformerState:
+    """What the transformer remembers of one stream. Frame pair g lies in ring slot g modulo `slots`.
+
+    Attributes:
+        layers: one cache for each transformer layer; empty before the first step.
+        pairs: frame pairs seen so far.
+        slots: frame pairs that the caches hold.
+        device: where the caches lie; None: where the transformer computes.
+    """
+
+    layers: list[LayerCache] = field(default_factory=list)
+    pairs: int = 0
+    slots: int = 0
+    device: torch.device | None = None
+
+    @property
+    def cached_pairs(self) -> int:
+        return min(self.pairs, self.slots)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What depends on the prompt and the single noise level alone.
+
+    Attributes:
+        time: 1 × D, embedding of the noise level.
+        modulation: 1 × 6 × D.
+        cross: for each layer, keys and values of the prompt, 1 × heads × tokens × head dim.
+    """
+
+    time: Tensor
+    modulation: Tensor
+    cross: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of one process step share."""
+
+    grid: Grid
+    cos: Tensor
+    sin: Tensor
+    window: Tensor
+    topk_ratio: float
+    backend: str
+
+
+class RMSNorm(nn.Module):
+    """Over all heads together, in fp32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_gain(x, self.weight, EPS)
+
+
+class Attention(nn.Module):
+    """The projections of a self- or cross-attention; the attention itself is in `Block`."""
+
+    def __init__(self, dim: int, operations) -> None:
+        super().__init__()
+        self.q = operations.Linear(dim, dim)
+        self.k = operations.Linear(dim, dim)
+        self.v = operations.Linear(dim, dim)
+        self.o = operations.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim)
+        self.norm_k = RMSNorm(dim)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, operations) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.self_attn = Attention(dim, operations)
+        self.cross_attn = Attention(dim, operations)
+        self.norm3 = operations.LayerNorm(dim, eps=EPS)
+        self.ffn = nn.Sequential(
+            operations.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), operations.Linear(ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(
+        self, x: Tensor, step: _Step, modulation: Tensor, cross: tuple[Tensor, Tensor], state: TransformerState, layer: int
+    ) -> Tensor:
+        """x BLD of one step → the same shape; writes the step's keys and values into the layer's cache."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (to_like(self.modulation, x) + modulation).unbind(1)
+        attended = self._attend(_modulate(x, shift, scale), step, state, layer)
+        x = x + gate * self.self_attn.o(attended)
+        x = x + self.cross_attn.o(self._attend_prompt(self.norm3(x), cross))
+        parts = x.split(FEED_FORWARD_TOKENS, 1)
+        return torch.cat([part + ffn_gate * self.ffn(_modulate(part, ffn_shift, ffn_scale)) for part in parts], 1)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """L × heads × head dim → HBTD."""
+        return x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3).contiguous()
+
+    def _attend(self, x: Tensor, step: _Step, state: TransformerState, layer: int) -> Tensor:
+        attn, heads = self.self_attn, (self.num_heads, -1)
+        queries = self._blocks(rotate(attn.norm_q(attn.q(x))[0].unflatten(-1, heads), step.cos, step.sin))
+        keys = self._blocks(rotate(attn.norm_k(attn.k(x))[0].unflatten(-1, heads), step.cos, step.sin))
+        values = self._blocks(attn.v(x)[0].unflatten(-1, heads))
+        new = LayerCache(keys, values, pool(keys))
+        seen = _join(state, layer, new, step.grid.blocks)
+        mask = select_blocks(pool(queries), seen.pooled, step.window, step.topk_ratio)
+        if layer == 0 and state.pairs == 0:
+            log.info("attention: %s selects %.1f %% of the block pairs", step.backend, 100 * mask.float().mean().item())
+        attended = sparse_attention(queries, seen.keys, seen.values, mask, step.backend)
+        _remember(state, layer, new, step.grid.blocks)
+        return attended.permute(1, 2, 0, 3).reshape(x.shape)
+
+    def _attend_prompt(self, x: Tensor, cross: tuple[Tensor, Tensor]) -> Tensor:
+        attn = self.cross_attn
+        queries = attn.norm_q(attn.q(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return F.scaled_dot_product_attention(queries, *cross).transpose(1, 2).flatten(2)
+
+
+class Head(nn.Module):
+    def __init__(self, dim: int, out_features: int, operations) -> None:
+        super().__init__()
+        self.head = operations.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (to_like(self.modulation, x) + time[:, None]).unbind(1)
+        return self.head(_modulate(x, shift, scale))
+
+
+class Transformer(nn.Module):
+    """FlashVSR's transformer. State-dict keys are the official ones.
+
+    Args:
+        config: sizes.
+        operations: namespace with `Linear`, `Conv3d` and `LayerNorm`; see `models.operations`.
+    """
+
+    def __init__(self, config: FlashVSRConfig, operations=cast_on_use) -> None:
+        super().__init__()
+        dim, patch = config.dim, (1, PATCH, PATCH)
+        self.config = config
+        self.patch_embedding = operations.Conv3d(config.in_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(
+            operations.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), operations.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            operations.Linear(config.freq_dim, dim), nn.SiLU(), operations.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), operations.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            [Block(dim, config.num_heads, config.ffn_dim, operations) for _ in range(config.num_layers)]
+        )
+        self.head = Head(dim, config.out_dim * PATCH**2, operations)
+
+    def prepare(self, context: Tensor) -> Constants:
+        """Computes what every step needs of the prompt and the noise level.
+
+        Args:
+            context: BLD prompt embedding with B = 1, D = text_dim; its device and dtype are those of the result.
+        """
+        half = self.config.freq_dim // 2
+        angles = TIMESTEP * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        time = self.time_embedding(to_like(torch.cat([angles.cos(), angles.sin()])[None], context))
+        modulation = self.time_projection(time).unflatten(1, (6, -1))
+        text = self.text_embedding(context)
+        cross = []
+        for block in self.blocks:
+            attn = block.cross_attn
+            pair = (attn.norm_k(attn.k(text)), attn.v(text))
+            cross.append(tuple(x.unflatten(-1, (block.num_heads, -1)).transpose(1, 2).contiguous() for x in pair))
+        return Constants(time, modulation, cross)
+
+    def forward(
+        self,
+        latent: Tensor,
+        lq_tokens: list[Tensor] | None,
+        step: int,
+        state: TransformerState,
+        options: StreamOptions,
+        constants: Constants,
+    ) -> Tensor:
+        """One process step.
+
+        Args:
+            latent: NCTHW noise of the step, N = 1, T = 6 in step 0 and 2 after that, H and W multiples of 16.
+            lq_tokens: for each of the first layers, BLD in (frame, row, column) order; added before the layer.
+            step: index of the process step; fixes the frames' positions.
+            state: changed in place.
+            options: top-k, local range, cache length and attention backend.
+            constants: of `prepare`, in latent's device and dtype.
+
+        Returns:
+            The velocity, NCTHW like `latent`.
+
+        Raises:
+            ValueError: the latent has another batch, number of frames or size.
+        """
+        batch, _, frames, height, width = latent.shape
+        first, last = step_latents(step)
+        grid = Grid(frames, height // PATCH, width // PATCH)
+        if batch != 1 or frames != last - first or height % (PATCH * WINDOW[1]) or width % (PATCH * WINDOW[2]):
+            raise ValueError(
+                f"Transformer: expected latents of shape (1, C, {last - first}, 16a, 16b) in step {step}; "
+                f"got {tuple(latent.shape)}."
+            )
+        shared = _Step(
+            grid,
+            *rotation(grid, first, self.config.head_dim, latent.device),
+            local_window(grid, options.local_range, latent.device),
+            options.block_pair_ratio(height * LATENT_STRIDE, width * LATENT_STRIDE),
+            choose_backend(options.attention, latent.device, latent.dtype),
+        )
+        state.slots = options.cached_pairs
+        weight, bias = weight_and_bias(self.patch_embedding, latent)
+        x = F.linear(patchify(latent, grid), weight.flatten(1), bias)
+        for layer, block in enumerate(self.blocks):
+            if lq_tokens is not None and layer < len(lq_tokens):
+                x = x + to_windows(lq_tokens[layer], grid)
+            x = block(x, shared, constants.modulation, constants.cross[layer], state, layer)
+        state.pairs += grid.groups
+        return unpatchify(self.head(x, constants.time), grid)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def _join(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> LayerCache:
+    """The cached frame pairs in slot order, then the new ones; softmax does not mind the order."""
+    if state.pairs == 0:
+        return new
+    old, filled = state.layers[layer], state.cached_pairs * blocks
+    device = new.keys.device
+    return LayerCache(
+        *(
+            torch.cat([getattr(old, name)[:, :filled].to(device), getattr(new, name)], 1)
+            for name in ("keys", "values", "pooled")
+        )
+    )
+
+
+def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> None:
+    """Writes the newest frame pairs over the oldest slots. Drops one pair a step, as the released code does."""
+    heads, count, tokens, head_dim = new.keys.shape
+    if layer == len(state.layers):
+        room, where = state.slots * blocks, state.device or new.keys.device
+        shapes = ((heads, room, tokens, head_dim),) * 2 + ((heads, room, head_dim),)
+        state.layers.append(LayerCache(*(new.keys.new_empty(shape, device=where) for shape in shapes)))
+    cache = state.layers[layer]
+    pairs = count // blocks
+    for pair in range(max(0, pairs - state.slots), pairs):
+        slot = (state.pairs + pair) % state.slots * blocks
+        for name in ("keys", "values", "pooled"):
+            source = getattr(new, name)[:, pair * blocks : (pair + 1) * blocks]
+            getattr(cache, name)[:, slot : slot + blocks].copy_(source.detach())

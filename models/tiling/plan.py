@@ -1,0 +1,64 @@
+"""Where tiles lie, and their weights. Plain integers; one unit is whatever the caller counts in."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """One tile on one axis.
+
+    Attributes:
+        start, stop: what the tile covers.
+        before, after: how much of it the neighbours cover too; 0 at the border of the image.
+    """
+
+    start: int
+    stop: int
+    before: int
+    after: int
+
+
+class Tile(NamedTuple):
+    rows: Span
+    columns: Span
+
+
+def axis_spans(length: int, tile: int, overlap: int) -> list[Span]:
+    """Covers 0 … length with tiles of one size that overlap by at least `overlap`; the last one ends at the border.
+
+    Raises:
+        ValueError: the overlap leaves a tile no room to advance.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"axis_spans: expected an overlap from 0 to below the tile size {tile}; got {overlap}.")
+    if tile >= length:
+        return [Span(0, length, 0, 0)]
+    count = -(-(length - overlap) // (tile - overlap))
+    starts = [min(i * (tile - overlap), length - tile) for i in range(count)]
+    spans = []
+    for i, start in enumerate(starts):
+        before = starts[i - 1] + tile - start if i else 0
+        after = start + tile - starts[i + 1] if i + 1 < count else 0
+        spans.append(Span(start, start + tile, before, after))
+    return spans
+
+
+def grid_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
+    """Tiles over a plane, row by row; see `axis_spans`."""
+    columns = axis_spans(width, tile, overlap)
+    return [Tile(row, column) for row in axis_spans(height, tile, overlap) for column in columns]
+
+
+def ramp(span: Span) -> Tensor:
+    """fp32 weights along one span: rising (k+1)/(n+1) over an inner overlap of n, 1 elsewhere and at the image border."""
+    weight = torch.ones(span.stop - span.start)
+    for count, side in ((span.before, weight), (span.after, weight.flip(0))):
+        rise = torch.arange(1, count + 1, dtype=torch.float32) / (count + 1)
+        side[:count] = torch.minimum(side[:count], rise)
+        if side is not weight:
+            weight = side.flip(0)
+    return weight
