@@ -120,9 +120,7 @@ def _gather_loop(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
             rows.append(torch.zeros_like(q[head, block]))
             continue
         whole = len(selected) == key_blocks
-        k_row, v_row = (
-            (x[head] if whole else x[head].index_select(0, selected)).reshape(-1, head_dim) for x in (k, v)
-        )
+        k_row, v_row = ((x[head] if whole else x[head].index_select(0, selected)).reshape(-1, head_dim) for x in (k, v))
         rows.append((q[head, block] @ k_row.t()).softmax(-1) @ v_row)
     return torch.stack(rows).view(queries.shape).to(queries.dtype)
 

@@ -39,7 +39,9 @@ class FlashVSRConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
-            raise ValueError(f"FlashVSRConfig: expected dim divisible by num_heads; got {self.dim} and {self.num_heads}.")
+            raise ValueError(
+                f"FlashVSRConfig: expected dim divisible by num_heads; got {self.dim} and {self.num_heads}."
+            )
         third = self.head_dim // 3
         if self.head_dim % 2 or third % 2:
             raise ValueError(
@@ -72,7 +74,9 @@ class FlashVSRConfig:
         dim = patch.shape[0]
         if num_heads is None:
             if dim % HEAD_DIM:
-                raise ValueError(f"FlashVSRConfig: expected a width divisible by {HEAD_DIM}; got {dim}. Pass num_heads.")
+                raise ValueError(
+                    f"FlashVSRConfig: expected a width divisible by {HEAD_DIM}; got {dim}. Pass num_heads."
+                )
             num_heads = dim // HEAD_DIM
         layers = [int(key.split(".")[1]) for key in transformer if key.startswith("blocks.")]
         linears = [int(key.split(".")[1]) for key in lq_projection if key.startswith("linear_layers.")]

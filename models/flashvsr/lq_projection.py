@@ -74,7 +74,9 @@ class CausalLQ4xProjection(nn.Module):
 
     cache_order = "fixed"
 
-    def __init__(self, hidden: tuple[int, int] = (2048, 3072), dim: int = 1536, layers: int = 1, operations=cast_on_use):
+    def __init__(
+        self, hidden: tuple[int, int] = (2048, 3072), dim: int = 1536, layers: int = 1, operations=cast_on_use
+    ):
         super().__init__()
         pixels = 3 * PIXELS_PER_TOKEN**2
         kernel = {"kernel_size": (KERNEL_FRAMES, 3, 3), "stride": (2, 1, 1)}
@@ -122,7 +124,9 @@ class CausalLQ4xProjection(nn.Module):
         still = first.expand(-1, -1, KERNEL_FRAMES, -1, -1)
         # Every window of the convolution sees the same frame, so one output stands for both.
         feature = F.silu(self.norm1(_convolve(self.conv1, still.flatten(1, 2)))).unsqueeze(2)
-        return LQCache(_owned(first.expand(-1, -1, CACHE_FRAMES, -1, -1)), _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
+        return LQCache(
+            _owned(first.expand(-1, -1, CACHE_FRAMES, -1, -1)), _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1))
+        )
 
     def _halve(self, conv: nn.Module, norm: ChannelNorm, frames: Tensor, cache: Tensor) -> Tensor:
         """SiLU(norm(conv)) over time: N,C,T,h,w → N,C',T/2,h,w."""

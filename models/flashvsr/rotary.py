@@ -36,7 +36,10 @@ def rotation(grid: Grid, first_frame: int, head_dim: int, device: torch.device) 
     Returns:
         Two fp32 tensors, L × 1 × head_dim/2, in window order.
     """
-    angles = [axis_angles(start, count, dim) for start, count, dim in zip((first_frame, 0, 0), grid, axis_dims(head_dim), strict=True)]
+    angles = [
+        axis_angles(start, count, dim)
+        for start, count, dim in zip((first_frame, 0, 0), grid, axis_dims(head_dim), strict=True)
+    ]
     blocks = [count // side for count, side in zip(grid, WINDOW, strict=True)]
     parts = []
     for axis, angle in enumerate(angles):

@@ -203,7 +203,9 @@ class _Run:
         self.padded = padded_size(*self.size)
         columns, rows = (side // LATENT_STRIDE for side in self.padded)
         channels = model.transformer.config.in_dim
-        if noise is not None and (noise.ndim != 5 or (noise.shape[:2] != (1, channels) or noise.shape[3:] != (rows, columns))):
+        if noise is not None and (
+            noise.ndim != 5 or (noise.shape[:2] != (1, channels) or noise.shape[3:] != (rows, columns))
+        ):
             raise ValueError(
                 f"upscale_frames: expected noise of shape (1, {channels}, T, {rows}, {columns}) for frames of "
                 f"{self.size[0]} × {self.size[1]}; got {tuple(noise.shape)}."
@@ -247,9 +249,9 @@ class _Run:
     def _total_weight(self) -> Tensor:
         total = torch.zeros(self.latent_shape[3:])
         for tile in self.tiles:
-            total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] += (
-                ramp(tile.rows)[:, None] * ramp(tile.columns)
-            )
+            total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] += ramp(tile.rows)[
+                :, None
+            ] * ramp(tile.columns)
         return total
 
     def decode(self, first: int, last: int) -> list[Tensor]:
@@ -260,7 +262,9 @@ class _Run:
         state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None
         lq = self._lq(first, last)
         if self.vae is None:
-            decoded, state.decoder = self.model.decoder(latent.transpose(1, 2), lq.to(self.dtype).transpose(1, 2), state.decoder)
+            decoded, state.decoder = self.model.decoder(
+                latent.transpose(1, 2), lq.to(self.dtype).transpose(1, 2), state.decoder
+            )
             frames = decoded.transpose(1, 2).float() * 2 - 1
         else:
             frames, state.decoder = self.vae.decode_stream(latent, state.decoder)
@@ -275,7 +279,9 @@ class _Run:
         The window holds frames as they came: making them large twice costs little, holding 25 large ones would not.
         """
         window, start = self.state.window, self.state.window_start
-        frames = torch.stack([window[min(i - start, len(window) - 1)].to(self.device).float() for i in range(first, last)])
+        frames = torch.stack(
+            [window[min(i - start, len(window) - 1)].to(self.device).float() for i in range(first, last)]
+        )
         frames = frames.permute(0, 3, 1, 2)
         width, height = self.size
         if frames.shape[2:] != (height, width):

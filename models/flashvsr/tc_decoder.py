@@ -7,7 +7,6 @@ run as four 2×2 convolutions, one for each output phase, on the small map: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -93,7 +92,9 @@ def phase_kernels(grow: Tensor, conv: Tensor, stride: int) -> list[Tensor]:
     channels = grow.shape[1]
     kernels = []
     for step in range(stride):
-        mixed = torch.einsum("omyx,mc->ocyx", conv.float(), grow[step * channels : (step + 1) * channels, :, 0, 0].float())
+        mixed = torch.einsum(
+            "omyx,mc->ocyx", conv.float(), grow[step * channels : (step + 1) * channels, :, 0, 0].float()
+        )
         rows = [torch.stack([mixed[:, :, 0], mixed[:, :, 1] + mixed[:, :, 2]], 2)]
         rows.append(torch.stack([mixed[:, :, 0] + mixed[:, :, 1], mixed[:, :, 2]], 2))
         phases = []
@@ -135,7 +136,10 @@ class TCDecoder(nn.Module):
     """
 
     def __init__(
-        self, channels: tuple[int, int, int, int] = (512, 256, 128, 128), latent_channels: int = 16, operations=cast_on_use
+        self,
+        channels: tuple[int, int, int, int] = (512, 256, 128, 128),
+        latent_channels: int = 16,
+        operations=cast_on_use,
     ) -> None:
         super().__init__()
         conv = operations.Conv2d

@@ -128,7 +128,13 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def forward(
-        self, x: Tensor, step: _Step, modulation: Tensor, cross: tuple[Tensor, Tensor], state: TransformerState, layer: int
+        self,
+        x: Tensor,
+        step: _Step,
+        modulation: Tensor,
+        cross: tuple[Tensor, Tensor],
+        state: TransformerState,
+        layer: int,
     ) -> Tensor:
         """x BLD of one step → the same shape; writes the step's keys and values into the layer's cache."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (to_like(self.modulation, x) + modulation).unbind(1)

@@ -54,7 +54,7 @@ def grid_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
 
 
 def ramp(span: Span) -> Tensor:
-    """fp32 weights along one span: rising (k+1)/(n+1) over an inner overlap of n, 1 elsewhere and at the image border."""
+    """fp32 weights of one span: rising (k+1)/(n+1) over an inner overlap of n, 1 elsewhere and at the border."""
     weight = torch.ones(span.stop - span.start)
     for count, side in ((span.before, weight), (span.after, weight.flip(0))):
         rise = torch.arange(1, count + 1, dtype=torch.float32) / (count + 1)
