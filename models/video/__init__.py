@@ -1,0 +1,20 @@
+"""Decoding and encoding clips with PyAV: frames in, frames out, one at a time; sound copied, timestamps kept."""
+
+from .images import ImageSequenceWriter, encode_png
+from .pixels import ColourTags
+from .reader import Clip, open_clip
+from .source import DamagedVideoError, VideoError
+from .writer import ClipWriter, Encoding, choose_encoding
+
+__all__ = [
+    "Clip",
+    "ClipWriter",
+    "ColourTags",
+    "DamagedVideoError",
+    "Encoding",
+    "ImageSequenceWriter",
+    "VideoError",
+    "choose_encoding",
+    "encode_png",
+    "open_clip",
+]

@@ -1,0 +1,128 @@
+"""The sound of the source clip in the output: copied packet by packet, re-encoded only where the container must."""
+
+from __future__ import annotations
+
+import io
+import logging
+from fractions import Fraction
+
+import av
+from av.container import OutputContainer
+from av.error import FFmpegError
+
+from .reader import Clip, time_origin
+from .source import open_container
+
+log = logging.getLogger("steadyvsr.video")
+
+REENCODED_BITS_PER_SECOND = 192_000
+
+
+class AudioCopy:
+    """All audio streams of a clip, on their way into an output container.
+
+    Make it before the container's header is written (it adds the streams); then `advance` as the video's time goes on,
+    so that both lie interleaved in the file. It has its own opened source and its own place in it.
+
+    Attributes:
+        notes: what a user should be told (a stream that had to be re-encoded)
+    """
+
+    def __init__(self, clip: Clip, output: OutputContainer):
+        self._output = output
+        self._clip = clip
+        self._input = open_container(clip.source)
+        self.notes: list[str] = []
+        self._done = False
+        self._waiting: av.Packet | None = None
+        self._origin = time_origin(self._input) + clip.start
+        self._targets: dict[int, tuple] = {}
+        for stream in self._input.streams.audio:
+            self._targets[stream.index] = self._target(stream)
+        if clip.start:
+            self._input.seek(int(self._origin * av.time_base))
+        self._packets = self._input.demux(list(self._input.streams.audio))
+
+    def _target(self, stream) -> tuple:
+        name = self._output.format.name
+        if _container_holds(name, stream):
+            target = self._output.add_stream_from_template(stream)
+            encoded = False
+        else:
+            codec, rate = ("libopus", 48_000) if name == "webm" else ("aac", stream.rate)
+            target = self._output.add_stream(codec, rate=rate, layout=stream.layout.name)
+            target.bit_rate = REENCODED_BITS_PER_SECOND
+            encoded = True
+            self.notes.append(f"audio re-encoded from {stream.codec_context.name} to {codec}: {name} cannot hold it")
+        if "language" in stream.metadata:
+            target.metadata["language"] = stream.metadata["language"]
+        return target, encoded
+
+    def advance(self, until: Fraction | None) -> None:
+        """Writes the packets that begin before `until` seconds of the window; None: all that is left of it."""
+        while not self._done:
+            packet = self._waiting or self._next_packet()
+            self._waiting = None
+            if packet is None:
+                self._finish()
+                return
+            if packet.dts is None:
+                continue
+            begin = packet.dts * packet.time_base - self._origin
+            if self._clip.start and begin < 0:
+                continue
+            if self._clip.window is not None and begin >= self._clip.window:
+                self._finish()
+                return
+            if until is not None and begin >= until:
+                self._waiting = packet
+                return
+            self._write(packet)
+
+    def close(self) -> None:
+        """Closes the source. Streams that were re-encoded are complete only after `advance(None)`."""
+        self._input.close()
+
+    def _next_packet(self) -> av.Packet | None:
+        try:
+            return next(self._packets, None)
+        except FFmpegError as error:
+            # The reader of the pictures reports a damaged file; here it only means that the sound ends.
+            log.warning("%s: the audio ends early: %s", self._clip.name, error.strerror)
+            return None
+
+    def _write(self, packet: av.Packet) -> None:
+        target, encoded = self._targets[packet.stream.index]
+        if encoded:
+            try:
+                frames = packet.decode()
+            except FFmpegError as error:
+                log.warning("%s: audio packet left out: %s", self._clip.name, error.strerror)
+                return
+            for frame in frames:
+                frame.pts = round((frame.pts * frame.time_base - self._origin) * frame.sample_rate)
+                frame.time_base = Fraction(1, frame.sample_rate)
+                self._output.mux(target.encode(frame))
+            return
+        shift = round(self._origin / packet.time_base)
+        packet.dts -= shift
+        packet.pts = packet.dts if packet.pts is None else packet.pts - shift
+        packet.stream = target
+        self._output.mux(packet)
+
+    def _finish(self) -> None:
+        self._done = True
+        for target, encoded in self._targets.values():
+            if encoded:
+                self._output.mux(target.encode(None))
+
+
+def _container_holds(format_name: str, stream) -> bool:
+    """Whether this container takes the stream as it is: asked by writing a header with it alone."""
+    try:
+        with av.open(io.BytesIO(), "w", format=format_name) as trial:
+            trial.add_stream_from_template(stream)
+            trial.start_encoding()
+    except (FFmpegError, ValueError):
+        return False
+    return True

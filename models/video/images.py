@@ -1,0 +1,230 @@
+"""Image sequences: a folder, a pattern or one image, read and written one image at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+
+from .orientation import display_matrix, upright
+from .pixels import frame_to_rgb, rgb_to_frame
+from .source import DamagedVideoError, Source, VideoError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
+FRAME_NAME = "frame_{:06d}.png"
+
+
+def list_images(source: Source) -> list[Path] | None:
+    """The images a path means, in order; None if it means no image sequence (a video, an open file).
+
+    A folder: its images in natural order (2 before 10). `shot_%04d.png`: by number, without gaps. `*.png`: natural
+    order. One image: itself. Raises VideoError for an empty folder, a pattern without match, or a gap in the numbers.
+    """
+    if not isinstance(source, (str, Path)):
+        return None
+    path = Path(source)
+    if path.is_dir():
+        found = [entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+        if not found:
+            raise VideoError(f"{path}: expected a folder with images; got none of {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        return sorted(found, key=_natural)
+    if path.exists():
+        return [path] if path.suffix.lower() in IMAGE_SUFFIXES else None
+    if re.search(r"%0?\d*d", path.name):
+        return _numbered(path)
+    if any(char in path.name for char in "*?["):
+        found = sorted(path.parent.glob(path.name), key=_natural)
+        if not found:
+            raise VideoError(f"{path}: expected images; nothing matches this pattern.")
+        return found
+    return None
+
+
+def _natural(path: Path) -> list:
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.findall(r"\d+|\D+", path.name)
+    ]
+
+
+def _numbered(path: Path) -> list[Path]:
+    before, after = re.split(r"%0?\d*d", path.name, maxsplit=1)
+    number = re.compile(re.escape(before) + r"(\d+)" + re.escape(after))
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = {int(match[1]): entry for entry in entries if (match := number.fullmatch(entry.name))}
+    if not found:
+        raise VideoError(f"{path}: expected numbered images; nothing matches this pattern.")
+    for index in range(min(found), max(found)):
+        if index not in found:
+            raise VideoError(f"{path}: expected images {min(found)} to {max(found)}; number {index} is missing.")
+    return [found[index] for index in sorted(found)]
+
+
+def window_of(count: int, frame_rate: Fraction, start: Fraction, window: Fraction | None) -> range:
+    """Indices of the frames whose time k / frame_rate lies in [start, start + window)."""
+    first = -(-start * frame_rate // 1)
+    last = count if window is None else -(-(start + window) * frame_rate // 1)
+    return range(int(first), min(count, int(last)))
+
+
+def decode_image(path: Path) -> av.VideoFrame:
+    """The one picture of an image file. Raises DamagedVideoError, or OSError if it cannot be opened."""
+    problem = "no picture in it"
+    with open(path, "rb") as file:
+        try:
+            # An open file, not a path: FFmpeg would read a % in the name as a pattern.
+            with av.open(file, "r", options={"err_detect": "explode"}) as container:
+                for packet in container.demux(video=0):
+                    for frame in packet.decode():
+                        return frame
+        except (FFmpegError, IndexError) as error:
+            problem = getattr(error, "strerror", None) or "no picture in it"
+    size = path.stat().st_size
+    raise DamagedVideoError(f"{path.name}: expected an image; got {size} bytes that are none ({problem}). Replace it.")
+
+
+def read_images(
+    paths: tuple[Path, ...],
+    size: tuple[int, int],
+    frame_rate: Fraction,
+    start: Fraction,
+    window: Fraction | None,
+    keep: bool,
+) -> Iterator[tuple[Tensor, Fraction]]:
+    """(HWC float32 RGB 0..1, seconds from `start`) of each image in the window.
+
+    size: (height, width) that all must have. keep: leave damaged images out (their time stays empty), do not raise.
+    """
+    for index in window_of(len(paths), frame_rate, start, window):
+        try:
+            frame = decode_image(paths[index])
+        except DamagedVideoError as error:
+            if keep:
+                continue
+            error.frames_read = index
+            raise
+        rgb = upright(frame_to_rgb(frame), display_matrix(frame))
+        if rgb.shape[:2] != size:
+            raise VideoError(
+                f"{paths[index].name}: expected {size[1]}x{size[0]} like the first image;"
+                f" got {rgb.shape[1]}x{rgb.shape[0]}."
+            )
+        yield rgb, index / frame_rate - start
+
+
+def verify_images(paths: tuple[Path, ...]) -> None:
+    """Raises DamagedVideoError for the first image that is an empty file (the others are looked at when decoded)."""
+    for path in paths:
+        if path.stat().st_size == 0:
+            raise DamagedVideoError(f"{path.name}: expected an image; got an empty file (0 bytes). Replace it.")
+
+
+class ImageSequenceWriter:
+    """Writes frames as PNG files into a folder that appears under its name only when all of them are there.
+
+    The frames go to `FOLDER.part` beside it; leaving the `with` block by an exception removes that and touches nothing
+    else. An existing folder is refused without `force`; with it, files of the same names are replaced and others stay.
+    """
+
+    def __init__(self, folder: str | Path, width: int, height: int, *, sixteen_bit: bool = False, force: bool = False):
+        self.path = Path(folder)
+        self.width, self.height = width, height
+        self.frames_written = 0
+        self._force = force
+        self._format = "rgb48be" if sixteen_bit else "rgb24"
+        self._encoder = _png_encoder(width, height, self._format)
+        self._refuse_existing()
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"{self.path}: expected an existing folder to write into; {self.path.parent} is none."
+            )
+        self._part = self.path.with_name(self.path.name + ".part")
+        shutil.rmtree(self._part, ignore_errors=True)
+        try:
+            self._part.mkdir()
+        except OSError as error:
+            raise type(error)(error.errno, f"{self.path}: expected a writable folder; got {error.strerror}.") from error
+
+    def __enter__(self) -> ImageSequenceWriter:
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def write(self, frame: Tensor, time: Fraction | None = None) -> None:
+        """Writes one HWC float RGB frame 0..1 as round(x·255) or round(x·65535); images have no time to store."""
+        check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
+        data = encode_png(frame, self._format, self._encoder)
+        target = self._part / FRAME_NAME.format(self.frames_written)
+        try:
+            with open(target, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise type(error)(
+                error.errno, f"{target}: could not be written ({error.strerror}). {self.path} is untouched."
+            ) from error
+        self.frames_written += 1
+
+    def finish(self, to: str | Path | None = None) -> Path:
+        """Gives the folder its name (`to` replaces the one given at first) and returns it."""
+        if to is not None:
+            self.path = Path(to)
+        if not self.frames_written:
+            self.abort()
+            raise VideoError(f"{self.path}: expected at least one frame to write; got none.")
+        self._refuse_existing()
+        if self.path.is_dir():
+            for image in sorted(self._part.iterdir()):
+                os.replace(image, self.path / image.name)
+            self._part.rmdir()
+        else:
+            self._part.rename(self.path)
+        return self.path
+
+    def abort(self) -> None:
+        """Removes what was written so far."""
+        shutil.rmtree(self._part, ignore_errors=True)
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists() and not (self.path.is_dir() and (self._force or not any(self.path.iterdir()))):
+            raise FileExistsError(
+                f"{self.path}: already exists. Choose another name, or ask for overwriting (--force)."
+            )
+
+
+def check_frame(name: str, frame: Tensor, width: int, height: int, index: int) -> None:
+    """Raises ValueError unless the frame is HWC of this size, floating point, and finite."""
+    if tuple(frame.shape) != (height, width, 3) or not frame.is_floating_point():
+        raise ValueError(
+            f"{name}: expected frame {index} as float HWC {height}x{width}x3; got {frame.dtype} {tuple(frame.shape)}."
+        )
+    if not torch.isfinite(frame.sum(dtype=torch.float32)):
+        raise ValueError(f"{name}: expected numbers from 0 to 1; got NaN or infinity in frame {index}.")
+
+
+def _png_encoder(width: int, height: int, pixel_format: str) -> av.VideoCodecContext:
+    encoder = cast(av.VideoCodecContext, av.CodecContext.create("png", "w"))
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, pixel_format
+    encoder.time_base = Fraction(1, 1)
+    encoder.thread_count = 1  # frame threads would hold pictures back
+    return encoder
+
+
+def encode_png(frame: Tensor, pixel_format: str = "rgb24", encoder: av.VideoCodecContext | None = None) -> bytes:
+    """HWC float RGB 0..1 as the bytes of a PNG file, 8 bit (rgb24) or 16 bit (rgb48be)."""
+    height, width, _ = frame.shape
+    chosen = _png_encoder(width, height, pixel_format) if encoder is None else encoder
+    return b"".join(bytes(packet) for packet in chosen.encode(rgb_to_frame(frame, pixel_format)))

@@ -1,0 +1,46 @@
+"""The display rotation of a video or photo: phones store the sensor's picture and say how to turn it."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from torch import Tensor
+
+
+def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
+    """[[a, b], [c, d]] of the frame's display matrix, rounded to quarter turns and flips; None where it has none.
+
+    FFmpeg's libavutil/display.h: x' = a·x + c·y, y' = b·x + d·y with y downwards, stored in 16.16 fixed point.
+    """
+    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if side_data is None:
+        return None
+    cells = np.frombuffer(bytes(side_data), dtype="<i4").reshape(3, 3)[:2, :2] / 65536
+    straight = abs(cells[0, 0]) >= abs(cells[0, 1])
+    return np.sign(cells) * (np.eye(2) if straight else np.eye(2)[::-1])
+
+
+def turns_sideways(matrix: np.ndarray | None) -> bool:
+    """Whether width and height change places."""
+    return matrix is not None and matrix[0, 0] == 0
+
+
+def upright(picture: Tensor, matrix: np.ndarray | None) -> Tensor:
+    """HWC turned and mirrored as its display matrix says."""
+    if matrix is None:
+        return picture
+    if turns_sideways(matrix):
+        picture = picture.transpose(0, 1)
+        flip_x, flip_y = matrix[1, 0] < 0, matrix[0, 1] < 0
+    else:
+        flip_x, flip_y = matrix[0, 0] < 0, matrix[1, 1] < 0
+    dims = [dim for dim, flipped in ((0, flip_y), (1, flip_x)) if flipped]
+    return (picture.flip(dims) if dims else picture).contiguous()
+
+
+def clockwise_degrees(matrix: np.ndarray | None) -> int:
+    """How far `upright` turns the picture clockwise: 0, 90, 180 or 270."""
+    if matrix is None:
+        return 0
+    return round(float(np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0])))) % 360

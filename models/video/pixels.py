@@ -1,0 +1,251 @@
+"""Between decoded video frames and RGB tensors, in float32 from the code values on.
+
+libswscale only changes the memory layout of a frame (packed to planar, big to little endian). The colour matrix, the
+range and the chroma positions are applied here: swscale's 16-bit RGB is up to one 8-bit level too dark (measured with
+PyAV 18.1: white comes out as 65280 of 65535), and PyAV 14.2 loses the source range on the way.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+# ITU-T H.273 code points, as FFmpeg's AVColorSpace / AVColorPrimaries / AVColorTransferCharacteristic number them.
+MATRIX_RGB, MATRIX_BT709, MATRIX_UNSPECIFIED, MATRIX_BT601, MATRIX_BT2020 = 0, 1, 2, 6, 9
+PRIMARIES_BT709, PRIMARIES_UNSPECIFIED, PRIMARIES_BT2020 = 1, 2, 9
+TRANSFER_BT709, TRANSFER_UNSPECIFIED = 1, 2
+RANGE_LIMITED, RANGE_FULL = 1, 2
+
+# (Kr, Kb) of each matrix: H.273 table 4.
+LUMA_WEIGHTS = {
+    MATRIX_BT709: (0.2126, 0.0722),
+    4: (0.30, 0.11),
+    5: (0.299, 0.114),
+    MATRIX_BT601: (0.299, 0.114),
+    7: (0.212, 0.087),
+    MATRIX_BT2020: (0.2627, 0.0593),
+    10: (0.2627, 0.0593),
+}
+HD_LINES = 720
+
+_YUV = re.compile(r"yuv(?P<jpeg>j?)a?(?P<chroma>4[0-4][0-4])p(?P<bits>\d*)(?:le|be)?")
+_CHROMA_STEPS = {"444": (1, 1), "440": (1, 2), "422": (2, 1), "420": (2, 2), "411": (4, 1), "410": (4, 4)}
+
+
+@dataclass(frozen=True)
+class ColourTags:
+    """How RGB was, or shall be, written as YUV: H.273 code points for matrix, primaries and transfer."""
+
+    matrix: int = MATRIX_BT709
+    primaries: int = PRIMARIES_BT709
+    transfer: int = TRANSFER_BT709
+
+
+@dataclass(frozen=True)
+class PixelLayout:
+    """A planar pixel format that this module reads and writes plane by plane.
+
+    Attributes:
+        planes: the frame's plane of each of (Y, Cb, Cr), of (R, G, B), or of (Y,)
+        x_step, y_step: luma samples per chroma sample
+    """
+
+    name: str
+    kind: str
+    bits: int
+    planes: tuple[int, ...]
+    x_step: int = 1
+    y_step: int = 1
+    full_range: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype("u1") if self.bits == 8 else np.dtype("<u2")
+
+    def divides(self, width: int, height: int) -> bool:
+        """Whether a frame of this size has whole chroma samples."""
+        return width % self.x_step == 0 and height % self.y_step == 0
+
+
+def pixel_layout(name: str) -> PixelLayout | None:
+    """The layout of a planar format by FFmpeg's name (little endian above 8 bits), or None if it is not planar."""
+    yuv = _YUV.fullmatch(name)
+    if yuv and not name.endswith("be"):
+        x_step, y_step = _CHROMA_STEPS[yuv["chroma"]]
+        return PixelLayout(name, "yuv", int(yuv["bits"] or 8), (0, 1, 2), x_step, y_step, bool(yuv["jpeg"]))
+    gbr = re.fullmatch(r"gbra?p(\d*)(?:le)?", name)
+    if gbr:
+        return PixelLayout(name, "rgb", int(gbr[1] or 8), (2, 0, 1), full_range=True)
+    grey = re.fullmatch(r"gray(\d*)(?:le)?", name)
+    if grey:
+        return PixelLayout(name, "grey", int(grey[1] or 8), (0,), full_range=True)
+    return None
+
+
+def bit_depth(frame: av.VideoFrame) -> int:
+    """Bits of the frame's deepest component."""
+    return max(component.bits for component in frame.format.components)
+
+
+def has_alpha(frame: av.VideoFrame) -> bool:
+    return any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+
+
+def matrix_of(frame: av.VideoFrame) -> int:
+    """The frame's YUV matrix; where the file does not say: BT.709 from 720 lines on, else BT.601, as players do."""
+    matrix = int(frame.colorspace)
+    if matrix in LUMA_WEIGHTS:
+        return matrix
+    return MATRIX_BT709 if frame.height >= HD_LINES else MATRIX_BT601
+
+
+def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
+    """A decoded frame as HWC float32 RGB 0..1 on the CPU; alpha is dropped, nothing is rotated."""
+    frame, layout = _as_planar(frame)
+    if layout is None:
+        packed = frame.to_ndarray()
+        return torch.from_numpy(packed.astype(np.float32)).div_(255.0 if packed.dtype == np.uint8 else 65535.0)
+    planes = [_read_plane(frame, index, layout.dtype) for index in layout.planes]
+    if layout.kind == "rgb":
+        return torch.stack(planes, dim=-1).div_(2**layout.bits - 1)
+    tagged = int(frame.color_range)
+    full_range = tagged == RANGE_FULL or (layout.full_range and tagged != RANGE_LIMITED)
+    luma = _luma_from_codes(planes[0], layout.bits, full_range)
+    if layout.kind == "grey":
+        return luma.clamp_(0, 1).unsqueeze(-1).repeat(1, 1, 3)
+    # JPEG's chroma samples lie between the luma columns, those of MPEG-2 and everything after it on the even ones.
+    centred = layout.name.startswith("yuvj")
+    cb, cr = (
+        _upsample_chroma(_chroma_from_codes(plane, layout.bits, full_range), layout, luma.shape, centred)
+        for plane in planes[1:]
+    )
+    kr, kb = LUMA_WEIGHTS[matrix_of(frame)]
+    kg = 1 - kr - kb
+    rgb = torch.empty(*luma.shape, 3)
+    torch.add(luma, cr, alpha=2 * (1 - kr), out=rgb[..., 0])
+    torch.add(luma, cb, alpha=-2 * kb * (1 - kb) / kg, out=rgb[..., 1]).sub_(cr, alpha=2 * kr * (1 - kr) / kg)
+    torch.add(luma, cb, alpha=2 * (1 - kb), out=rgb[..., 2])
+    return rgb.clamp_(0, 1)
+
+
+def rgb_to_frame(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> av.VideoFrame:
+    """HWC float RGB 0..1 as a frame of `pixel_format`, each code value rounded to the nearest (limited range for YUV).
+
+    Raises ValueError for a format that is neither planar YUV, planar RGB, rgb24 nor rgb48be, or whose chroma does not
+    divide the size.
+    """
+    height, width, _ = rgb.shape
+    rgb = rgb.float().clamp(0, 1)
+    frame = av.VideoFrame(width, height, pixel_format)
+    if pixel_format in ("rgb24", "rgb48be"):
+        top, dtype = (255, "u1") if pixel_format == "rgb24" else (65535, ">u2")
+        _write_plane(frame, 0, _codes(rgb * top, top).reshape(height, width * 3), np.dtype(dtype))
+        return frame
+    layout = pixel_layout(pixel_format)
+    if layout is None or layout.kind == "grey" or not layout.divides(width, height):
+        raise ValueError(f"pixel format {pixel_format}: cannot hold {width}x{height} RGB. Choose yuv444p.")
+    top = 2**layout.bits - 1
+    red, green, blue = rgb.unbind(-1)
+    if layout.kind == "rgb":
+        planes = [red * top, green * top, blue * top]
+    else:
+        kr, kb = LUMA_WEIGHTS[matrix]
+        luma = red * kr + green * (1 - kr - kb) + blue * kb
+        unit = 2 ** (layout.bits - 8)
+        frame.colorspace, frame.color_range = matrix, RANGE_LIMITED  # some encoders (ProRes) tag from the frame
+        planes = [luma * (219 * unit) + 16 * unit]
+        for colour, weight in ((blue, kb), (red, kr)):
+            chroma = _downsample_chroma((colour - luma) / (2 * (1 - weight)), layout)
+            planes.append(chroma * (224 * unit) + 128 * unit)
+    for index, plane in zip(layout.planes, planes, strict=True):
+        _write_plane(frame, index, _codes(plane, top), layout.dtype)
+    return frame
+
+
+def _as_planar(frame: av.VideoFrame) -> tuple[av.VideoFrame, PixelLayout | None]:
+    """The frame in a layout known here, or (packed rgb24 / rgb48le, None): bytes are moved, no matrix is applied."""
+    layout = pixel_layout(frame.format.name)
+    if layout is not None:
+        return frame, layout
+    bits = bit_depth(frame)
+    depth = "" if bits <= 8 else f"{bits}le"
+    name = frame.format.name
+    if name.startswith("gray") or name.startswith("ya"):
+        target = "gray" if bits <= 8 else "gray16le"
+    elif name.startswith("gbr") and not name.startswith("gbrpf") and not name.startswith("gbrapf"):
+        target = f"gbrp{depth}"
+    elif frame.format.is_rgb or name == "pal8" or len(frame.format.components) < 3:
+        return frame.reformat(format="rgb24" if bits <= 8 else "rgb48le"), None
+    else:
+        x_step, y_step = 64 // frame.format.chroma_width(64), 64 // frame.format.chroma_height(64)
+        chroma = next((key for key, steps in _CHROMA_STEPS.items() if steps == (x_step, y_step)), "444")
+        target = f"yuv{chroma}p{depth}"
+    return frame.reformat(format=target), pixel_layout(target)
+
+
+def _read_plane(frame: av.VideoFrame, index: int, dtype: np.dtype) -> Tensor:
+    plane = frame.planes[index]
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[: plane.height]
+    return torch.from_numpy(rows[:, : plane.width * dtype.itemsize].view(dtype).astype(np.float32))
+
+
+def _write_plane(frame: av.VideoFrame, index: int, codes: np.ndarray, dtype: np.dtype) -> None:
+    plane = frame.planes[index]
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+    height, width = codes.shape
+    rows[:height, : width * dtype.itemsize] = codes.astype(dtype).view(np.uint8)
+
+
+def _codes(values: Tensor, top: int) -> np.ndarray:
+    codes = values.round().clamp_(0, top)
+    return codes.to(torch.uint8 if top == 255 else torch.int32).contiguous().cpu().numpy()
+
+
+def _luma_from_codes(codes: Tensor, bits: int, full_range: bool) -> Tensor:
+    if full_range:
+        return codes.div_(2**bits - 1)
+    unit = 2 ** (bits - 8)
+    return codes.sub_(16 * unit).div_(219 * unit)
+
+
+def _chroma_from_codes(codes: Tensor, bits: int, full_range: bool) -> Tensor:
+    codes = codes.sub_(2 ** (bits - 1))
+    return codes.div_(2**bits - 1 if full_range else 224 * 2 ** (bits - 8))
+
+
+def _upsample_chroma(chroma: Tensor, layout: PixelLayout, size: torch.Size, centred: bool) -> Tensor:
+    height, width = size
+    chroma = _interpolate(chroma, 0, layout.y_step, height, centred=True)
+    return _interpolate(chroma, 1, layout.x_step, width, centred)
+
+
+def _interpolate(chroma: Tensor, dim: int, step: int, length: int, centred: bool) -> Tensor:
+    """Linear interpolation along `dim` to `length` luma positions; edges repeat."""
+    if step == 1:
+        return chroma
+    position = torch.arange(length, dtype=torch.float64)
+    if centred:
+        position = position - (step - 1) / 2
+    position = (position / step).clamp(0, chroma.shape[dim] - 1)
+    lower = position.floor().long()
+    upper = (lower + 1).clamp(max=chroma.shape[dim] - 1)
+    weight = (position - lower).float()
+    weight = weight[:, None] if dim == 0 else weight
+    return torch.lerp(chroma.index_select(dim, lower), chroma.index_select(dim, upper), weight)
+
+
+def _downsample_chroma(chroma: Tensor, layout: PixelLayout) -> Tensor:
+    """Mean of the rows, [1 2 1]/4 around the even columns (chroma lies on them); edges repeat."""
+    if layout.y_step > 1:
+        chroma = chroma.unflatten(0, (-1, layout.y_step)).mean(dim=1)
+    if layout.x_step == 2:
+        left = torch.cat([chroma[:, :1], chroma[:, 1:-1:2]], dim=1)
+        chroma = (left + 2 * chroma[:, ::2] + chroma[:, 1::2]) / 4
+    elif layout.x_step > 2:
+        chroma = chroma.unflatten(1, (-1, layout.x_step)).mean(dim=2)
+    return chroma

@@ -1,0 +1,384 @@
+"""Reading clips: frames come out upright, in RGB float32, one at a time, each with its time.
+
+A `Clip` is a description; it holds no open file. Every call of `frames_with_times` opens the source for itself and
+closes it when it is left, so the memory of a run does not depend on the clip's length and two readers do not disturb
+each other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from . import images
+from .orientation import clockwise_degrees, display_matrix, turns_sideways, upright
+from .pixels import (
+    MATRIX_BT709,
+    PRIMARIES_BT709,
+    PRIMARIES_UNSPECIFIED,
+    TRANSFER_BT709,
+    TRANSFER_UNSPECIFIED,
+    ColourTags,
+    bit_depth,
+    frame_to_rgb,
+    has_alpha,
+    matrix_of,
+)
+from .source import DamagedVideoError, Source, VideoError, open_container, source_name
+
+log = logging.getLogger("steadyvsr.video")
+
+DEFAULT_FRAME_RATE = Fraction(24)
+# A header's duration is rounded: only a clip that ends more than this many frames before it counts as cut off.
+END_TOLERANCE_FRAMES = Fraction(5, 2)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One video stream (and the audio beside it) of a file, an in-memory file or an image sequence.
+
+    Attributes:
+        width, height: of the upright frames, after the display rotation
+        frame_rate: the average, frames per second
+        time_base: seconds per tick of the source's timestamps
+        frame_count: the header's claim, within the window; None where it makes none
+        duration: seconds of the window, as the header claims; None where unknown
+        start, window: the part asked for, seconds; window None = to the end
+        sample_aspect_ratio: width / height of one upright pixel
+        rotation: degrees clockwise that the stored frames are turned by to be upright
+        damaged: "raise" or "keep", as given to `open_clip`
+        images: the files of an image sequence; empty for a video
+        notes: what a user should be told (alpha dropped, interlaced, …)
+    """
+
+    source: Source
+    name: str
+    width: int
+    height: int
+    frame_rate: Fraction
+    time_base: Fraction
+    frame_count: int | None
+    duration: float | None
+    has_audio: bool
+    sample_aspect_ratio: Fraction
+    rotation: int
+    bit_depth: int
+    colour: ColourTags
+    start: Fraction
+    window: Fraction | None
+    damaged: str
+    images: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def frames(self) -> Iterator[Tensor]:
+        """Each frame in order: HWC float32 RGB 0..1. Errors as in `frames_with_times`."""
+        for frame, _ in self.frames_with_times():
+            yield frame
+
+    def frames_with_times(self) -> Iterator[tuple[Tensor, Fraction]]:
+        """Each frame with its time in seconds from the start of the window, strictly increasing.
+
+        Raises DamagedVideoError after the last good frame if the file ends before its header says, or at a frame that
+        cannot be decoded; with damaged="keep" such frames are left out and logged instead. Raises VideoError if the
+        picture size changes on the way.
+        """
+        if self.images:
+            size, keep = (self.height, self.width), self.damaged == "keep"
+            yield from images.read_images(self.images, size, self.frame_rate, self.start, self.window, keep)
+            return
+        with open_container(self.source) as container:
+            yield from _read(self, container)
+
+    def verify(self) -> None:
+        """Reads through the file once without decoding; raises DamagedVideoError if it is cut off or unreadable.
+
+        Minutes of disk reading at most, against hours of upscaling that would otherwise end in the same message.
+        """
+        if self.images:
+            images.verify_images(self.images)
+            return
+        with open_container(self.source) as container:
+            stream = _picture_stream(self.name, container)
+            progress = _Progress(self, container, stream)
+            try:
+                for packet in container.demux(stream):
+                    progress.packet(packet)
+                    if progress.past_window:
+                        return
+            except FFmpegError as error:
+                raise progress.damage(f"unreadable data ({error.strerror})") from error
+            problem = progress.problem_at_end()
+            if problem:
+                raise progress.damage(problem)
+
+
+def open_clip(
+    source: Source,
+    *,
+    start: float | Fraction = 0,
+    duration: float | Fraction | None = None,
+    frame_rate: Fraction | None = None,
+    damaged: str = "raise",
+) -> Clip:
+    """Looks at a video file, a binary file object, an image, a folder of images or a pattern (`s_%04d.png`, `*.png`).
+
+    start, duration: the window in seconds (duration None or 0 = to the end). frame_rate: of an image sequence (default
+    24); a video keeps its own. damaged: "raise" or "keep" (deliver what can be decoded, log the rest).
+
+    Raises FileNotFoundError, PermissionError, VideoError (empty, text, audio only, no frames) and ValueError for
+    options out of range; each message names the file.
+    """
+    name = source_name(source)
+    if damaged not in ("raise", "keep"):
+        raise ValueError(f"{name}: expected damaged = raise or keep; got {damaged!r}.")
+    if start < 0 or (duration is not None and duration < 0):
+        raise ValueError(f"{name}: expected a start and a duration of 0 seconds or more; got {start} and {duration}.")
+    begin = Fraction(start).limit_denominator(1_000_000)
+    window = Fraction(duration).limit_denominator(1_000_000) if duration else None
+    listed = images.list_images(source)
+    if listed is not None:
+        return _open_images(source, name, listed, frame_rate or DEFAULT_FRAME_RATE, begin, window, damaged)
+    with open_container(source) as container:
+        return _describe(source, name, container, begin, window, damaged)
+
+
+def _open_images(source, name, listed, frame_rate, begin, window, damaged) -> Clip:
+    first = images.decode_image(listed[0])
+    rgb = upright(frame_to_rgb(first), display_matrix(first))
+    chosen = images.window_of(len(listed), frame_rate, begin, window)
+    if not chosen:
+        raise VideoError(
+            f"{name}: expected frames from {float(begin)} s on; got {len(listed)} images at {frame_rate}/s."
+        )
+    return Clip(
+        source=source, images=tuple(listed), name=name, width=rgb.shape[1], height=rgb.shape[0], frame_rate=frame_rate,
+        time_base=1 / frame_rate, frame_count=len(chosen), duration=float(len(chosen) / frame_rate), has_audio=False,
+        sample_aspect_ratio=Fraction(1), rotation=0, bit_depth=bit_depth(first), colour=ColourTags(), start=begin,
+        window=window, damaged=damaged, notes=("alpha dropped",) if has_alpha(first) else (),
+    )  # fmt: skip
+
+
+def _describe(source, name, container: InputContainer, begin, window, damaged) -> Clip:
+    stream = _picture_stream(name, container)
+    first = _first_frame(name, container, stream)
+    matrix = display_matrix(first)
+    height, width = upright(torch.empty(first.height, first.width, 1), matrix).shape[:2]
+    aspect = stream.sample_aspect_ratio or Fraction(1)
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate or DEFAULT_FRAME_RATE
+    end = _header_end(container, stream)
+    seconds = None if end is None else max(Fraction(0), end - time_origin(container) - begin)
+    if window is not None:
+        seconds = window if seconds is None else min(window, seconds)
+    count = stream.frames or None
+    if count is None or begin or window is not None:
+        count = None if seconds is None else round(seconds * rate)
+    notes = []
+    if has_alpha(first):
+        notes.append("alpha dropped")
+    if first.interlaced_frame:
+        notes.append("interlaced: both fields of a frame are treated as one picture; deinterlace first")
+    context = stream.codec_context
+    return Clip(
+        source=source, name=name, width=width, height=height, frame_rate=Fraction(rate),
+        time_base=Fraction(stream.time_base), frame_count=count, duration=None if seconds is None else float(seconds),
+        has_audio=bool(container.streams.audio), rotation=clockwise_degrees(matrix), bit_depth=bit_depth(first),
+        sample_aspect_ratio=1 / aspect if turns_sideways(matrix) else aspect,
+        colour=ColourTags(
+            matrix_of(first) if not first.format.is_rgb else MATRIX_BT709,
+            _tag(context, "color_primaries", PRIMARIES_UNSPECIFIED, PRIMARIES_BT709),
+            _tag(context, "color_trc", TRANSFER_UNSPECIFIED, TRANSFER_BT709),
+        ),
+        start=begin, window=window, damaged=damaged, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _picture_stream(name: str, container: InputContainer) -> VideoStream:
+    """The first stream of moving pictures: a cover in a music file is a video stream only by name."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        raise VideoError(f"{name}: expected a video stream; got {', '.join(kinds)} only.")
+    if streams[0].codec_context is None:
+        raise VideoError(f"{name}: expected a video codec that this build of FFmpeg reads; got an unknown one.")
+    return streams[0]
+
+
+def _tag(context, attribute: str, unspecified: int, default: int) -> int:
+    value = int(getattr(context, attribute))
+    return default if value in (0, unspecified) else value
+
+
+def _first_frame(name: str, container: InputContainer, stream) -> av.VideoFrame:
+    problem = "the stream is empty"
+    try:
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except FFmpegError as error:
+                problem = error.strerror
+                continue
+            if frames:
+                return frames[0]
+    except FFmpegError as error:
+        problem = error.strerror
+    raise VideoError(f"{name}: expected at least one frame; got none that can be decoded ({problem}).")
+
+
+def time_origin(container: InputContainer) -> Fraction:
+    """The container's time of 0 s: MPEG-TS starts anywhere; audio priming before 0 is not a shift of the picture."""
+    starts = [
+        s.start_time * s.time_base
+        for s in container.streams
+        if s.type in ("video", "audio") and s.start_time is not None
+    ]
+    return max(Fraction(0), min(starts, default=Fraction(0)))
+
+
+def _header_end(container: InputContainer, stream) -> Fraction | None:
+    """When the video ends by its header, on the stream's own clock; None where no header says so."""
+    begin = (stream.start_time or 0) * stream.time_base
+    if stream.duration:
+        return begin + stream.duration * stream.time_base
+    for key, value in stream.metadata.items():  # Matroska's statistics: 00:00:02.000000000
+        if key == "DURATION" or key.startswith("DURATION-"):
+            hours, minutes, seconds = value.split(":")
+            return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
+    if not container.streams.audio and container.duration:
+        return begin + Fraction(container.duration, av.time_base)
+    return None
+
+
+class _Progress:
+    """How far a pass through the packets has come, against what the header promised."""
+
+    def __init__(self, clip: Clip, container: InputContainer, stream):
+        self.name, self.rate, self.window_end = clip.name, clip.frame_rate, None
+        self.origin = time_origin(container)
+        if clip.window is not None:
+            self.window_end = self.origin + clip.start + clip.window
+        self.expected_end = _header_end(container, stream)
+        self.expected_frames = stream.frames or (
+            None if self.expected_end is None else round(self.expected_end * self.rate)
+        )
+        self.end = Fraction(0)
+        self.packets = self.corrupt = 0
+        self.delivered: int | None = None
+        self.past_window = False
+
+    def packet(self, packet: av.Packet) -> None:
+        if not packet.size:
+            return
+        self.packets += 1
+        self.corrupt += packet.is_corrupt
+        if packet.pts is not None:
+            step = packet.duration * packet.time_base if packet.duration else 1 / self.rate
+            self.end = max(self.end, packet.pts * packet.time_base + step)
+            # Packets come in decoding order: one a second past the window means all of the window was seen.
+            dts = packet.dts if packet.dts is not None else packet.pts
+            self.past_window = self.window_end is not None and dts * packet.time_base > self.window_end + 1
+
+    def problem_at_end(self) -> str | None:
+        if self.corrupt:
+            return "a packet that is cut off"
+        begin = self.origin
+        if self.expected_end is None or not self.end or self.past_window:
+            return None
+        promised = self.expected_end if self.window_end is None else min(self.expected_end, self.window_end)
+        if promised - self.end > END_TOLERANCE_FRAMES / self.rate:
+            return f"the end of the file at {float(self.end - begin):.2f} s of {float(self.expected_end - begin):.2f} s"
+        return None
+
+    def damage(self, problem: str) -> DamagedVideoError:
+        expected = f"{self.expected_frames} frames" if self.expected_frames else "an intact video"
+        got = f"{self.packets} readable packets" if self.delivered is None else f"{self.delivered} frames"
+        return DamagedVideoError(
+            f"{self.name}: expected {expected}; got {got}, then {problem}."
+            " Get an intact copy, or ask for the readable part (--keep-damaged).",
+            self.delivered,
+        )
+
+
+def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fraction]]:
+    stream = _picture_stream(clip.name, container)
+    stream.thread_type = "AUTO"
+    progress = _Progress(clip, container, stream)
+    origin = progress.origin + clip.start
+    if clip.start:
+        container.seek(int(origin / stream.time_base), stream=stream, backward=True)
+    half_tick = stream.time_base / 2
+    previous: Fraction | None = None
+    progress.delivered = 0
+    for frame in _decode(clip, container, stream, progress):
+        if frame.pts is not None:
+            time = frame.pts * stream.time_base - origin
+        else:
+            time = previous + 1 / clip.frame_rate if previous is not None else Fraction(0)
+        if previous is not None and time <= previous:
+            time = previous + stream.time_base
+        if time < -half_tick and clip.start:
+            continue
+        if clip.window is not None and time >= clip.window - half_tick:
+            return
+        previous = time
+        rgb = upright(frame_to_rgb(frame), display_matrix(frame))
+        height, width, _ = rgb.shape
+        if (height, width) != (clip.height, clip.width):
+            raise VideoError(
+                f"{clip.name}: expected every frame to be {clip.width}x{clip.height}; got {width}x{height} at frame"
+                f" {progress.delivered}. Split the video where its size changes."
+            )
+        yield rgb, time
+        progress.delivered += 1
+    if not progress.delivered:
+        raise VideoError(f"{clip.name}: expected frames from {float(clip.start):g} s on; got none.")
+
+
+def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) -> Iterator[av.VideoFrame]:
+    """Decoded frames in display order; damage is raised behind the last good frame, or logged where asked to keep."""
+    packets = container.demux(stream)
+    first_problem: str | None = None
+    lost = 0
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            break
+        except FFmpegError as error:
+            first_problem = first_problem or f"unreadable data ({error.strerror})"
+            break
+        progress.packet(packet)
+        try:
+            frames = packet.decode()
+        except FFmpegError as error:
+            if clip.damaged == "raise":
+                yield from _drain(stream)
+                raise progress.damage(f"a frame that cannot be decoded ({error.strerror})") from error
+            first_problem = first_problem or f"frames that cannot be decoded ({error.strerror})"
+            lost += 1
+            continue
+        yield from frames
+    first_problem = first_problem or progress.problem_at_end()
+    if first_problem and clip.damaged == "raise":
+        raise progress.damage(first_problem)
+    if first_problem:
+        kept = progress.delivered
+        log.warning("%s: damaged: %s; %d frames kept, %d packets lost", clip.name, first_problem, kept, lost)
+
+
+def _drain(stream) -> list[av.VideoFrame]:
+    """The good frames that the decoder still holds back for reordering."""
+    try:
+        return stream.decode(None)
+    except FFmpegError:
+        return []

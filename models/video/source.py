@@ -1,0 +1,128 @@
+"""Opening what a user points at: names for messages, and containers that never reach beyond the file itself."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError
+
+Source: TypeAlias = str | Path | BinaryIO
+
+# Playlists and concat scripts may name URLs: whatever a file says, only local files are opened.
+_CONTAINER_OPTIONS = {"protocol_whitelist": "file"}
+_IO_BUFFER_BYTES = 1 << 18
+
+
+class VideoError(ValueError):
+    """A video that cannot be read or written as asked; the message names the file, what was expected and what came."""
+
+
+class DamagedVideoError(VideoError):
+    """A video that ends early or holds data that cannot be decoded.
+
+    Attributes:
+        frames_read: good frames delivered before the error; None where nothing was decoded (`Clip.verify`)
+    """
+
+    def __init__(self, message: str, frames_read: int | None = None):
+        super().__init__(message)
+        self.frames_read = frames_read
+
+
+class _SharedFile(io.RawIOBase):
+    """A read position of its own on a file object that others read too; nothing is copied, the file stays open."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._position)
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            self._position = self._file.seek(offset, os.SEEK_END)
+        else:
+            self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+def source_name(source: Source) -> str:
+    """How messages call the source: its file name, or that it is in memory."""
+    if isinstance(source, (str, Path)):
+        return Path(source).name
+    name = getattr(source, "name", None)
+    return Path(name).name if isinstance(name, str) else "video in memory"
+
+
+def source_bytes(source: Source) -> int:
+    """Size of the source. Raises FileNotFoundError or VideoError for what is no file."""
+    if not isinstance(source, (str, Path)):
+        if not (hasattr(source, "seek") and source.seekable()):
+            raise VideoError(
+                f"{source_name(source)}: expected a path or a seekable binary file; got {type(source).__name__}."
+            )
+        return source.seek(0, os.SEEK_END)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a video or images; there is no such file.")
+    if not path.is_file():
+        raise VideoError(f"{path}: expected a regular file; got something else. Copy the video to a file first.")
+    return path.stat().st_size
+
+
+def open_container(source: Source) -> InputContainer:
+    """An opened container, at its start. The caller closes it.
+
+    Raises FileNotFoundError for a missing file, PermissionError for an unreadable one, VideoError for an empty file or
+    one that is no video.
+    """
+    name = source_name(source)
+    if source_bytes(source) == 0:
+        raise VideoError(f"{name}: expected a video; got an empty file (0 bytes). Copy or download it again.")
+    opened = f"file:{Path(source)}" if isinstance(source, (str, Path)) else _SharedFile(source)
+    try:
+        return av.open(opened, "r", container_options=_CONTAINER_OPTIONS, buffer_size=_IO_BUFFER_BYTES)
+    except PermissionError as error:
+        raise PermissionError(f"{name}: expected a readable file; got permission denied.") from error
+    except FFmpegError as error:
+        raise VideoError(
+            f"{name}: expected a video; got {_what_it_is(source)} ({error.strerror}). Check the file in a player."
+        ) from error
+
+
+def _what_it_is(source: Source) -> str:
+    """A guess from the first bytes, for the message only."""
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            head = file.read(512)
+    else:
+        source.seek(0)
+        head = source.read(512)
+    if head[4:8] == b"ftyp":
+        return "an MP4 whose index (moov) is missing: it was cut off before its end, or never finished"
+    if head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
+        return "the beginning of a video without readable content"
+    try:
+        text = head.decode()
+    except UnicodeDecodeError:
+        return "data in no known video format"
+    return "text" if text.isprintable() or "\n" in text else "data in no known video format"

@@ -1,0 +1,274 @@
+"""Writing clips: RGB float frames in, one finished video file out, or nothing at all."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+from av.container import OutputContainer
+from av.error import FFmpegError
+from torch import Tensor
+
+from .audio import AudioCopy
+from .images import check_frame
+from .part_file import PartFile, explained
+from .pixels import MATRIX_BT709, MATRIX_BT2020, PRIMARIES_BT2020, RANGE_LIMITED, ColourTags, pixel_layout, rgb_to_frame
+from .reader import Clip
+from .source import VideoError
+
+CONTAINERS = {
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".avi": "avi", ".ts": "mpegts",
+}  # fmt: skip
+# Where compression is hard to see; the scales differ. Codecs that are not listed have no such setting.
+_DEFAULT_CRF = {"libx264": 16, "libx265": 18, "libvpx-vp9": 22, "libsvtav1": 22}
+_CHOICES_8_BIT = ("yuv420p", "yuv422p", "yuv444p")
+_CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
+_LOSSLESS = frozenset({"ffv1"})
+_IO_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How the pictures are encoded: the answer of `choose_encoding`."""
+
+    container: str
+    codec: str
+    pixel_format: str
+    crf: int | None
+
+
+def choose_encoding(
+    path: str | Path,
+    width: int,
+    height: int,
+    *,
+    codec: str | None = None,
+    crf: int | None = None,
+    ten_bit: bool = False,
+    pixel_format: str | None = None,
+) -> Encoding:
+    """Container by the file's ending, codec, pixel format (4:2:0; 4:4:4 where the size is odd) and quality.
+
+    codec None: VP9 for .webm, else H.264 (H.265 for ten bits, which few players show as H.264). crf None: a default.
+    Raises ValueError that names the file for an unknown ending, an absent encoder, or a size the encoder cannot hold
+    (naming the next even size); nothing is ever cropped.
+    """
+    name = Path(path).name
+    container = CONTAINERS.get(Path(path).suffix.lower())
+    if container is None:
+        raise ValueError(f"{name}: expected an ending of {', '.join(CONTAINERS)}; got {Path(path).suffix or 'none'}.")
+    if codec is None:
+        codec = "libvpx-vp9" if container == "webm" else ("libx265" if ten_bit else "libx264")
+    try:
+        encoder = av.Codec(codec, "w")
+    except (FFmpegError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected an encoder of this FFmpeg build; got {codec!r}. Try another --codec."
+        ) from error
+    if encoder.type != "video":
+        raise ValueError(f"{name}: expected a video codec; got {codec!r}, which is for {encoder.type}.")
+    offered = [video_format.name for video_format in encoder.video_formats or ()] or list(_CHOICES_8_BIT)
+    if pixel_format is None:
+        choices = _CHOICES_10_BIT if ten_bit else _CHOICES_8_BIT + _CHOICES_10_BIT
+        if codec in _LOSSLESS:
+            choices = tuple(reversed(choices[:3]))
+        usable = [choice for choice in choices if choice in offered]
+        pixel_format = next((choice for choice in usable if _divides(choice, width, height)), None)
+        if pixel_format is None:
+            even = f"{width + width % 2}x{height + height % 2}"
+            wanted = f"{'ten bits' if ten_bit else 'pictures'} of {width}x{height}"
+            raise ValueError(
+                f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got"
+                f" {', '.join(usable) or 'no fitting pixel format'}. Ask for {even}, or use libx264 in .mp4 or .mkv."
+            )
+    elif pixel_format not in offered or not _divides(pixel_format, width, height):
+        raise ValueError(
+            f"{name}: expected a pixel format of {codec} that holds {width}x{height} (of {', '.join(offered)});"
+            f" got {pixel_format}."
+        )
+    if crf is not None and codec not in _DEFAULT_CRF:
+        raise ValueError(f"{name}: expected no crf for {codec}, which has none; got {crf}.")
+    worst = 51 if codec in ("libx264", "libx265") else 63
+    if crf is not None and not 0 <= crf <= worst:
+        raise ValueError(f"{name}: expected a crf from 0 (best) to {worst}; got {crf}.")
+    return Encoding(container, codec, pixel_format, _DEFAULT_CRF.get(codec) if crf is None else crf)
+
+
+def _divides(pixel_format: str, width: int, height: int) -> bool:
+    layout = pixel_layout(pixel_format)
+    return layout is not None and layout.divides(width, height)
+
+
+class ClipWriter:
+    """Encodes frames into `path`, which appears (or is replaced) only when the clip is complete.
+
+        with ClipWriter("out.mp4", 1920, 1080, clip.frame_rate, audio=clip) as writer:
+            for frame, time in frames:
+                writer.write(frame, time)
+
+    The file grows as `out.mp4.part`; leaving the block by an exception removes it. Colours are BT.709 (BT.2020 for a
+    source in those primaries), limited range, tagged as such. Sound of `audio` is copied packet by packet, or
+    re-encoded with a note where the container cannot hold it.
+
+    Args:
+        frame_rate: frames per second; also the step of frames written without a time
+        time_base: seconds per tick; the source's keeps variable frame rates exact. None: 1 / frame_rate
+        audio: the clip whose sound, within its window, goes along
+        colour: primaries and transfer to tag, as `Clip.colour` tells them
+        sample_aspect_ratio: width / height of one pixel
+        codec, crf, ten_bit, pixel_format: see `choose_encoding`
+
+    Attributes:
+        frames_written: so far
+        encoding: what was chosen
+        notes: what a user should be told
+
+    Raises ValueError for what the container or codec cannot hold, FileExistsError for an existing path without `force`,
+    and OSError with the path and the reason (unwritable folder, full disk); in every case nothing under `path` changes.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        frame_rate: Fraction | int,
+        *,
+        time_base: Fraction | None = None,
+        audio: Clip | None = None,
+        colour: ColourTags | None = None,
+        sample_aspect_ratio: Fraction = Fraction(1),
+        codec: str | None = None,
+        crf: int | None = None,
+        ten_bit: bool = False,
+        pixel_format: str | None = None,
+        force: bool = False,
+    ):
+        self.path = Path(path)
+        self.width, self.height = width, height
+        self.encoding = choose_encoding(
+            path, width, height, codec=codec, crf=crf, ten_bit=ten_bit, pixel_format=pixel_format
+        )
+        self.frames_written = 0
+        self.notes: list[str] = []
+        self._step = 1 / Fraction(frame_rate)
+        self._time_base = time_base or self._step
+        self._last_pts: int | None = None
+        self._closed = False
+        self._audio: AudioCopy | None = None
+        self._part = PartFile(path, force)
+        try:
+            self._container: OutputContainer = av.open(
+                self._part.file, "w", format=self.encoding.container, buffer_size=_IO_BUFFER_BYTES
+            )
+        except BaseException:
+            self._part.discard()
+            raise
+        try:
+            self._open(Fraction(frame_rate), audio, colour or ColourTags(), sample_aspect_ratio)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open(self, frame_rate: Fraction, audio: Clip | None, colour: ColourTags, aspect: Fraction) -> None:
+        encoding = self.encoding
+        try:
+            with explained(self.path):
+                stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=_codec_options(encoding))
+                stream.width, stream.height, stream.pix_fmt = self.width, self.height, encoding.pixel_format
+                context = stream.codec_context
+                context.time_base = stream.time_base = self._time_base
+                context.sample_aspect_ratio = aspect
+                self._matrix = MATRIX_BT2020 if colour.primaries == PRIMARIES_BT2020 else MATRIX_BT709
+                context.colorspace, context.color_range = self._matrix, RANGE_LIMITED
+                context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+                if encoding.codec == "libx265" and encoding.container in ("mp4", "mov"):
+                    context.codec_tag = "hvc1"  # Apple's players accept no other
+                self._stream = stream
+                if audio is not None and audio.has_audio:
+                    self._audio = AudioCopy(audio, self._container)
+                    self.notes += self._audio.notes
+                self._container.start_encoding()
+        except (FFmpegError, ValueError) as error:
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(
+                f"{self.path.name}: {encoding.container} with {encoding.codec} at {self.width}x{self.height}"
+                f" was refused by the encoder ({error}). Try another --codec or another ending."
+            ) from error
+
+    def __enter__(self) -> ClipWriter:
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is not None:
+            self.abort()
+        elif not self._closed:
+            self.finish()
+
+    def write(self, frame: Tensor, time: Fraction | None = None) -> None:
+        """Encodes one frame, HWC float RGB 0..1 (values beyond are clamped; code values are rounded, not cut off).
+
+        time: seconds from the start; None: one step of the frame rate after the frame before.
+        Raises ValueError for a wrong shape, NaN, or a time that does not come after the last one.
+        """
+        check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
+        if time is not None:
+            pts = round(time / self._time_base)
+        else:
+            pts = 0 if self._last_pts is None else self._last_pts + round(self._step / self._time_base)
+        if self._last_pts is not None and pts <= self._last_pts:
+            last, now = float(self._last_pts * self._time_base), float(pts * self._time_base)
+            raise ValueError(f"{self.path.name}: expected frame {self.frames_written} after {last} s; got {now} s.")
+        self._last_pts = pts
+        picture = rgb_to_frame(frame, self.encoding.pixel_format, self._matrix)
+        picture.pts, picture.time_base = pts, self._time_base
+        with explained(self.path):
+            self._container.mux(self._stream.encode(picture))
+            if self._audio is not None:
+                self._audio.advance(pts * self._time_base)
+        self.frames_written += 1
+
+    def finish(self, to: str | Path | None = None) -> Path:
+        """Writes what the encoder still holds and the rest of the sound, and gives the file its name.
+
+        to: another name than the one given at first (a damaged source's readable part). Returns the path.
+        """
+        try:
+            if not self.frames_written:
+                raise VideoError(f"{self.path.name}: expected at least one frame to write; got none.")
+            with explained(self.path):
+                self._container.mux(self._stream.encode(None))
+                if self._audio is not None:
+                    self._audio.advance(None)
+                self._container.close()
+            path = self._part.commit(to)
+        except BaseException:
+            self.abort()
+            raise
+        self._closed = True
+        if self._audio is not None:
+            self._audio.close()
+        return path
+
+    def abort(self) -> None:
+        """Removes what was written so far; whatever lies under `path` stays as it was. Harmless after `finish`."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._audio is not None:
+            self._audio.close()
+        # Closing writes the trailer of a file that is removed in the next line.
+        with contextlib.suppress(FFmpegError, OSError, ValueError):
+            self._container.close()
+        self._part.discard()
+
+
+def _codec_options(encoding: Encoding) -> dict[str, str]:
+    options = {} if encoding.crf is None else {"crf": str(encoding.crf)}
+    if encoding.codec == "libx265":
+        options["x265-params"] = "log-level=none"
+    return options
