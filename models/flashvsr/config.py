@@ -77,7 +77,8 @@ class FlashVSRConfig:
                 raise ValueError(
                     f"FlashVSRConfig: expected a width divisible by {HEAD_DIM}; got {dim}. Pass num_heads."
                 )
-            num_heads = dim // HEAD_DIM
+            num_heads = int(dim // HEAD_DIM)
+        c0, c1, c2, c3 = (decoder[f"decoder.{i}.weight"].shape[0] for i in (1, 10, 16, 22))
         layers = [int(key.split(".")[1]) for key in transformer if key.startswith("blocks.")]
         linears = [int(key.split(".")[1]) for key in lq_projection if key.startswith("linear_layers.")]
         return cls(
@@ -91,7 +92,7 @@ class FlashVSRConfig:
             out_dim=transformer["head.head.weight"].shape[0] // PATCH**2,
             lq_hidden=(lq_projection["conv1.weight"].shape[0], lq_projection["conv2.weight"].shape[0]),
             lq_layers=max(linears) + 1,
-            decoder_channels=tuple(decoder[f"decoder.{i}.weight"].shape[0] for i in (1, 10, 16, 22)),
+            decoder_channels=(c0, c1, c2, c3),
         )
 
 

@@ -175,14 +175,14 @@ class BufferLQ4xProjection(CausalLQ4xProjection):
         if self.cache_order == "fixed" or clip.shape[2] <= FRAMES_PER_CLIP:
             return super().forward(clip, cache)
         # Each clip is padded from itself, so clips are computed one by one.
-        head = clip.shape[2] % FRAMES_PER_CLIP
-        parts = ([clip[:, :, :head]] if head else []) + list(clip[:, :, head:].split(FRAMES_PER_CLIP, 2))
-        results = []
-        for part in parts:
+        head = clip.shape[2] % FRAMES_PER_CLIP or FRAMES_PER_CLIP
+        tokens, cache = super().forward(clip[:, :, :head], cache)
+        layers = [tokens] if tokens is not None else []
+        for part in clip[:, :, head:].split(FRAMES_PER_CLIP, 2):
             tokens, cache = super().forward(part, cache)
-            if tokens is not None:
-                results.append(tokens)
-        return [torch.cat(layer, 1) for layer in zip(*results, strict=True)], cache
+            assert tokens is not None
+            layers.append(tokens)
+        return [torch.cat(layer, 1) for layer in zip(*layers, strict=True)], cache
 
     def _pad_front(self, frames: Tensor, cache: Tensor) -> Tensor:
         if self.cache_order == "fixed":

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tiling import Span, Tile, grid_tiles, ramp
+from ..tiling import Span, Tile, blend_weights, grid_tiles
 from .colour import METHODS
 from .config import LATENT_STRIDE, StreamOptions
 from .lq_projection import LQCache
@@ -124,10 +124,10 @@ def upscale_frames(
         ValueError: an empty clip; a frame of another size, layout or type, or with values that are not finite; noise of
             another size.
     """
-    device = model.prompt.device if device is None else torch.device(device)
+    where = model.prompt.device if device is None else torch.device(device)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else model.prompt.dtype
-    return _stream(model, frames, options, noise, vae, device, dtype, on_step or (lambda phase, done, total: None))
+        dtype = torch.float32 if where.type == "cpu" else model.prompt.dtype
+    return _stream(model, frames, options, noise, vae, where, dtype, on_step or (lambda phase, done, total: None))
 
 
 def _stream(
@@ -160,6 +160,8 @@ def _stream(
                 on_step("project", done, total)
                 with _computing(inference):
                     run.project(*clip)
+            with _computing(inference):
+                run.begin(step)
             for tile in range(len(run.tiles)):
                 on_step("transform", done, total)
                 with _computing(inference):
@@ -216,6 +218,7 @@ class _Run:
         self.tiles = [Tile(Span(0, rows, 0, 0), Span(0, columns, 0, 0))]
         if options.tile is not None:
             self.tiles = grid_tiles(rows, columns, options.tile // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
+        self.weights = [weight.to(device) for weight in blend_weights(self.tiles, rows, columns)]
         # The caches of tiles that rest lie in RAM; with one tile there is nothing to make room for.
         rest = torch.device("cpu") if len(self.tiles) > 1 else None
         state.tiles = [TileState(transformer=TransformerState(device=rest)) for _ in self.tiles]
@@ -229,30 +232,21 @@ class _Run:
             if tokens is not None:
                 state.tokens.append(tokens)
 
+    def begin(self, step: int) -> None:
+        """Draws the noise of a process step and clears its latents."""
+        self.state.noise = self._draw_noise(step)
+        self.state.latents = torch.zeros_like(self.state.noise)
+
     def transform(self, step: int, index: int) -> None:
-        """Runs the transformer on one tile and adds its clean latents to the state's."""
+        """Runs the transformer on one tile and adds its clean latents to the step's."""
         state, tile, tile_state = self.state, self.tiles[index], self.state.tiles[index]
-        if index == 0:
-            state.noise = self._draw_noise(step)
-            state.latents = torch.zeros_like(state.noise)
+        assert state.noise is not None and state.latents is not None
         rows, columns = (slice(span.start, span.stop) for span in tile)
         noise = state.noise[..., rows, columns].to(self.dtype).contiguous()
         tokens = [torch.cat(layer, 1) for layer in zip(*tile_state.tokens, strict=True)]
         tile_state.tokens.clear()
         velocity = self.model.transformer(noise, tokens, step, tile_state.transformer, self.options, self.constants)
-        weight = ramp(tile.rows)[:, None] * ramp(tile.columns)
-        state.latents[..., rows, columns] += (noise.float() - velocity.float()) * weight.to(self.device)
-        if index == len(self.tiles) - 1:
-            state.latents /= self._total_weight().to(self.device)
-            state.noise = None
-
-    def _total_weight(self) -> Tensor:
-        total = torch.zeros(self.latent_shape[3:])
-        for tile in self.tiles:
-            total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] += ramp(tile.rows)[
-                :, None
-            ] * ramp(tile.columns)
-        return total
+        state.latents[..., rows, columns] += (noise.float() - velocity.float()) * self.weights[index]
 
     def decode(self, first: int, last: int) -> list[Tensor]:
         """Decodes the state's oldest latent to the output frames first … last-1: HWC fp32 in 0..1 on the CPU."""
@@ -260,6 +254,7 @@ class _Run:
         assert state.latents is not None
         latent = state.latents[:, :, :1].to(self.dtype)
         state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None
+        state.noise = None
         lq = self._lq(first, last)
         if self.vae is None:
             decoded, state.decoder = self.model.decoder(

@@ -62,3 +62,15 @@ def ramp(span: Span) -> Tensor:
         if side is not weight:
             weight = side.flip(0)
     return weight
+
+
+def blend_weights(tiles: list[Tile], height: int, width: int) -> list[Tensor]:
+    """For each tile its fp32 weights, rows × columns; over all tiles they add up to 1 everywhere."""
+    ramps = [ramp(tile.rows)[:, None] * ramp(tile.columns) for tile in tiles]
+    total = torch.zeros(height, width)
+    for tile, weight in zip(tiles, ramps, strict=True):
+        total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] += weight
+    return [
+        weight / total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop]
+        for tile, weight in zip(tiles, ramps, strict=True)
+    ]
