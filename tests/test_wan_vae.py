@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import weakref
@@ -239,7 +240,7 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip():
         vae = WanVAE(dim=DIM)
         latents, frames = torch.empty(1, 16, 1, 8, 8), torch.empty(1, 3, 4, 64, 64)
     peaks = {}
-    for count in (3, 9):
+    for count in (3, 6):
         with PeakBytes() as memory:
             decoder_cache = encoder_cache = None
             vae_input = frames[:, :, :1]
@@ -248,19 +249,37 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip():
                 _, encoder_cache = vae.encode_stream(vae_input, encoder_cache)
                 vae_input = frames
         peaks[count] = memory.peak
-    assert peaks[9] == peaks[3] > 0
+    assert peaks[6] == peaks[3] > 0
 
 
 def test_memory_of_decode_grows_by_its_input_and_output_alone():
     with torch.device("meta"):
         vae = WanVAE(dim=DIM)
     peaks = {}
-    for count in (3, 9):
+    for count in (3, 6):
         latents = torch.empty(1, 16, count, 8, 8, device="meta")
         with PeakBytes() as memory:
             frames = vae.decode(latents)
         peaks[count] = memory.peak - frames.untyped_storage().nbytes() - latents.untyped_storage().nbytes()
-    assert peaks[9] == peaks[3] > 0
+    assert peaks[6] == peaks[3] > 0
+
+
+def test_peak_memory_of_the_released_size_per_pixel():
+    """Live elements per pixel of a 256x256 frame, weights excluded: 3721 and 2760 on torch 2.13."""
+    with torch.device("meta"):
+        vae = WanVAE().bfloat16()
+        latents = torch.empty(1, 16, 1, 32, 32, dtype=torch.bfloat16)
+        frames = torch.empty(1, 3, 4, 256, 256, dtype=torch.bfloat16)
+    decoder_cache = encoder_cache = None
+    with PeakBytes() as decoding:
+        for _ in range(3):
+            _, decoder_cache = vae.decode_stream(latents, decoder_cache)
+    with PeakBytes() as encoding:
+        for part in (frames[:, :, :1], frames, frames):
+            _, encoder_cache = vae.encode_stream(part, encoder_cache)
+    elements = 256 * 256 * torch.bfloat16.itemsize
+    assert decoding.peak / elements < 3750
+    assert encoding.peak / elements < 2800
 
 
 def test_decode_keeps_no_past_of_the_last_latent():
@@ -317,6 +336,22 @@ def test_weights_of_another_dtype_are_cast_where_they_are_used(golden, golden_we
     assert torch.equal(stored.decode(latents), golden_vae.decode(latents))
     assert torch.equal(stored.encode(frames), golden_vae.encode(frames))
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float16}
+
+
+class NoMixedDevices(TorchDispatchMode):
+    """Refuses what a GPU refuses: one operation on tensors of two devices. (The meta device alone lets it pass.)"""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        assert len(devices) <= 1, f"{func} on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_on_another_device_are_brought_to_the_input(vae):
+    frames, latents = random_frames(5).to("meta"), random_latents(2).to("meta")
+    with NoMixedDevices():
+        assert vae.encode(frames).device.type == vae.decode(latents).device.type == "meta"
+    assert {parameter.device.type for parameter in vae.parameters()} == {"cpu"}
 
 
 def test_normalisation_of_a_black_pixel_is_zero_in_every_dtype():
@@ -388,6 +423,7 @@ def test_a_file_loads_in_the_asked_dtype(vae, tmp_path, suffix):
         save_file(sd, path)
     assert load_wan_vae(path).conv2.weight.dtype == torch.bfloat16
     loaded = load_wan_vae(path, dtype=torch.float32)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
     assert all(torch.equal(value, sd[key].float()) for key, value in loaded.state_dict().items())
 
 
@@ -418,6 +454,25 @@ def test_damaged_foreign_and_hostile_files_give_an_error_that_names_the_file(vae
         with pytest.raises(ValueError) as error:
             load_wan_vae(path)
         assert str(error.value).startswith(path.name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_archive_is_named_wherever_the_damage_lies(vae, tmp_path, zipped):
+    path = tmp_path / "vae.pth"
+    torch.save(vae.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(1, len(whole) - 1, len(whole) // 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"^vae\.pth: "):
+            load_wan_vae(path)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for position, value in torch.randint(0, 256 * 60, (20, 2), generator=random).tolist():
+            damaged[position] = value % 256
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):  # damage among the numbers themselves goes unseen
+            load_wan_vae(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from ..operations import cast_on_use
 from .model import WanVAE
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
+
+# What safetensors and torch.load raise on damaged files: torch lets most errors of its parser through.
+DAMAGED = (SafetensorError, pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError,
+           TypeError, LookupError, AttributeError, AssertionError)  # fmt: skip
 
 
 def load_wan_vae(
@@ -41,14 +46,16 @@ def load_wan_vae(
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.name}: expected a Wan 2.1 VAE file; there is none at {path}.")
-    if path.suffix != ".safetensors" and path.suffix not in PICKLE_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix != ".safetensors" and suffix not in PICKLE_SUFFIXES:
         raise ValueError(f"{path.name}: expected .safetensors, {', '.join(PICKLE_SUFFIXES)}; got {path.suffix!r}.")
     try:
-        if path.suffix == ".safetensors":
+        if suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        # torch reports a truncated archive as RuntimeError, code in a pickle as UnpicklingError
+    except PermissionError:
+        raise
+    except DAMAGED as error:
         raise ValueError(
             f"{path.name}: expected a file of weights; it is damaged, or holds code, which is never run ({error}). "
             "Download it again."
