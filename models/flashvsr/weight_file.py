@@ -1,0 +1,267 @@
+"""One file of weights: what is in it, and its tensors one by one, without ever holding the whole file in memory.
+
+Two formats: safetensors, and the archives of `torch.save` (`.ckpt`, `.pth`, `.pt`), which are pickles and are only ever
+read with `weights_only=True`. The format is told from the content, not from the name. What is neither (an empty or
+truncated file, a web page saved under the model's name, a Git LFS pointer) is named in the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pth", ".pt", ".bin")
+
+_HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
+_MAPPED_BYTES = 256 << 20
+"""The file is mapped anew after this many bytes: pages of a mapping count as resident memory until it is closed."""
+_HASH_CHUNK_BYTES = 4 << 20
+_WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
+"""Names under which training code stores the state dict inside a checkpoint."""
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
+"""What `torch.load` raises on damaged archives, beside `pickle.UnpicklingError`."""
+
+
+class CheckpointError(ValueError):
+    """A file of weights, or a set of them, cannot be used. The message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The table of contents of one file of weights; tensors are read on request.
+
+    Attributes:
+        path: of the file.
+        size_bytes: of the file.
+        format: "safetensors" or "pickle".
+        metadata: the safetensors header's `__metadata__`; empty for pickles.
+        entries: name → tensor on the meta device (shape and dtype, no data). A file that holds one bare tensor has
+            the name "".
+    """
+
+    path: Path
+    size_bytes: int
+    format: str
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Tensor]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> WeightFile:
+        """Reads the table of contents.
+
+        Raises:
+            CheckpointError: no such file, not a file of weights, damaged, or a pickle that holds more than tensors.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: expected a file of weights; found {'a folder' if path.is_dir() else 'no file'}."
+            )
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            tensors = _load_pickle(path)
+            return cls(path, size, "pickle", {}, {name: _meta(tensor) for name, tensor in tensors.items()})
+        _check_safetensors_header(path, size, start)
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = {name: _meta(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                return cls(path, size, "safetensors", file.metadata() or {}, entries)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: expected a safetensors file; it is damaged ({error}). Fetch it again."
+            ) from error
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (name, tensor) in the order given; every tensor owns its memory.
+
+        Args:
+            dtype: converted to while reading, one tensor at a time; None keeps the stored dtype.
+
+        Raises:
+            CheckpointError: the file is damaged, or a tensor holds NaN or infinite values (in the dtype asked for).
+        """
+        names = list(names)
+        opened = _safetensors_reader if self.format == "safetensors" else _pickle_reader
+        while names:
+            with opened(self.path) as get:
+                mapped = 0
+                while names and mapped < _MAPPED_BYTES:
+                    name = names.pop(0)
+                    stored = get(name)
+                    mapped += stored.nbytes
+                    tensor = stored.detach().to(device=device, dtype=dtype, copy=True).contiguous()
+                    if not _is_finite(tensor):
+                        raise CheckpointError(
+                            f"{self.path}: expected finite values in {name or 'its tensor'}; got NaN or infinity as "
+                            f"{_dtype_name(tensor.dtype)} (stored as {_dtype_name(stored.dtype)}). "
+                            f"{_advice_not_finite(stored.dtype, tensor.dtype)}"
+                        )
+                    yield name, tensor
+
+    def sha256(self) -> str:
+        """Of the whole file. Remembered for as long as size and modification time stay the same."""
+        stat = self.path.stat()
+        return _file_sha256(self.path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+def tensors_sha256(tensors: Iterable[Tensor]) -> str:
+    """Of the raw bytes of the tensors, in order, as stored (little-endian, row-major)."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _file_sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The sum of finite values is finite in fp32, and unlike isfinite().all() needs no second tensor.
+    if tensor.itemsize == 1:
+        tensor = tensor.float()
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def _advice_not_finite(stored: torch.dtype, wanted: torch.dtype) -> str:
+    if wanted == torch.float16 and stored != torch.float16:
+        return "Load it as bfloat16 or float32, or fetch it again."
+    return "Fetch it again."
+
+
+@contextlib.contextmanager
+def _safetensors_reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: expected a safetensors file; it is damaged ({error}). Fetch it again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _pickle_reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    yield _load_pickle(path).__getitem__
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `torch.save` archive, mapped where the archive allows it."""
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted or "Unsupported" in str(error):
+            what = f"asks Python to run {wanted.group(1)}" if wanted else "holds objects"
+            raise CheckpointError(
+                f"{path}: expected a pickle of plain tensors; this one {what}. It was refused, and nothing in it was "
+                f"run. Use the .safetensors form of these weights, or a copy from the model's own page."
+            ) from None
+        raise CheckpointError(_damaged_archive(path, error)) from None
+    except _DAMAGED as error:
+        raise CheckpointError(_damaged_archive(path, error)) from None
+    return _flatten(content)
+
+
+def _damaged_archive(path: Path, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).split("\n")[0][:200]
+    return (
+        f"{path}: expected an archive of torch.save; it is damaged, truncated or of another kind "
+        f"({path.stat().st_size} bytes; {reason}). Fetch it again."
+    )
+
+
+def _flatten(content: object) -> dict[str, Tensor]:
+    """Named tensors of an unpickled checkpoint: a bare tensor, a list of tensors, a state dict, or one in a wrapper."""
+    if isinstance(content, Tensor):
+        return {"": content}
+    state: Mapping[object, object] = {}
+    if isinstance(content, list | tuple):
+        state = {"": content[0]} if len(content) == 1 else dict(enumerate(content))
+    elif isinstance(content, Mapping):
+        inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
+        state = inner[0] if inner else content
+    tensors = {}
+    for name, value in state.items():
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, Tensor):
+            tensors[str(name)] = value
+    return tensors
+
+
+def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
+    """Raises a CheckpointError that says what the file is when it cannot be a whole safetensors file."""
+    if size == 0:
+        raise CheckpointError(f"{path}: expected a file of weights; it is empty (0 bytes). Fetch it again.")
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path}: expected a file of weights; it is a Git LFS pointer ({size} bytes). Run `git lfs pull`, or fetch "
+            f"the file itself."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path}: expected a file of weights; it is a web page. Fetch the file itself.")
+    if start.startswith(b"GGUF"):
+        raise CheckpointError(f"{path}: expected safetensors or torch.save weights; GGUF files are not supported.")
+    length = struct.unpack("<Q", start[:8])[0] if size >= 8 else 0
+    if not 2 <= length <= _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
+        raise CheckpointError(
+            f"{path}: expected safetensors or torch.save weights; it is neither (it starts with {start[:8]!r}). "
+            f"Choose a file of weights."
+        )
+    needed = 8 + length
+    if size >= needed:
+        with path.open("rb") as file:
+            file.seek(8)
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # safe_open reports those
+                header = json.loads(file.read(length))
+                needed += max(
+                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+                )
+    if size < needed:
+        raise CheckpointError(
+            f"{path}: expected {needed} bytes (as its header says); got {size}: the file is truncated. Fetch it again."
+        )
