@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from steadyvsr.models.wan_vae import WanVAE, load_wan_vae
 
 DATA = Path(__file__).parent / "data"
@@ -94,6 +94,7 @@ def damaged_files(folder: Path, sd: dict[str, torch.Tensor]) -> list[Path]:
         "code.pth": pickle.dumps({"decoder.head.2.weight": Code()}, protocol=2),
         "list.pth": pickle.dumps([1], protocol=2),
         "unknown.gguf": b"GGUF",
+        "other.safetensors": save({"blocks.0.weight": torch.zeros(1)}),
     }
     for suffix in (".pth", ".safetensors"):
         contents[f"empty{suffix}"] = b""
@@ -108,7 +109,7 @@ def test_damaged_foreign_and_hostile_files_give_an_error_that_names_the_file(vae
     for path in damaged_files(tmp_path, vae.state_dict()):
         with pytest.raises(ValueError) as error:
             load_wan_vae(path)
-        assert str(error.value).startswith(path.name)
+        assert str(error.value).startswith(str(path))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -118,7 +119,7 @@ def test_a_damaged_archive_is_named_wherever_the_damage_lies(vae, tmp_path, zipp
     whole = path.read_bytes()
     for length in range(1, len(whole) - 1, len(whole) // 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"^vae\.pth: "):
+        with pytest.raises(ValueError, match=r"vae\.pth: expected"):
             load_wan_vae(path)
     random = torch.Generator().manual_seed(0)
     for _ in range(40):
@@ -131,5 +132,5 @@ def test_a_damaged_archive_is_named_wherever_the_damage_lies(vae, tmp_path, zipp
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+    with pytest.raises(ValueError, match=r"none\.safetensors"):
         load_wan_vae(tmp_path / "none.safetensors")

@@ -34,6 +34,7 @@ _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 _DAMAGED = (
     RuntimeError,
     EOFError,
+    OSError,
     ValueError,
     KeyError,
     IndexError,
