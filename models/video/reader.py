@@ -89,7 +89,7 @@ class Clip:
     def frames_with_times(self) -> Iterator[tuple[Tensor, Fraction]]:
         """Each frame with its time in seconds from the start of the window, strictly increasing.
 
-        Raises DamagedVideoError after the last good frame if the file ends before its header says, or at a frame that
+        Raises DamagedVideoError behind the good frames if the file ends before its header says, or at a frame that
         cannot be decoded; with damaged="keep" such frames are left out and logged instead. Raises VideoError if the
         picture size changes on the way.
         """
@@ -248,6 +248,8 @@ def time_origin(container: InputContainer) -> Fraction:
 def _header_end(container: InputContainer, stream) -> Fraction | None:
     """When the video ends by its header, on the stream's own clock; None where no header says so."""
     begin = (stream.start_time or 0) * stream.time_base
+    if container.format.name == "avi" and stream.frames:
+        return begin + stream.frames * stream.time_base  # its duration is re-estimated when the file is short
     if stream.duration:
         return begin + stream.duration * stream.time_base
     for key, value in stream.metadata.items():  # Matroska's statistics: 00:00:02.000000000
@@ -295,7 +297,8 @@ class _Progress:
         if self.expected_end is None or not self.end or self.past_window:
             return None
         promised = self.expected_end if self.window_end is None else min(self.expected_end, self.window_end)
-        if promised - self.end > END_TOLERANCE_FRAMES / self.rate:
+        step = max(1 / self.rate, (self.end - begin) / self.packets)
+        if promised - self.end > END_TOLERANCE_FRAMES * step:
             return f"the end of the file at {float(self.end - begin):.2f} s of {float(self.expected_end - begin):.2f} s"
         return None
 
@@ -345,7 +348,11 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
 
 
 def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) -> Iterator[av.VideoFrame]:
-    """Decoded frames in display order; damage is raised behind the last good frame, or logged where asked to keep."""
+    """Decoded frames in display order; damage is raised where it shows, or logged where asked to keep.
+
+    Raising leaves out up to a handful of good frames that the decoder still holds back for reordering: with several
+    decoding threads they can lie behind the damage already.
+    """
     packets = container.demux(stream)
     first_problem: str | None = None
     lost = 0
@@ -362,7 +369,6 @@ def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) 
             frames = packet.decode()
         except FFmpegError as error:
             if clip.damaged == "raise":
-                yield from _drain(stream)
                 raise progress.damage(f"a frame that cannot be decoded ({error.strerror})") from error
             first_problem = first_problem or f"frames that cannot be decoded ({error.strerror})"
             lost += 1
@@ -374,11 +380,3 @@ def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) 
     if first_problem:
         kept = progress.delivered
         log.warning("%s: damaged: %s; %d frames kept, %d packets lost", clip.name, first_problem, kept, lost)
-
-
-def _drain(stream) -> list[av.VideoFrame]:
-    """The good frames that the decoder still holds back for reordering."""
-    try:
-        return stream.decode(None)
-    except FFmpegError:
-        return []
