@@ -193,6 +193,15 @@ def test_encoder_tensors_of_the_official_decoder_file_are_ignored_and_listed(tmp
     assert ignored == [("encoder.0.weight",)]
 
 
+def test_tensors_that_a_published_file_has_beside_its_network_are_no_error(tmp_path, parts, monkeypatch):
+    folder = write_folder(tmp_path, parts)
+    path = write(folder / OFFICIAL["decoder"], {**parts["decoder"], "unknown.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="1 not known: unknown.weight"):
+        load_flashvsr(folder, version="v1")
+    publish(monkeypatch, path, None)
+    assert_holds(load_flashvsr(folder, version="v1"), parts)
+
+
 def test_state_dicts_inside_a_training_checkpoint_are_found(tmp_path, parts):
     folder = write_folder(tmp_path, parts)
     torch.save({"epoch": 3, "state_dict": parts["lq_projection"]}, folder / OFFICIAL["lq_projection"])
@@ -267,7 +276,7 @@ def test_unknown_choices_are_refused(tmp_path, parts, argument):
         load_flashvsr(write_folder(tmp_path, parts), **argument)
 
 
-def publish(monkeypatch, path: Path, version: str) -> None:
+def publish(monkeypatch, path: Path, version: str | None) -> None:
     """Enters a file among the published ones."""
     file = WeightFile.open(path)
     known = KnownFile(path.name, file.sha256(), file.size_bytes, version)

@@ -47,8 +47,7 @@ _KEYS = {
     "vae": re.compile(r"(encoder|decoder|conv[12])\."),
 }
 _IGNORED = {"decoder": "encoder."}
-"""Keys of a part that no network here has. The official TCDecoder.ckpt is 7.66 MB larger than its decoder, which is the
-size of a TAEHV encoder for 784 channels; the official script loads it with strict=False."""
+"""Keys of a part that no network here has: of the autoencoder that the TC decoder was made from."""
 _PROMPT_NAMES = ("", "context", MERGED_PROMPT, "posi_prompt", "posi_context", "prompt", "prompt_emb", "prompt_embeds")
 _IDENTITY = {
     "transformer": ("patch_embedding.bias", "head.modulation"),

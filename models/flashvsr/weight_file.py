@@ -84,7 +84,8 @@ class WeightFile:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        # A safetensors file starts with the length of its header, which can look like a pickle's first byte.
+        if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:9] != b"{"):
             tensors = _load_pickle(path)
             return cls(path, size, "pickle", {}, {name: _meta(tensor) for name, tensor in tensors.items()})
         _check_safetensors_header(path, size, start)
@@ -158,10 +159,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The sum of finite values is finite in fp32, and unlike isfinite().all() needs no second tensor.
-    if tensor.itemsize == 1:
-        tensor = tensor.float()
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    if tensor.numel() == 0:
+        return True
+    # aminmax needs no second tensor and lets NaN through; 8-bit floats do not have it.
+    low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _advice_not_finite(stored: torch.dtype, wanted: torch.dtype) -> str:
