@@ -43,6 +43,13 @@ def test_sizes_are_read_from_the_tensors_under_any_known_prefix(vae, prefix):
     assert torch.equal(loaded.decode(random_latents(1)), vae.decode(random_latents(1)))
 
 
+def test_the_layers_are_those_of_the_operations_namespace(vae):
+    loaded = WanVAE.from_state_dict(vae.state_dict(), operations=torch.nn)
+    convolutions = [m for m in loaded.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
+    assert convolutions and {type(m) for m in convolutions} == {torch.nn.Conv2d, torch.nn.Conv3d}
+    assert torch.equal(loaded.decode(random_latents(2)), vae.decode(random_latents(2)))
+
+
 def test_a_decoder_alone_decodes_and_says_why_it_cannot_encode(vae):
     sd = {key: value for key, value in vae.state_dict().items() if key.startswith(("decoder.", "conv2."))}
     decoder_only = WanVAE.from_state_dict(sd)
