@@ -27,7 +27,7 @@ def random_latents(count: int) -> torch.Tensor:
 
 
 def test_keys_and_shapes_are_those_of_the_released_checkpoints():
-    manifest = json.loads((DATA / "wan_vae_manifest.json").read_text())
+    manifest = json.loads((DATA / "manifests" / "wan2.1_vae.json").read_text())["keys"]
     with torch.device("meta"):
         full, decoder_only = WanVAE(), WanVAE(with_encoder=False)
     assert {key: list(value.shape) for key, value in full.state_dict().items()} == manifest
