@@ -163,7 +163,7 @@ def _flex(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     from torch.nn.attention.flex_attention import BlockMask
 
     count = mask.sum(-1, dtype=torch.int32)[None]
-    order = mask.int().argsort(-1, descending=True, stable=True).to(torch.int32)[None]
+    order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True).to(torch.int32)[None]
     # All blocks go to the "full" list: no token inside a selected block is masked.
     block_mask = BlockMask.from_kv_blocks(
         torch.zeros_like(count),
