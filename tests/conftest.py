@@ -21,6 +21,8 @@ COMFYUI_PATH = "COMFYUI_PATH"
 
 def installed_from_here() -> bool:
     """Whether `import steadyvsr` finds this checkout (an installed copy of another one must not be tested)."""
+    if getattr(sys.modules.get("steadyvsr"), "__spec__", True) is None:  # the stand-in registered below
+        return False
     spec = importlib.util.find_spec("steadyvsr")
     return bool(spec and spec.origin and Path(spec.origin).resolve() == ROOT / "__init__.py")
 

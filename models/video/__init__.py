@@ -4,6 +4,7 @@ from .images import ImageSequenceWriter, encode_png
 from .pixels import ColourTags
 from .reader import Clip, open_clip
 from .source import DamagedVideoError, VideoError
+from .waveform import Waveform
 from .writer import ClipWriter, Encoding, choose_encoding
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Encoding",
     "ImageSequenceWriter",
     "VideoError",
+    "Waveform",
     "choose_encoding",
     "encode_png",
     "open_clip",

@@ -16,6 +16,7 @@ from .source import open_container
 log = logging.getLogger("steadyvsr.video")
 
 REENCODED_BITS_PER_SECOND = 192_000
+_CUSTOMARY_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 
 class AudioCopy:
@@ -50,7 +51,7 @@ class AudioCopy:
             encoded = False
         else:
             codec, rate = ("libopus", 48_000) if name == "webm" else ("aac", stream.rate)
-            target = self._output.add_stream(codec, rate=rate, layout=stream.layout.name)
+            target = self._output.add_stream(codec, rate=rate, layout=_layout(stream))
             target.bit_rate = REENCODED_BITS_PER_SECOND
             encoded = True
             self.notes.append(f"audio re-encoded from {stream.codec_context.name} to {codec}: {name} cannot hold it")
@@ -115,6 +116,12 @@ class AudioCopy:
         for target, encoded in self._targets.values():
             if encoded:
                 self._output.mux(target.encode(None))
+
+
+def _layout(stream) -> str:
+    """The stream's channel layout, or the customary one where the file only counts channels ("2 channels")."""
+    name = stream.layout.name
+    return _CUSTOMARY_LAYOUTS.get(stream.layout.nb_channels, name) if name.endswith("channels") else name
 
 
 def _container_holds(format_name: str, stream) -> bool:

@@ -18,9 +18,10 @@ from .part_file import PartFile, explained
 from .pixels import MATRIX_BT709, MATRIX_BT2020, PRIMARIES_BT2020, RANGE_LIMITED, ColourTags, pixel_layout, rgb_to_frame
 from .reader import Clip
 from .source import VideoError
+from .waveform import Waveform, WaveformEncoder
 
 CONTAINERS = {
-    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".ts": "mpegts",
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
 }  # fmt: skip
 # Where compression is hard to see; the scales differ. Codecs that are not listed have no such setting.
 _DEFAULT_CRF = {"libx264": 16, "libx265": 18, "libvpx-vp9": 22, "libsvtav1": 22}
@@ -70,19 +71,15 @@ def choose_encoding(
         ) from error
     if encoder.type != "video":
         raise ValueError(f"{name}: expected a video codec; got {codec!r}, which is for {encoder.type}.")
-    offered = [video_format.name for video_format in encoder.video_formats or ()] or list(_CHOICES_8_BIT)
+    offered: list[str] = [video_format.name for video_format in encoder.video_formats or ()] or list(_CHOICES_8_BIT)
     if pixel_format is None:
-        choices = _CHOICES_10_BIT if ten_bit else _CHOICES_8_BIT + _CHOICES_10_BIT
-        if codec in _LOSSLESS:
-            choices = tuple(reversed(choices[:3]))
-        usable = [choice for choice in choices if choice in offered]
-        pixel_format = next((choice for choice in usable if _divides(choice, width, height)), None)
+        pixel_format = _pixel_format(codec, offered, width, height, ten_bit)
         if pixel_format is None:
             even = f"{width + width % 2}x{height + height % 2}"
             wanted = f"{'ten bits' if ten_bit else 'pictures'} of {width}x{height}"
             raise ValueError(
-                f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got"
-                f" {', '.join(usable) or 'no fitting pixel format'}. Ask for {even}, or use libx264 in .mp4 or .mkv."
+                f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got only"
+                f" {', '.join(offered)}. Ask for {even}, or use libx264 in .mp4 or .mkv."
             )
     elif pixel_format not in offered or not _divides(pixel_format, width, height):
         raise ValueError(
@@ -95,6 +92,17 @@ def choose_encoding(
     if crf is not None and not 0 <= crf <= worst:
         raise ValueError(f"{name}: expected a crf from 0 (best) to {worst}; got {crf}.")
     return Encoding(container, codec, pixel_format, _DEFAULT_CRF.get(codec) if crf is None else crf)
+
+
+def _pixel_format(codec: str, offered: list[str], width: int, height: int, ten_bit: bool) -> str | None:
+    """The codec's customary format that has whole chroma samples at this size."""
+    for choices in (_CHOICES_10_BIT,) if ten_bit else (_CHOICES_8_BIT, _CHOICES_10_BIT):
+        usable = [choice for choice in choices if choice in offered]
+        fitting = [choice for choice in usable if _divides(choice, width, height)]
+        if fitting:
+            # 4:2:2 is for codecs without 4:2:0 (ProRes); an odd size, like a lossless codec, gets 4:4:4.
+            return fitting[0] if fitting[0] == usable[0] and codec not in _LOSSLESS else fitting[-1]
+    return None
 
 
 def _divides(pixel_format: str, width: int, height: int) -> bool:
@@ -116,7 +124,7 @@ class ClipWriter:
     Args:
         frame_rate: frames per second; also the step of frames written without a time
         time_base: seconds per tick; the source's keeps variable frame rates exact. None: 1 / frame_rate
-        audio: the clip whose sound, within its window, goes along
+        audio: the clip whose sound, within its window, goes along; or samples, which become AAC
         colour: primaries and transfer to tag, as `Clip.colour` tells them
         sample_aspect_ratio: width / height of one pixel
         codec, crf, ten_bit, pixel_format: see `choose_encoding`
@@ -138,7 +146,7 @@ class ClipWriter:
         frame_rate: Fraction | int,
         *,
         time_base: Fraction | None = None,
-        audio: Clip | None = None,
+        audio: Clip | Waveform | None = None,
         colour: ColourTags | None = None,
         sample_aspect_ratio: Fraction = Fraction(1),
         codec: str | None = None,
@@ -158,7 +166,7 @@ class ClipWriter:
         self._time_base = time_base or self._step
         self._last_pts: int | None = None
         self._closed = False
-        self._audio: AudioCopy | None = None
+        self._audio: AudioCopy | WaveformEncoder | None = None
         self._part = PartFile(path, force)
         try:
             self._container: OutputContainer = av.open(
@@ -173,7 +181,7 @@ class ClipWriter:
             self.abort()
             raise
 
-    def _open(self, frame_rate: Fraction, audio: Clip | None, colour: ColourTags, aspect: Fraction) -> None:
+    def _open(self, frame_rate: Fraction, audio: Clip | Waveform | None, colour: ColourTags, aspect: Fraction) -> None:
         encoding = self.encoding
         try:
             with explained(self.path):
@@ -188,8 +196,11 @@ class ClipWriter:
                 if encoding.codec == "libx265" and encoding.container in ("mp4", "mov"):
                     context.codec_tag = "hvc1"  # Apple's players accept no other
                 self._stream = stream
-                if audio is not None and audio.has_audio:
+                if isinstance(audio, Waveform):
+                    self._audio = WaveformEncoder(audio, self._container)
+                elif audio is not None and audio.has_audio:
                     self._audio = AudioCopy(audio, self._container)
+                if self._audio is not None:
                     self.notes += self._audio.notes
                 self._container.start_encoding()
         except (FFmpegError, ValueError) as error:
