@@ -1,0 +1,217 @@
+"""Trains the embedded nano network on procedural clips; seeded, and resumable from its checkpoint.
+
+    python -m steadyvsr.training.train_nano --checkpoint nano.pt --minutes 60
+
+Step s is a function of the weights before it and of s alone (its clips, their orientation, its noise, its learning
+rate and its loss), so a run that was stopped and resumed equals one that was not. Two stages: the decoder alone with
+latents of zero, then all three networks through the decoder. Output 128×128, one process step of 25 frames.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..models.flashvsr.config import FlashVSRConfig
+from .clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
+from .metrics import psnr
+from .network import CLIP_FRAMES, LATENT_FRAMES, NANO, OUTPUT_FRAMES, NanoNetwork, export
+
+VALIDATION_SEEDS = range(800_000, 800_008)
+_FAN_IN = 300
+"""Inputs of a layer above which its learning rate falls as 1 / inputs: a wide layer otherwise loses its start."""
+_CHARBONNIER = 1e-3
+_REPORT_STEPS, _SAVE_STEPS = 100, 500
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a training run consists of.
+
+    Attributes:
+        decoder_steps: of the first stage.
+        joint_steps: of the second.
+        mse_steps: at the end, with the squared error and in fp32; Charbonnier and bfloat16 autocast before.
+        warmup_steps: of linear growth of the learning rate, at the start of each stage.
+        peak: learning rate of layers with at most 300 inputs.
+        batch: clips per step.
+        size: side of a clip in output pixels.
+        pool: different clips; they come back turned, mirrored, reversed and with other colours.
+        ema: decay of the averaged weights.
+    """
+
+    decoder_steps: int = 3000
+    joint_steps: int = 20000
+    mse_steps: int = 4000
+    warmup_steps: int = 300
+    peak: float = 6e-4
+    batch: int = 2
+    size: int = 128
+    pool: int = 1200
+    ema: float = 0.999
+
+    @property
+    def steps(self) -> int:
+        return self.decoder_steps + self.joint_steps
+
+    def rate(self, step: int) -> float:
+        """Learning rate: warm-up at the start of a stage, a half cosine over the whole run."""
+        since = step if step < self.decoder_steps else step - self.decoder_steps
+        warm = min(1.0, (since + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+class ClipPool:
+    """Training pairs; clips are made when first asked for and kept as 8-bit tensors."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        if schedule.pool > VALIDATION_SEEDS.start or TRAINING_SEED_LIMIT > min(HELD_OUT_SEEDS):
+            raise ValueError("ClipPool: expected training seeds apart from the validation and held-out seeds.")
+        self.schedule = schedule
+        self._clips: dict[int, Tensor] = {}
+
+    def pair(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Condition NTCHW -1..1 (25 frames), target NTCHW 0..1 (21 frames) and noise NCTHW of one step."""
+        generator = torch.Generator().manual_seed(step)
+        conditions, targets = [], []
+        for _ in range(self.schedule.batch):
+            clip = self._clip(int(torch.randint(self.schedule.pool, (), generator=generator)))
+            turns, mirror, reverse = torch.randint(4, (3,), generator=generator).tolist()
+            clip = torch.rot90(clip, turns, (1, 2))[..., torch.randperm(3, generator=generator)]
+            flips = [0] * (reverse % 2) + [2] * (mirror % 2)
+            clip = clip.flip(flips) if flips else clip
+            conditions.append(enlarge(degrade(clip)).permute(0, 3, 1, 2) * 2 - 1)
+            targets.append(clip[:OUTPUT_FRAMES].permute(0, 3, 1, 2))
+        cells = self.schedule.size // 8
+        noise = torch.randn(self.schedule.batch, 16, LATENT_FRAMES, cells, cells, generator=generator)
+        return torch.stack(conditions), torch.stack(targets), noise
+
+    def _clip(self, seed: int) -> Tensor:
+        if seed not in self._clips:
+            clip = make_clip(seed, CLIP_FRAMES, self.schedule.size, self.schedule.size)
+            self._clips[seed] = (clip * 255).round().byte()
+        return self._clips[seed].float() / 255
+
+
+class Trainer:
+    """Weights, their average, the optimiser and the step: everything that a checkpoint holds."""
+
+    def __init__(self, schedule: Schedule, seed: int = 0, config: FlashVSRConfig = NANO) -> None:
+        self.schedule, self.seed, self.step = schedule, seed, 0
+        self.network = NanoNetwork(seed, config)
+        self.average = {name: value.detach().clone() for name, value in self.network.named_parameters()}
+        groups = []
+        for _, parameter in self.network.named_parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            groups.append({"params": [parameter], "scale": min(1.0, _FAN_IN / fan_in)})
+        self.optimiser = torch.optim.Adam(groups, lr=schedule.peak, betas=(0.9, 0.99))
+        self.pool = ClipPool(schedule)
+
+    def train_step(self) -> float:
+        """One step; returns the PSNR of its batch in dB."""
+        joint = self.step >= self.schedule.decoder_steps
+        final = self.step >= self.schedule.steps - self.schedule.mse_steps
+        condition, target, noise = self.pool.pair(self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate(self.step) * group["scale"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not final):
+            output = self.network(condition, noise if joint else None)
+        error = (output.float() - target).square()
+        loss = error.mean() if final else (error + _CHARBONNIER**2).sqrt().mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(self.schedule.ema, self.step / (self.step + 100))
+        with torch.no_grad():
+            for name, value in self.network.named_parameters():
+                self.average[name].lerp_(value, 1 - decay)
+        return -10 * math.log10(error.mean().item())
+
+    def averaged(self) -> NanoNetwork:
+        """A network with the averaged weights, rounded to fp16 as they will be stored."""
+        network = NanoNetwork(self.seed, self.network.transformer.config)
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                value.copy_(self.average[name].half().float())
+        return network
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint beside `path` and renames it, so that a killed run leaves the last one whole."""
+        state = {"schedule": asdict(self.schedule), "seed": self.seed, "step": self.step, "average": self.average,
+                 "network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint of a run with the same seed; the schedule may differ."""
+        state = torch.load(path, weights_only=True)
+        if state["seed"] != self.seed:
+            raise ValueError(f"{path}: expected a checkpoint of seed {self.seed}; got {state['seed']}.")
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.average, self.step = state["average"], state["step"]
+
+
+@torch.no_grad()
+def validate(network: NanoNetwork, joint: bool, size: int) -> dict[str, float]:
+    """Mean PSNR in dB over the validation clips: bicubic, output, output without velocity and without LQ tokens."""
+    scores: dict[str, list[float]] = {"bicubic": [], "output": []}
+    generator = torch.Generator().manual_seed(0)
+    for seed in VALIDATION_SEEDS:
+        clip = make_clip(seed, CLIP_FRAMES, size, size)
+        large, target = enlarge(degrade(clip)), clip[:OUTPUT_FRAMES]
+        condition = large.permute(0, 3, 1, 2)[None] * 2 - 1
+        noise = torch.randn(1, 16, LATENT_FRAMES, size // 8, size // 8, generator=generator)
+        output = network(condition, noise if joint else None)
+        scores["bicubic"].append(psnr(large[:OUTPUT_FRAMES], target))
+        scores["output"].append(psnr(output[0].permute(0, 2, 3, 1).clamp(0, 1), target))
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the embedded nano network.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="resumed where it exists")
+    parser.add_argument("--export", type=Path, help="merged fp16 file, written with every checkpoint")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop (and save) after this time")
+    parser.add_argument("--seed", type=int, default=0)
+    for name in ("decoder_steps", "joint_steps", "mse_steps"):
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(Schedule, name))
+    parser.add_argument("--peak", type=float, default=Schedule.peak)
+    arguments = parser.parse_args()
+    schedule = Schedule(arguments.decoder_steps, arguments.joint_steps, arguments.mse_steps, peak=arguments.peak)
+    trainer = Trainer(schedule, arguments.seed)
+    if arguments.checkpoint.exists():
+        trainer.load(arguments.checkpoint)
+    started, recent = time.monotonic(), []
+    while trainer.step < schedule.steps and time.monotonic() - started < arguments.minutes * 60:
+        recent.append(trainer.train_step())
+        if trainer.step % _REPORT_STEPS == 0:
+            print(f"step {trainer.step}  {time.monotonic() - started:.0f} s  batch {sum(recent) / len(recent):.3f} dB  "
+                  f"rate {schedule.rate(trainer.step - 1):.2e}", flush=True)
+            recent = []
+        if trainer.step % _SAVE_STEPS == 0:
+            _checkpoint(trainer, arguments)
+    _checkpoint(trainer, arguments)
+
+
+def _checkpoint(trainer: Trainer, arguments: argparse.Namespace) -> None:
+    trainer.save(arguments.checkpoint)
+    network = trainer.averaged()
+    if arguments.export:
+        export(network, arguments.export)
+    scores = validate(network, trainer.step > trainer.schedule.decoder_steps, trainer.schedule.size)
+    print(f"step {trainer.step}  validation " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()),
+          flush=True)
+
+
+if __name__ == "__main__":
+    main()
