@@ -1,0 +1,18 @@
+"""What a user wires: ComfyUI nodes (V3), thin layers over `models`."""
+
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
+from .model_sets import register_model_folder
+
+
+class FlashVSRExtension(ComfyExtension):
+    """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it."""
+
+    def __init__(self) -> None:
+        register_model_folder()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoadFlashVSR, Upscale, UpscaleVideo]

@@ -1,0 +1,47 @@
+"""What differs between the ComfyUI versions that this pack runs in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import torch
+
+
+def supported(target: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """Those of `keywords` that `target` accepts in the running ComfyUI.
+
+    Keywords such as `search_aliases` of a schema or `advanced` of an input only change how a node is shown; they came
+    after 0.3.64, where passing them raises TypeError.
+    """
+    accepted = inspect.signature(target).parameters
+    return {name: value for name, value in keywords.items() if name in accepted}
+
+
+def patcher_class() -> type:
+    """The patcher class that ComfyUI gives to its own models: with dynamic VRAM, which 0.3.64 lacks, another one.
+
+    Looked up at each use, because ComfyUI replaces the class after its start-up checks.
+    """
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def torch_devices() -> list[torch.device]:
+    """Every accelerator that ComfyUI manages; only its current one where it does not list them (0.3.64)."""
+    if hasattr(mm, "get_all_torch_devices"):
+        return mm.get_all_torch_devices()
+    current = mm.get_torch_device()
+    if current.type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [current]
+
+
+def trim_window(video: Any) -> tuple[float, float]:
+    """(start, duration) in seconds of a trimmed VIDEO; a duration of 0 means until the end.
+
+    Since trimming exists, a file read by its stream source is read whole: the trim has to be applied by the reader.
+    """
+    return video.get_active_trim_window() if hasattr(video, "get_active_trim_window") else (0.0, 0.0)
