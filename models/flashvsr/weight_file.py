@@ -128,9 +128,14 @@ class WeightFile:
                     yield name, tensor
 
     def sha256(self) -> str:
-        """Of the whole file. Remembered for as long as size and modification time stay the same."""
-        stat = self.path.stat()
-        return _file_sha256(self.path.resolve(), stat.st_size, stat.st_mtime_ns)
+        """Of the whole file."""
+        return file_sha256(self.path)
+
+
+def file_sha256(path: Path) -> str:
+    """Of the whole file. Remembered for as long as its size and modification time stay the same."""
+    stat = path.stat()
+    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 def tensors_sha256(tensors: Iterable[Tensor]) -> str:
