@@ -123,15 +123,15 @@ class CausalLQ4xProjection(nn.Module):
         """The caches after frame 0, which counts as a clip of four copies of itself and yields no tokens."""
         still = first.expand(-1, -1, KERNEL_FRAMES, -1, -1)
         # Every window of the convolution sees the same frame, so one output stands for both.
-        feature = F.silu(self.norm1(_convolve(self.conv1, still.flatten(1, 2)))).unsqueeze(2)
+        feature = F.silu(self.norm1(_convolve(self.conv1, _pad_border(still.flatten(1, 2))))).unsqueeze(2)
         return LQCache(
             _owned(first.expand(-1, -1, CACHE_FRAMES, -1, -1)), _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1))
         )
 
-    def _halve(self, conv: nn.Module, norm: ChannelNorm, frames: Tensor, cache: Tensor) -> Tensor:
+    def _halve(self, conv: nn.Conv3d, norm: ChannelNorm, frames: Tensor, cache: Tensor) -> Tensor:
         """SiLU(norm(conv)) over time: N,C,T,h,w → N,C',T/2,h,w."""
-        frames = self._pad_front(frames, cache)
         batch = frames.shape[0]
+        frames = _pad_border(self._pad_front(frames, cache).flatten(0, 1)).unflatten(0, (batch, -1))
         # N,C,T/2,h,w,4 → a two-dimensional convolution whose channels are (channel, frame of the window): the same
         # numbers, and no slow half-precision Conv3d (pytorch #166643).
         windows = frames.unfold(2, KERNEL_FRAMES, 2).permute(0, 2, 1, 5, 3, 4)
@@ -142,10 +142,15 @@ class CausalLQ4xProjection(nn.Module):
         return torch.cat([cache, frames], 2)
 
 
+def _pad_border(frames: Tensor) -> Tensor:
+    """Replicates the outermost rows and columns once: …,h,w → …,h+2,w+2."""
+    return F.pad(frames, (1, 1, 1, 1), mode="replicate")
+
+
 def _convolve(conv: nn.Module, window: Tensor) -> Tensor:
-    """window: N,C·4,h,w → N,C',h,w with replicated borders; the Conv3d kernel read as a Conv2d kernel."""
+    """window: N,C·4,h+2,w+2 → N,C',h,w; the Conv3d kernel read as a Conv2d kernel."""
     weight, bias = weight_and_bias(conv, window)
-    return F.conv2d(F.pad(window, (1, 1, 1, 1), mode="replicate"), weight.flatten(1, 2), bias)
+    return F.conv2d(window, weight.flatten(1, 2), bias)
 
 
 class BufferLQ4xProjection(CausalLQ4xProjection):

@@ -8,6 +8,7 @@ run as four 2×2 convolutions, one for each output phase, on the small map: the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -233,9 +234,9 @@ class TCDecoder(nn.Module):
     def _kernels(self, transition: tuple[int, int], like: Tensor, memory: DecoderMemory) -> list[Tensor]:
         grow, conv = transition
         if conv not in memory.kernels:
-            grown = self.decoder[grow]
+            grown, convolution = cast(TimeGrow, self.decoder[grow]), cast(nn.Conv2d, self.decoder[conv])
             folded = phase_kernels(
-                grown.conv.weight.to(like.device), self.decoder[conv].weight.to(like.device), grown.stride
+                grown.conv.weight.to(like.device), convolution.weight.to(like.device), grown.stride
             )
             memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
         return memory.kernels[conv]

@@ -217,6 +217,7 @@ class Transformer(nn.Module):
         text = self.text_embedding(context)
         cross = []
         for block in self.blocks:
+            assert isinstance(block, Block)
             attn = block.cross_attn
             pair = (attn.norm_k(attn.k(text)), attn.v(text))
             cross.append(tuple(x.unflatten(-1, (block.num_heads, -1)).transpose(1, 2).contiguous() for x in pair))
