@@ -44,8 +44,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     MKL, which `F.linear` asks, takes more than twice oneDNN's time on the AMD CPU it was tried on.
     """
-    on_cpu = _ONEDNN_LINEAR is not None and x.device.type == "cpu" and x.dtype == torch.float32
-    if on_cpu and not torch.is_grad_enabled() and torch.backends.mkldnn.enabled:
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if _ONEDNN_LINEAR is not None and on_cpu and not torch.is_grad_enabled() and torch.backends.mkldnn.enabled:
         return _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -14,10 +14,11 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..operations import cast_on_use
 from .config import LQ_CACHE_ORDERS, FlashVSRConfig
@@ -135,6 +136,7 @@ def save_merged(
     """
     if version not in VERSIONS:
         raise ValueError(f"save_merged: expected version {' or '.join(VERSIONS)}; got {version!r}.")
+    parts: dict[str, Any]
     if isinstance(model, FlashVSR):
         parts = {part: getattr(model, part).state_dict() for part in NETWORKS} | {"prompt": model.prompt}
     else:
@@ -162,7 +164,7 @@ def save_merged(
         part_path.unlink(missing_ok=True)
 
 
-def _networks(config: FlashVSRConfig, version: str, lq_cache_order: str, operations) -> dict[str, nn.Module]:
+def _networks(config: FlashVSRConfig, version: str, lq_cache_order: str, operations) -> dict[str, Any]:
     if version == "v1.1":
         projection = CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers, operations=operations)
     else:

@@ -8,7 +8,7 @@ cancelling, and nothing can pass from one run into the next.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -98,7 +98,7 @@ def upscale_frames(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Upscales a clip frame by frame.
 
     N frames in give N frames out, of `output_size(width, height, options.scale)`.
@@ -139,7 +139,7 @@ def _stream(
     device: torch.device,
     dtype: torch.dtype,
     on_step: OnStep,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     # The caller's mode at the first frame holds for the whole run: a cache made in inference mode cannot be changed
     # outside it, and the caller may resume this generator in another mode.
     inference = torch.is_inference_mode_enabled()

@@ -142,7 +142,7 @@ def tensors_sha256(tensors: Iterable[Tensor]) -> str:
     """Of the raw bytes of the tensors, in order, as stored (little-endian, row-major)."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -106,6 +106,7 @@ class AudioCopy:
                 self._output.mux(target.encode(frame))
             return
         shift = round(self._origin / packet.time_base)
+        assert packet.dts is not None  # advance() leaves the others out
         packet.dts -= shift
         packet.pts = packet.dts if packet.pts is None else packet.pts - shift
         packet.stream = target
@@ -120,7 +121,7 @@ class AudioCopy:
 
 def _layout(stream) -> str:
     """The stream's channel layout, or the customary one where the file only counts channels ("2 channels")."""
-    name = stream.layout.name
+    name: str = stream.layout.name
     return _CUSTOMARY_LAYOUTS.get(stream.layout.nb_channels, name) if name.endswith("channels") else name
 
 

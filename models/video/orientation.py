@@ -13,7 +13,7 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
 
     FFmpeg's libavutil/display.h: x' = a·x + c·y, y' = b·x + d·y with y downwards, stored in 16.16 fixed point.
     """
-    side_data = frame.side_data.get(Type.DISPLAYMATRIX)
+    side_data = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore  PyAV's stub knows keys by name only
     if side_data is None:
         return None
     cells = np.frombuffer(bytes(side_data), dtype="<i4").reshape(3, 3)[:2, :2] / 65536

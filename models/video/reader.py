@@ -189,6 +189,7 @@ def _describe(source, name, container: InputContainer, begin, window, damaged) -
     if first.interlaced_frame:
         notes.append("interlaced: both fields of a frame are treated as one picture; deinterlace first")
     context = stream.codec_context
+    assert stream.time_base is not None  # FFmpeg sets it for every stream it opens
     return Clip(
         source=source, name=name, width=width, height=height, frame_rate=Fraction(rate),
         time_base=Fraction(stream.time_base), frame_count=count, duration=None if seconds is None else float(seconds),
@@ -240,7 +241,7 @@ def time_origin(container: InputContainer) -> Fraction:
     starts = [
         s.start_time * s.time_base
         for s in container.streams
-        if s.type in ("video", "audio") and s.start_time is not None
+        if s.type in ("video", "audio") and s.start_time is not None and s.time_base is not None
     ]
     return max(Fraction(0), min(starts, default=Fraction(0)))
 
@@ -315,6 +316,7 @@ class _Progress:
 def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fraction]]:
     stream = _picture_stream(clip.name, container)
     stream.thread_type = "AUTO"
+    assert stream.time_base is not None  # FFmpeg sets it for every stream it opens
     progress = _Progress(clip, container, stream)
     origin = progress.origin + clip.start
     if clip.start:
