@@ -45,3 +45,8 @@ def trim_window(video: Any) -> tuple[float, float]:
     Since trimming exists, a file read by its stream source is read whole: the trim has to be applied by the reader.
     """
     return video.get_active_trim_window() if hasattr(video, "get_active_trim_window") else (0.0, 0.0)
+
+
+def unique_id(node: Any) -> str | None:
+    """The id of a running node in its graph; None where it is called outside ComfyUI's executor."""
+    return node.hidden.unique_id if node.hidden is not None else None

@@ -12,7 +12,7 @@ from ..models.flashvsr import StreamOptions, output_size
 from ..models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
 from ..models.flashvsr.layouts import VERSIONS
 from . import model_sets
-from .compat import supported
+from .compat import supported, unique_id
 from .loaded import PRECISIONS, LoadedFlashVSR, device_choices, load
 from .run import Run, checked_frames, upscale_video
 from .wan_vae import StreamingWanVAE
@@ -76,20 +76,34 @@ class LoadFlashVSR(io.ComfyNode):
                     tooltip="For v1 weights. fixed: each clip of frames sees the end of the one before. as_trained: it "
                     "sees its own end instead, the order that the released v1 weights were trained with.",
                 ),
+                io.Boolean.Input(
+                    "download",
+                    default=False,
+                    tooltip="Fetches the official FlashVSR or FlashVSR-v1.1 into models/flashvsr if it is chosen and "
+                    f"not there: {model_sets.OFFICIAL_GB} GB, resumed after a break, checked by sha256.",
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[FlashVSRType.Output("flashvsr", display_name="FLASHVSR", tooltip="For the upscale nodes.")],
             **supported(io.Schema, search_aliases=ALIASES),
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_set: str, **_: object) -> str:
-        return model_sets.fingerprint(model_sets.resolve(model_set, LOAD))
+        return model_sets.fingerprint(model_set)
 
     @classmethod
     def execute(
-        cls, model_set: str, version: str, precision: str, device: str, attention: str, lq_cache_order: str
+        cls,
+        model_set: str,
+        version: str,
+        precision: str,
+        device: str,
+        attention: str,
+        lq_cache_order: str,
+        download: bool = False,
     ) -> io.NodeOutput:
-        path = model_sets.resolve(model_set, LOAD)
+        path = model_sets.resolve(model_set, download, LOAD, unique_id(cls))
         return io.NodeOutput(load(model_set, path, version, precision, device, attention, lq_cache_order))
 
 
@@ -237,7 +251,7 @@ class Upscale(io.ComfyNode):
             raise ValueError(f"{UPSCALE}: expected at least 1 frame; got an empty batch. Check the node before it.")
         if channels not in (1, 3, 4):
             raise ValueError(f"{UPSCALE}: expected 1, 3 or 4 channels; got {channels}. Convert the image to RGB.")
-        node_id = cls.hidden.unique_id
+        node_id = unique_id(cls)
         run = prepared_run(
             UPSCALE, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae
         )
@@ -270,7 +284,7 @@ class UpscaleVideo(io.ComfyNode):
             ],
             outputs=[
                 io.Video.Output(
-                    "upscaled_video", display_name="VIDEO", tooltip="A file in the temp folder: keep it with Save Video."
+                    "upscaled_video", display_name="VIDEO", tooltip="A file in the temp folder: see Save Video."
                 ),
                 report_output(),
             ],
@@ -292,7 +306,7 @@ class UpscaleVideo(io.ComfyNode):
         decoder: str,
         vae: object = None,
     ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id
+        node_id = unique_id(cls)
         run = prepared_run(
             UPSCALE_VIDEO, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae
         )
