@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 import torch
+from av.video.plane import VideoPlane
 from torch import Tensor
 
 # ITU-T H.273 code points, as FFmpeg's AVColorSpace / AVColorPrimaries / AVColorTransferCharacteristic number them.
@@ -32,6 +33,7 @@ LUMA_WEIGHTS = {
     10: (0.2627, 0.0593),
 }
 HD_LINES = 720
+PACKED_RGB = frozenset({"rgb24", "rgb48be", "bgr0"})
 
 _YUV = re.compile(r"yuv(?P<jpeg>j?)a?(?P<chroma>4[0-4][0-4])p(?P<bits>\d*)(?:le|be)?")
 _CHROMA_STEPS = {"444": (1, 1), "440": (1, 2), "422": (2, 1), "420": (2, 2), "411": (4, 1), "410": (4, 4)}
@@ -87,6 +89,14 @@ def pixel_layout(name: str) -> PixelLayout | None:
     return None
 
 
+def can_hold(pixel_format: str, width: int, height: int) -> bool:
+    """Whether `rgb_to_frame` writes this format at this size: RGB, or YUV with whole chroma samples."""
+    layout = pixel_layout(pixel_format)
+    if layout is None:
+        return pixel_format in PACKED_RGB
+    return layout.kind != "grey" and layout.divides(width, height)
+
+
 def bit_depth(frame: av.VideoFrame) -> int:
     """Bits of the frame's deepest component."""
     return max(component.bits for component in frame.format.components)
@@ -136,19 +146,20 @@ def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
 def rgb_to_frame(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> av.VideoFrame:
     """HWC float RGB 0..1 as a frame of `pixel_format`, each code value rounded to the nearest (limited range for YUV).
 
-    Raises ValueError for a format that is neither planar YUV, planar RGB, rgb24 nor rgb48be, or whose chroma does not
-    divide the size.
+    Raises ValueError for a format that `can_hold` refuses.
     """
     height, width, _ = rgb.shape
-    rgb = rgb.float().clamp(0, 1)
-    frame = av.VideoFrame(width, height, pixel_format)
-    if pixel_format in ("rgb24", "rgb48be"):
-        top, dtype = (255, "u1") if pixel_format == "rgb24" else (65535, ">u2")
-        _write_plane(frame, 0, _codes(rgb * top, top).reshape(height, width * 3), np.dtype(dtype))
-        return frame
-    layout = pixel_layout(pixel_format)
-    if layout is None or layout.kind == "grey" or not layout.divides(width, height):
+    if not can_hold(pixel_format, width, height):
         raise ValueError(f"pixel format {pixel_format}: cannot hold {width}x{height} RGB. Choose yuv444p.")
+    rgb = rgb.float().clamp(0, 1)
+    layout = pixel_layout(pixel_format)
+    if layout is None:
+        deep = pixel_format == "rgb48be"
+        top, dtype = (65535, ">u2") if deep else (255, "u1")
+        frame = av.VideoFrame(width, height, "rgb48be" if deep else "rgb24")
+        _write_plane(frame, 0, _codes(rgb * top, top).reshape(height, width * 3), np.dtype(dtype))
+        return frame.reformat(format="bgr0") if pixel_format == "bgr0" else frame
+    frame = av.VideoFrame(width, height, pixel_format)
     top = 2**layout.bits - 1
     red, green, blue = rgb.unbind(-1)
     if layout.kind == "rgb":
@@ -188,15 +199,20 @@ def _as_planar(frame: av.VideoFrame) -> tuple[av.VideoFrame, PixelLayout | None]
     return frame.reformat(format=target), pixel_layout(target)
 
 
+def _plane_bytes(plane: VideoPlane) -> np.ndarray:
+    """A view of the plane's memory, one row per line and as wide as the line's padding makes it."""
+    buffer = np.frombuffer(plane, dtype=np.uint8)  # pyright: ignore  a buffer, which PyAV's stub does not say
+    return buffer.reshape(-1, plane.line_size)
+
+
 def _read_plane(frame: av.VideoFrame, index: int, dtype: np.dtype) -> Tensor:
     plane = frame.planes[index]
-    rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[: plane.height]
+    rows = _plane_bytes(plane)[: plane.height]
     return torch.from_numpy(rows[:, : plane.width * dtype.itemsize].view(dtype).astype(np.float32))
 
 
 def _write_plane(frame: av.VideoFrame, index: int, codes: np.ndarray, dtype: np.dtype) -> None:
-    plane = frame.planes[index]
-    rows = np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)
+    rows = _plane_bytes(frame.planes[index])
     height, width = codes.shape
     rows[:height, : width * dtype.itemsize] = codes.astype(dtype).view(np.uint8)
 

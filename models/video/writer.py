@@ -10,12 +10,13 @@ from pathlib import Path
 import av
 from av.container import OutputContainer
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from .audio import AudioCopy
 from .images import check_frame
 from .part_file import PartFile, explained
-from .pixels import MATRIX_BT709, MATRIX_BT2020, PRIMARIES_BT2020, RANGE_LIMITED, ColourTags, pixel_layout, rgb_to_frame
+from .pixels import MATRIX_BT709, MATRIX_BT2020, PRIMARIES_BT2020, RANGE_LIMITED, ColourTags, can_hold, rgb_to_frame
 from .reader import Clip
 from .source import VideoError
 from .waveform import Waveform, WaveformEncoder
@@ -27,7 +28,8 @@ CONTAINERS = {
 _DEFAULT_CRF = {"libx264": 16, "libx265": 18, "libvpx-vp9": 22, "libsvtav1": 22}
 _CHOICES_8_BIT = ("yuv420p", "yuv422p", "yuv444p")
 _CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
-_LOSSLESS = frozenset({"ffv1"})
+_LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
+"""By codec: formats for ten bits and for eight, RGB so that nothing at all is lost."""
 _IO_BUFFER_BYTES = 1 << 20
 
 
@@ -81,7 +83,7 @@ def choose_encoding(
                 f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got only"
                 f" {', '.join(offered)}. Ask for {even}, or use libx264 in .mp4 or .mkv."
             )
-    elif pixel_format not in offered or not _divides(pixel_format, width, height):
+    elif pixel_format not in offered or not can_hold(pixel_format, width, height):
         raise ValueError(
             f"{name}: expected a pixel format of {codec} that holds {width}x{height} (of {', '.join(offered)});"
             f" got {pixel_format}."
@@ -96,18 +98,14 @@ def choose_encoding(
 
 def _pixel_format(codec: str, offered: list[str], width: int, height: int, ten_bit: bool) -> str | None:
     """The codec's customary format that has whole chroma samples at this size."""
-    for choices in (_CHOICES_10_BIT,) if ten_bit else (_CHOICES_8_BIT, _CHOICES_10_BIT):
+    ten, eight = _LOSSLESS_CHOICES.get(codec, (_CHOICES_10_BIT, _CHOICES_8_BIT))
+    for choices in (ten,) if ten_bit else (eight, ten):
         usable = [choice for choice in choices if choice in offered]
-        fitting = [choice for choice in usable if _divides(choice, width, height)]
+        fitting = [choice for choice in usable if can_hold(choice, width, height)]
         if fitting:
-            # 4:2:2 is for codecs without 4:2:0 (ProRes); an odd size, like a lossless codec, gets 4:4:4.
-            return fitting[0] if fitting[0] == usable[0] and codec not in _LOSSLESS else fitting[-1]
+            # 4:2:2 is for codecs without 4:2:0 (ProRes); an odd size gets 4:4:4.
+            return fitting[0] if fitting[0] == usable[0] else fitting[-1]
     return None
-
-
-def _divides(pixel_format: str, width: int, height: int) -> bool:
-    layout = pixel_layout(pixel_format)
-    return layout is not None and layout.divides(width, height)
 
 
 class ClipWriter:
@@ -186,6 +184,7 @@ class ClipWriter:
         try:
             with explained(self.path):
                 stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=_codec_options(encoding))
+                assert isinstance(stream, VideoStream)  # every codec of an Encoding is a video codec
                 stream.width, stream.height, stream.pix_fmt = self.width, self.height, encoding.pixel_format
                 context = stream.codec_context
                 context.time_base = stream.time_base = self._time_base
