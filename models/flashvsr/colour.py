@@ -26,7 +26,7 @@ def adain(frames: Tensor, reference: Tensor) -> Tensor:
     variance, mean = torch.var_mean(frames, (-2, -1), correction=0, keepdim=True)
     wanted_variance, wanted_mean = torch.var_mean(reference, (-2, -1), correction=0, keepdim=True)
     gain = ((wanted_variance + VARIANCE_FLOOR) / (variance + VARIANCE_FLOOR)).sqrt()
-    return ((frames - mean) * gain + wanted_mean).clamp_(-1, 1)
+    return frames.sub(mean).mul_(gain).add_(wanted_mean).clamp_(-1, 1)
 
 
 def wavelet(frames: Tensor, reference: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def wavelet(frames: Tensor, reference: Tensor) -> Tensor:
         fp32, NCTHW, clamped to -1..1.
     """
     frames, reference = frames.float(), reference.float()
-    return (frames - _low(frames) + _low(reference)).clamp_(-1, 1)
+    return frames.sub(_low(frames)).add_(_low(reference)).clamp_(-1, 1)
 
 
 def clamped(frames: Tensor, reference: Tensor) -> Tensor:

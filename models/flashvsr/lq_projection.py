@@ -46,16 +46,14 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: NCHW, one latent or half-latent frame per batch entry."""
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * to_like(self.gamma[..., 0], x)
+        """x: NCTHW."""
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * to_like(self.gamma, x)
 
 
 def space_to_depth(clip: Tensor) -> Tensor:
-    """NCTHW → N,768,T,H/16,W/16 with channel = (c·16 + y)·16 + x."""
-    batch, channels, time, height, width = clip.shape
+    """NCTHW → a view N,3,16,16,T,H/16,W/16, whose axes 1 to 3 are the channel (c·16 + y)·16 + x."""
     p = PIXELS_PER_TOKEN
-    cells = clip.reshape(batch, channels, time, height // p, p, width // p, p)
-    return cells.permute(0, 1, 4, 6, 2, 3, 5).reshape(batch, channels * p * p, time, height // p, width // p)
+    return clip.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 4, 6, 2, 3, 5)
 
 
 def _owned(frames: Tensor) -> Tensor:
@@ -107,50 +105,62 @@ class CausalLQ4xProjection(nn.Module):
                 f"{type(self).__name__}: expected {'4k + 1 frames at the start' if cache is None else '4k frames'}; "
                 f"got {frames}."
             )
-        pixels = space_to_depth(clip)
         if cache is None:
-            cache = self._start(pixels[:, :, :1])
-            pixels = pixels[:, :, 1:]
-        if pixels.shape[2] == 0:
+            cache = self._start(clip[:, :, :1])
+            clip = clip[:, :, 1:]
+        if clip.shape[2] == 0:
             return None, cache
-        hidden = self._halve(self.conv1, self.norm1, pixels, cache.pixels)
-        features = self._halve(self.conv2, self.norm2, hidden, cache.features)
-        cache = LQCache(_owned(pixels[:, :, -CACHE_FRAMES:]), _owned(hidden[:, :, -CACHE_FRAMES:]))
-        tokens = features.flatten(2).transpose(1, 2)
-        return [linear(tokens) for linear in self.linear_layers], cache
+        padded = self._pad(space_to_depth(clip), cache.pixels)
+        pixels = _tail(padded)
+        hidden = F.silu(self.norm1(_convolve(self.conv1, padded)))
+        padded = self._pad(hidden, cache.features)
+        tokens = F.silu(self.norm2(_convolve(self.conv2, padded))).flatten(2).transpose(1, 2)
+        return [linear(tokens) for linear in self.linear_layers], LQCache(pixels, _tail(padded))
 
     def _start(self, first: Tensor) -> LQCache:
         """The caches after frame 0, which counts as a clip of four copies of itself and yields no tokens."""
-        still = first.expand(-1, -1, KERNEL_FRAMES, -1, -1)
+        frames = space_to_depth(first.expand(-1, -1, CACHE_FRAMES, -1, -1))
+        pixels = _owned(frames.flatten(1, 3))
         # Every window of the convolution sees the same frame, so one output stands for both.
-        feature = F.silu(self.norm1(_convolve(self.conv1, _pad_border(still.flatten(1, 2))))).unsqueeze(2)
-        return LQCache(
-            _owned(first.expand(-1, -1, CACHE_FRAMES, -1, -1)), _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1))
-        )
+        feature = F.silu(self.norm1(_convolve(self.conv1, self._pad(frames, pixels))))
+        return LQCache(pixels, _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
 
-    def _halve(self, conv: nn.Conv3d, norm: ChannelNorm, frames: Tensor, cache: Tensor) -> Tensor:
-        """SiLU(norm(conv)) over time: N,C,T,h,w → N,C',T/2,h,w."""
-        batch = frames.shape[0]
-        frames = _pad_border(self._pad_front(frames, cache).flatten(0, 1)).unflatten(0, (batch, -1))
-        # N,C,T/2,h,w,4 → a two-dimensional convolution whose channels are (channel, frame of the window): the same
-        # numbers, and no slow half-precision Conv3d (pytorch #166643).
-        windows = frames.unfold(2, KERNEL_FRAMES, 2).permute(0, 2, 1, 5, 3, 4)
-        outputs = F.silu(norm(_convolve(conv, windows.flatten(0, 1).flatten(1, 2))))
-        return outputs.unflatten(0, (batch, -1)).transpose(1, 2)
+    def _pad(self, frames: Tensor, cache: Tensor) -> Tensor:
+        """N,C,T,h,w (C may be several axes) → N,C,T+2,h+2,w+2: the cache in front, the outermost pixels replicated.
 
-    def _pad_front(self, frames: Tensor, cache: Tensor) -> Tensor:
-        return torch.cat([cache, frames], 2)
+        One copy into one tensor: this is the largest thing that a projection holds.
+        """
+        batch, *channels, time, height, width = frames.shape
+        padded = frames.new_empty(batch, cache.shape[1], CACHE_FRAMES + time, height + 2, width + 2)
+        inner = padded[..., 1:-1, 1:-1]
+        inner[:, :, CACHE_FRAMES:].unflatten(1, channels).copy_(frames)
+        inner[:, :, :CACHE_FRAMES] = self._front(inner, cache)
+        for inside, border in ((1, 0), (-2, -1)):
+            padded[..., border, 1:-1] = padded[..., inside, 1:-1]
+        for inside, border in ((1, 0), (-2, -1)):
+            padded[..., border] = padded[..., inside]
+        return padded
+
+    def _front(self, inner: Tensor, cache: Tensor) -> Tensor:
+        """The frames that stand before a clip."""
+        return cache
 
 
-def _pad_border(frames: Tensor) -> Tensor:
-    """Replicates the outermost rows and columns once: …,h,w → …,h+2,w+2."""
-    return F.pad(frames, (1, 1, 1, 1), mode="replicate")
+def _tail(padded: Tensor) -> Tensor:
+    """The last frames without their border: the next clip's cache."""
+    return _owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
 
 
-def _convolve(conv: nn.Module, window: Tensor) -> Tensor:
-    """window: N,C·4,h+2,w+2 → N,C',h,w; the Conv3d kernel read as a Conv2d kernel."""
-    weight, bias = weight_and_bias(conv, window)
-    return F.conv2d(window, weight.flatten(1, 2), bias)
+def _convolve(conv: nn.Module, padded: Tensor) -> Tensor:
+    """N,C,T+2,h+2,w+2 → N,C',T/2,h,w."""
+    weight, bias = weight_and_bias(conv, padded)
+    if padded.device.type == "cpu":
+        return F.conv3d(padded, weight, bias, stride=(2, 1, 1))
+    # As a two-dimensional convolution whose channels are (channel, frame of the window): the same numbers without
+    # Conv3d, which is slow in half precision on CUDA (pytorch #166643).
+    windows = padded.unfold(2, KERNEL_FRAMES, 2).permute(0, 2, 1, 5, 3, 4)
+    outputs = F.conv2d(windows.flatten(0, 1).flatten(1, 2), weight.flatten(1, 2), bias)
+    return outputs.unflatten(0, (padded.shape[0], -1)).transpose(1, 2)
 
 
 class BufferLQ4xProjection(CausalLQ4xProjection):
@@ -189,7 +199,5 @@ class BufferLQ4xProjection(CausalLQ4xProjection):
             layers.append(tokens)
         return [torch.cat(layer, 1) for layer in zip(*layers, strict=True)], cache
 
-    def _pad_front(self, frames: Tensor, cache: Tensor) -> Tensor:
-        if self.cache_order == "fixed":
-            return super()._pad_front(frames, cache)
-        return torch.cat([frames[:, :, -CACHE_FRAMES:], frames], 2)
+    def _front(self, inner: Tensor, cache: Tensor) -> Tensor:
+        return cache if self.cache_order == "fixed" else inner[:, :, -CACHE_FRAMES:]

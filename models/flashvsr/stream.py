@@ -260,12 +260,13 @@ class _Run:
             decoded, state.decoder = self.model.decoder(
                 latent.transpose(1, 2), lq.to(self.dtype).transpose(1, 2), state.decoder
             )
-            frames = decoded.transpose(1, 2).float() * 2 - 1
+            frames = decoded.transpose(1, 2).float().mul_(2).sub_(1)
+            del decoded
         else:
             frames, state.decoder = self.vae.decode_stream(latent, state.decoder)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
-        frames = ((frames + 1) / 2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
+        frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
         return [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
 
     def _lq(self, first: int, last: int) -> Tensor:
@@ -282,8 +283,10 @@ class _Run:
         if frames.shape[2:] != (height, width):
             # Antialiasing matters only where a side shrinks by rounding; PIL's bicubic, which the weights saw, has it.
             frames = F.interpolate(frames, (height, width), mode="bicubic", align_corners=False, antialias=True)
-        frames = F.pad(frames.clamp(0, 1), (0, self.padded[0] - width, 0, self.padded[1] - height), mode="replicate")
-        return (frames * 2 - 1).transpose(0, 1)[None]
+        frames = frames.clamp_(0, 1).mul_(2).sub_(1)
+        if self.padded != self.size:
+            frames = F.pad(frames, (0, self.padded[0] - width, 0, self.padded[1] - height), mode="replicate")
+        return frames.transpose(0, 1)[None]
 
     def _draw_noise(self, step: int) -> Tensor:
         """Noise of one step's latent frames, NCTHW fp32 on the device.
