@@ -8,7 +8,7 @@ import comfy.model_management as mm
 import torch
 from comfy_api.v0_0_2 import Input, InputImpl, io, ui
 
-from ..models.flashvsr import StreamOptions, output_size
+from ..models.flashvsr import StreamOptions
 from ..models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
 from ..models.flashvsr.layouts import VERSIONS
 from . import model_sets
@@ -259,7 +259,7 @@ class Upscale(io.ComfyNode):
             run.note("The alpha channel was dropped.")
         elif channels == 1:
             run.note("The greyscale frames were taken as RGB.")
-        out_width, out_height = output_size(width, height, scale)
+        out_width, out_height = run.output_size(width, height)
         upscaled = torch.empty(count, out_height, out_width, 3, device=mm.intermediate_device())
         with closing(run.upscale(checked_frames(image, UPSCALE), width, height, count)) as frames:
             for index, frame in enumerate(frames):

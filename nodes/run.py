@@ -51,6 +51,17 @@ class Run:
         """Something the user should know, shown in the report."""
         self._report["notes"].append(text)
 
+    def output_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the result.
+
+        Raises:
+            ValueError: the frames are too small.
+        """
+        try:
+            return output_size(width, height, self.options.scale)
+        except ValueError as error:
+            raise ValueError(f"{self.node}: {str(error).partition(': ')[2]} Use larger frames.") from error
+
     def upscale(self, frames: Iterable[Tensor], width: int, height: int, count: int) -> Generator[Tensor, None, None]:
         """Yields HWC fp32 frames in 0..1 on the CPU.
 
@@ -60,7 +71,7 @@ class Run:
             frames: HWC 0..1, all of width × height.
             count: how many there are, as far as is known; for the progress bar.
         """
-        model, size = self.flashvsr, output_size(width, height, self.options.scale)
+        model, size = self.flashvsr, self.output_size(width, height)
         required = activation_bytes(
             model.config, size, self.options.kv_ratio, model.dtype.itemsize, model.prompt.shape[1]
         )
@@ -158,7 +169,7 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
     A run that is interrupted or fails leaves no file.
     """
     footage = _footage(video, run)
-    width, height = output_size(footage.width, footage.height, run.options.scale)
+    width, height = run.output_size(footage.width, footage.height)
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"steadyvsr_{uuid.uuid4().hex}.mp4"
@@ -169,8 +180,10 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
     with ClipWriter(
         path, width, height, footage.frame_rate, time_base=footage.time_base, audio=footage.sound, **extra
     ) as writer:
-        pulled = _remember_times(footage.frames, times)
-        with closing(run.upscale(pulled, footage.width, footage.height, footage.count)) as frames:
+        with (
+            closing(_remember_times(footage.frames, times)) as pulled,
+            closing(run.upscale(pulled, footage.width, footage.height, footage.count)) as frames,
+        ):
             for frame in frames:
                 writer.write(frame, times.popleft())
         for text in writer.notes:
@@ -180,7 +193,9 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
     return path
 
 
-def _remember_times(frames: Iterator[tuple[Tensor, Fraction]], times: deque[Fraction]) -> Iterator[Tensor]:
+def _remember_times(
+    frames: Iterator[tuple[Tensor, Fraction]], times: deque[Fraction]
+) -> Generator[Tensor, None, None]:
     for frame, moment in frames:
         times.append(moment)
         yield frame

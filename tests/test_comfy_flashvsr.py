@@ -1,0 +1,355 @@
+"""The nodes inside a real ComfyUI: what is loaded when, what is left behind, and a workflow through its server.
+
+COMFYUI_PATH names one checkout or several; COMFYUI_PYTHON the interpreter that has ComfyUI's requirements (default: the
+one that runs the tests). The states are observed by comfyui_session.py, which runs in ComfyUI's own process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.comfy
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
+SESSION_SECONDS, SERVER_SECONDS = 300, 120
+CLIP_FRAMES, CLIP_WIDTH, CLIP_HEIGHT, CLIP_RATE, SAMPLE_RATE = 10, 48, 32, 12, 48_000
+NODES = ["SteadyVSR_LoadFlashVSR", "SteadyVSR_Upscale", "SteadyVSR_UpscaleVideo"]
+AAC_FRAME_SAMPLES = 1024
+
+
+def write_clip(path: Path) -> None:
+    """Ten frames of moving colours with a tone of the same length."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=CLIP_RATE)
+        video.width, video.height, video.pix_fmt = CLIP_WIDTH, CLIP_HEIGHT, "yuv420p"
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="stereo")
+        rows, columns = np.mgrid[:CLIP_HEIGHT, :CLIP_WIDTH]
+        for index in range(CLIP_FRAMES):
+            planes = [(columns * 4 + index * 9) % 256, rows * 6 % 256, np.full_like(rows, 40 + 10 * index)]
+            picture = np.stack(planes, -1).astype(np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        samples = np.arange(SAMPLE_RATE * CLIP_FRAMES // CLIP_RATE) / SAMPLE_RATE
+        tone = np.stack([0.4 * np.sin(2 * math.pi * 440 * samples)] * 2).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, 0
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+
+
+def base_folder(folder: Path) -> Path:
+    """A base directory for ComfyUI with the pack as a custom node and a clip as input."""
+    for name in ("custom_nodes", "input"):
+        (folder / name).mkdir()
+    (folder / "custom_nodes" / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
+    write_clip(folder / "input" / "clip.mp4")
+    return folder
+
+
+SESSIONS: dict[Path, dict] = {}
+
+
+@pytest.fixture
+def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What comfyui_session.py saw in this ComfyUI; one process for all tests."""
+    if comfyui_path not in SESSIONS:
+        base = base_folder(tmp_path_factory.mktemp("comfyui"))
+        script = ROOT / "tests" / "comfyui_session.py"
+        result = subprocess.run(
+            [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)],
+            cwd=comfyui_path,
+            capture_output=True,
+            text=True,
+            timeout=SESSION_SECONDS,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
+    return SESSIONS[comfyui_path]
+
+
+def scenario(observed: dict, name: str) -> dict:
+    assert "error" not in observed[name], observed[name]["error"]
+    return observed[name]
+
+
+def test_the_pack_loads_with_its_three_nodes(observed):
+    assert observed["loaded"] == {"ok": True, "nodes": NODES}
+
+
+@pytest.mark.parametrize("name", ["LoadFlashVSR", "Upscale", "UpscaleVideo"])
+def test_schema_ids_are_the_parameters_of_execute_and_each_has_a_tooltip(observed, name):
+    schema = scenario(observed, "schema")[name]
+    assert schema["inputs"] == schema["parameters"]
+    assert schema["without_tooltip"] == []
+    assert schema["category"].startswith("SteadyVSR/")
+    assert set(schema["info"]) == set(schema["inputs"]) - {"vae"}
+
+
+def test_registering_the_model_folder_twice_leaves_one_entry(observed):
+    seen = scenario(observed, "model_folder")
+    assert seen["before"] == seen["after"]
+    assert len(seen["after"]) == 1 and Path(seen["after"][0]).name == "flashvsr"
+    assert seen["choices"] == ["nano (embedded)", "broken", "tiny.safetensors", "FlashVSR-v1.1", "FlashVSR"]
+
+
+def test_weights_are_loaded_for_a_run_and_gone_after_free_memory(observed):
+    seen = scenario(observed, "residency")
+    networks = dict(zip(("Transformer", "CausalLQ4xProjection", "TCDecoder"), seen["model_sizes"], strict=True))
+    assert seen["before"] == {} and seen["loaded_sizes_before"] == [0, 0, 0]
+    assert seen["during"] and all(state == networks for state in seen["during"])
+    assert seen["after"] == networks
+    assert seen["freed"] == {} and seen["loaded_sizes_freed"] == [0, 0, 0]
+    assert seen["again"] == networks
+
+
+def test_the_run_after_free_memory_gives_the_same_frames(observed):
+    seen = scenario(observed, "residency")
+    assert seen["shape"] == [10, 128, 192, 3]
+    assert seen["first"] == seen["second"]
+
+
+def test_the_report_tells_what_was_done(observed):
+    report = scenario(observed, "residency")["report"]
+    assert report["frames"] == 10 and report["input_size"] == [48, 32] and report["output_size"] == [192, 128]
+    assert report["weights_loaded_bytes"] == sum(scenario(observed, "residency")["model_sizes"])
+    assert report["version"] == "v1.1" and report["dtype"] == "float32" and report["seconds"] > 0
+
+
+def test_a_partial_load_gives_the_same_frames_as_a_full_one(observed):
+    seen = scenario(observed, "partial_load")
+    assert all(part["lowvram"] and part["loaded"] < part["size"] / 10 for part in seen["state"])
+    assert seen["partial"] == seen["full"]
+
+
+def test_an_interrupt_releases_the_run_and_the_next_one_works(observed):
+    seen = scenario(observed, "interrupted")
+    assert seen["raised"] == "InterruptProcessingException"
+    assert 13 <= max(done for done, _, _ in seen["calls"]) < 30
+    # While it ran, the run held its caches and the output batch; afterwards nothing is left of them.
+    assert seen["during"][0] > seen["before"] + 1_000_000
+    assert seen["after"] == seen["before"]
+    assert seen["again"] == seen["wanted"]
+
+
+def test_the_newest_frame_is_shown_while_the_run_goes_on(observed):
+    previews = [preview for _, _, preview in scenario(observed, "interrupted")["calls"] if preview]
+    assert previews and all(preview == ["JPEG", [192, 128], 512] for preview in previews)
+
+
+def test_alpha_is_dropped_and_grey_repeated_with_a_note(observed):
+    seen = scenario(observed, "images")
+    assert seen["alpha"] == seen["plain"] and "alpha" in seen["alpha_notes"][0]
+    assert seen["grey"] == seen["grey_as_rgb"] != seen["plain"] and "grey" in seen["grey_notes"][0]
+
+
+def test_the_output_size_is_round_of_each_side_times_the_scale(observed):
+    assert scenario(observed, "images")["odd"] == [3, round(32 * 1.3), round(48 * 1.3), 3]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [("nan", "frame 1"), ("empty", "empty batch"), ("five_channels", "got 5"), ("small", "got 48 × 8")],
+)
+def test_a_bad_image_is_refused_by_name(observed, case, words):
+    message = scenario(observed, "images")[case]
+    assert message.startswith("ValueError: FlashVSR Upscale: expected") and words in message
+
+
+def test_a_model_set_that_is_not_there_is_refused_by_name(observed):
+    seen = scenario(observed, "loader_errors")
+    assert "got '../../secret'" in seen["unknown"] and "Load FlashVSR: expected" in seen["unknown"]
+    assert "Turn on download" in seen["official"]
+    assert "model.safetensors" in seen["broken"] and "0 bytes" in seen["broken"]
+
+
+def test_a_streamed_wan_vae_equals_comfyuis_own_decode(observed):
+    seen = scenario(observed, "vae_decoder")
+    assert seen["size"] > 0.1
+    assert max(seen["streamed"].values()) <= 1e-5
+
+
+def test_the_vae_decoder_replaces_the_tc_decoder(observed):
+    seen = scenario(observed, "vae_decoder")
+    assert seen["decoder"] == "vae" and seen["shape"] == [10, 128, 192, 3] and seen["differs"]
+    assert set(seen["listed"]) == {"Transformer", "CausalLQ4xProjection", "WanVAE"}
+
+
+def test_a_missing_or_foreign_vae_is_refused(observed):
+    seen = scenario(observed, "vae_decoder")
+    assert "expected a Wan 2.1 VAE" in seen["none"] and "got none" in seen["none"]
+    assert "expected a Wan 2.1 VAE" in seen["other"] and "TAESD" in seen["other"]
+
+
+@pytest.mark.parametrize("kind", ["path", "memory"])
+def test_a_video_keeps_frames_times_and_sound(observed, kind):
+    seen = scenario(observed, "videos")
+    source, result = seen["source"], seen[kind]
+    assert source["frames"] == CLIP_FRAMES and source["samples"] > 0
+    assert result["folder"] == seen["temp"]
+    assert result["size"] == [4 * CLIP_WIDTH, 4 * CLIP_HEIGHT] and result["pixels"] == "yuv420p"
+    assert result["frames"] == source["frames"] and result["samples"] == source["samples"]
+    assert result["times"] == pytest.approx(source["times"], abs=1e-4)
+
+
+def test_a_video_of_tensors_keeps_its_frames_and_its_sound_until_the_picture_ends(observed):
+    result = scenario(observed, "videos")["components"]
+    assert result["frames"] == 10 and result["size"] == [192, 128]
+    assert result["times"] == pytest.approx([index / 10 for index in range(10)], abs=1e-4)
+    assert abs(result["samples"] - 16_000) <= 2 * AAC_FRAME_SAMPLES
+
+
+def test_a_trimmed_video_is_upscaled_trimmed(observed):
+    seen = scenario(observed, "videos")
+    if "trimmed" not in seen:
+        pytest.skip("this ComfyUI has no trimmed videos")
+    assert seen["trimmed"]["frames"] == round(0.25 * CLIP_RATE)
+
+
+def test_an_odd_size_is_written_whole_with_a_note(observed):
+    result = scenario(observed, "videos")["odd"]
+    assert result["size"] == [round(48 * 1.4), round(32 * 1.4)] == [67, 45] and result["frames"] == CLIP_FRAMES
+    assert result["pixels"] == "yuv444p" and "67x45" in result["notes"][0]
+
+
+def test_an_interrupted_video_leaves_no_file(observed):
+    seen = scenario(observed, "videos")["interrupt"]
+    assert seen["raised"] == "InterruptProcessingException"
+    assert len(seen["during"]) == 1 and seen["during"][0].endswith(".part")
+    assert seen["left"] == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A ComfyUI server on the CPU with the pack in its custom nodes."""
+
+    def __init__(self, checkout: Path, base: Path) -> None:
+        self.url, self.log = f"http://127.0.0.1:{free_port()}", base / "server.log"
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    PYTHON, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2],
+                    "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
+                ],
+                cwd=checkout, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + SERVER_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise AssertionError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def run(self, workflow: dict) -> dict:
+        """Queues a workflow in API format and returns its entry in the history."""
+        body = json.dumps({"prompt": workflow}).encode()
+        request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                prompt = json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"the workflow was refused: {error.read().decode()}") from error
+        deadline = time.monotonic() + SERVER_SECONDS
+        while time.monotonic() < deadline:
+            history = self.get(f"/history/{prompt}")
+            if prompt in history:
+                return history[prompt]
+            time.sleep(0.2)
+        raise AssertionError(f"the workflow did not end:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+
+WORKFLOW = {
+    "1": {"class_type": "LoadVideo", "inputs": {"file": "clip.mp4"}},
+    "2": {
+        "class_type": "SteadyVSR_LoadFlashVSR",
+        "inputs": {
+            "model_set": "nano (embedded)",
+            "version": "auto",
+            "precision": "auto",
+            "device": "auto",
+            "attention": "auto",
+            "lq_cache_order": "fixed",
+            "download": False,
+        },
+    },
+    "3": {
+        "class_type": "SteadyVSR_UpscaleVideo",
+        "inputs": {
+            "flashvsr": ["2", 0],
+            "video": ["1", 0],
+            "scale": 4.0,
+            "seed": 0,
+            "sparse_ratio": 2.0,
+            "kv_ratio": 3.0,
+            "local_range": 11,
+            "colour": "adain",
+            "decoder": "tc",
+        },
+    },
+    # format.codec is how newer versions call the codec of a format; 0.3.64 reads codec.
+    "4": {
+        "class_type": "SaveVideo",
+        "inputs": {
+            "video": ["3", 0],
+            "filename_prefix": "upscaled",
+            "format": "auto",
+            "codec": "auto",
+            "format.codec": "auto",
+        },
+    },
+}
+
+
+@pytest.mark.skipif(not (ROOT / "assets" / "nano.safetensors").is_file(), reason="the embedded network is not there")
+def test_a_video_goes_through_a_workflow_of_the_server(comfyui_path, tmp_path):
+    base = base_folder(tmp_path)
+    server = Server(comfyui_path, base)
+    try:
+        server.wait()
+        assert set(NODES) <= set(server.get("/object_info"))
+        entry = server.run(WORKFLOW)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        (saved,) = (base / "output").glob("upscaled*.mp4")
+        report = json.loads(entry["outputs"]["3"]["text"][0])
+    finally:
+        server.stop()
+    assert report["frames"] == CLIP_FRAMES and report["model"] == "nano (embedded)"
+    with av.open(str(saved)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (4 * CLIP_WIDTH, 4 * CLIP_HEIGHT)
+        assert stream.average_rate == Fraction(CLIP_RATE)
+        assert sum(1 for _ in container.decode(stream)) == CLIP_FRAMES
+    with av.open(str(saved)) as container:
+        sound = sum(frame.samples for frame in container.decode(container.streams.audio[0]))
+    assert abs(sound - SAMPLE_RATE * CLIP_FRAMES / CLIP_RATE) <= 2 * AAC_FRAME_SAMPLES
