@@ -375,6 +375,16 @@ def test_weights_stay_as_stored_unless_a_dtype_is_asked_for(tmp_path, parts):
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", ["dit.safetensors", "dit.ckpt"])
+def test_tensors_do_not_change_with_the_file_they_came_from(tmp_path, parts, name):
+    path = write(tmp_path / name, parts["transformer"])
+    file = WeightFile.open(path)
+    tensors = dict(file.read(file.entries))
+    with path.open("r+b") as opened:
+        opened.write(bytes(path.stat().st_size))
+    assert all(torch.equal(tensor, parts["transformer"][key]) for key, tensor in tensors.items())
+
+
 def test_every_tensor_owns_exactly_its_memory_and_is_frozen(tmp_path, parts):
     model = load_flashvsr(write_merged(tmp_path / "tiny.safetensors", parts))
     for part in layouts.NETWORKS:

@@ -148,6 +148,7 @@ def test_a_server_without_ranges_sends_the_file_from_the_start(web, tmp_path):
     (tmp_path / f"{WEIGHTS[0]}.part").write_bytes(content(WEIGHTS[0], "v1.1")[:100])
     web.ranges = False
     assert_complete(run(web, "v1.1", tmp_path), "v1.1")
+    assert len(web.requests) == len(WEIGHTS) + 1
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"short", b"x" * 1000, "flipped"])
