@@ -199,23 +199,29 @@ class TCDecoder(nn.Module):
             position += FRAMES_PER_LATENT - skipped
             if skipped:
                 taken = torch.cat([taken[:, :1].expand(-1, skipped, -1, -1, -1), taken], 1)
-            decoded += self._decode_latent(latents[:, step], condition_cells(taken)[:, 0], memory, skipped)
+            x = self._enter(latents[:, step], taken)
+            decoded += self._work(x, memory, skipped)
         return torch.stack(decoded, 1), memory
 
-    def _decode_latent(self, latent: Tensor, cell: Tensor, memory: DecoderMemory, skipped: int) -> list[Tensor]:
-        """One latent N,16,h,w and its condition cell N,768,h,w → its frames, without the first `skipped`."""
-        x = 3 * torch.tanh(torch.cat([cell, latent], 1) / 3)
+    def _enter(self, latent: Tensor, condition: Tensor) -> Tensor:
+        """One latent N,16,h,w and its four low-quality frames → N,C,h,w."""
+        x = torch.cat([condition_cells(condition)[:, 0], latent], 1)
         # Convolutions are fastest with channels last, on CPUs and on tensor cores; the layout then stays to the end.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu_(self.decoder[1](x))
-        steps = [F.relu_(self.decoder[3](x))]
+        x = 3 * torch.tanh(x.div_(3))
+        return F.relu_(self.decoder[3](F.relu_(self.decoder[1](x))))
+
+    def _work(self, x: Tensor, memory: DecoderMemory, skipped: int) -> list[Tensor]:
+        """One latent's features N,C,h,w → its frames N,3,8h,8w, without the first `skipped`."""
+        steps = [x]
         for indices, transition in zip(_WORK_BLOCKS[:2], _TRANSITIONS[:2], strict=True):
             worked = [self._remember(x, indices, memory) for x in steps]
             kernels = self._kernels(transition, worked[0], memory)
             steps = [upsample_phases(F.pad(x, (1, 1, 1, 1)), kernel) for x in worked for kernel in kernels]
+        del worked
         frames = []
-        for x in steps:
-            x = self._remember(x, _WORK_BLOCKS[2], memory)
+        while steps:
+            x = self._remember(steps.pop(0), _WORK_BLOCKS[2], memory)
             for kernel in self._kernels(_TRANSITIONS[2], x, memory):
                 # The last stage has no memory, so the frames that a fresh stream drops need not be made.
                 if skipped:
