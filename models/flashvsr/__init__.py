@@ -1,5 +1,6 @@
 """FlashVSR: one-step streaming video super-resolution (arXiv 2510.12747)."""
 
+from .checkpoint import load_flashvsr
 from .config import FlashVSRConfig, StreamOptions
 from .lq_projection import BufferLQ4xProjection, CausalLQ4xProjection
 from .model import FlashVSR
@@ -18,6 +19,7 @@ __all__ = [
     "Transformer",
     "TransformerState",
     "frame_plan",
+    "load_flashvsr",
     "output_size",
     "padded_size",
     "upscale_frames",
