@@ -241,9 +241,7 @@ class TCDecoder(nn.Module):
         grow, conv = transition
         if conv not in memory.kernels:
             grown, convolution = cast(TimeGrow, self.decoder[grow]), cast(nn.Conv2d, self.decoder[conv])
-            folded = phase_kernels(
-                grown.conv.weight.to(like.device), convolution.weight.to(like.device), grown.stride
-            )
+            folded = phase_kernels(grown.conv.weight.to(like.device), convolution.weight.to(like.device), grown.stride)
             memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
         return memory.kernels[conv]
 

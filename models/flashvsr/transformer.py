@@ -71,12 +71,13 @@ class Constants:
     Attributes:
         time: 1 × D, embedding of the noise level.
         modulation: 1 × 6 × D.
-        cross: for each layer, keys and values of the prompt, 1 × heads × tokens × head dim.
+        text: BLD prompt. Its keys and values are made anew where a layer needs them: kept, they would take 94 MB of the
+            1.3 B model's card in bf16, and at 768 × 1280 they cost less than 1 % of a step.
     """
 
     time: Tensor
     modulation: Tensor
-    cross: list[tuple[Tensor, Tensor]]
+    text: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,17 @@ class Block(nn.Module):
         self,
         x: Tensor,
         step: _Step,
-        modulation: Tensor,
-        cross: tuple[Tensor, Tensor],
+        constants: Constants,
         state: TransformerState,
         layer: int,
     ) -> Tensor:
         """x BLD of one step → the same shape; writes the step's keys and values into the layer's cache."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (to_like(self.modulation, x) + modulation).unbind(1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
+            to_like(self.modulation, x) + constants.modulation
+        ).unbind(1)
         attended = self._attend(_modulate(x, shift, scale), step, state, layer)
         x = x + gate * self.self_attn.o(attended)
-        x = x + self.cross_attn.o(self._attend_prompt(self.norm3(x), cross))
+        x = x + self.cross_attn.o(self._attend_prompt(self.norm3(x), constants.text))
         parts = x.split(FEED_FORWARD_TOKENS, 1)
         return torch.cat([part + ffn_gate * self.ffn(_modulate(part, ffn_shift, ffn_scale)) for part in parts], 1)
 
@@ -162,10 +164,16 @@ class Block(nn.Module):
         _remember(state, layer, new, step.grid.blocks)
         return attended.permute(1, 2, 0, 3).reshape(x.shape)
 
-    def _attend_prompt(self, x: Tensor, cross: tuple[Tensor, Tensor]) -> Tensor:
+    def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values BLD of the prompt."""
         attn = self.cross_attn
-        queries = attn.norm_q(attn.q(x)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return F.scaled_dot_product_attention(queries, *cross).transpose(1, 2).flatten(2)
+        return attn.norm_k(attn.k(text)), attn.v(text)
+
+    def _attend_prompt(self, x: Tensor, text: Tensor) -> Tensor:
+        attn = self.cross_attn
+        parts = (attn.norm_q(attn.q(x)), *self.prompt_keys_values(text))
+        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 class Head(nn.Module):
@@ -215,13 +223,7 @@ class Transformer(nn.Module):
         time = self.time_embedding(to_like(torch.cat([angles.cos(), angles.sin()])[None], context))
         modulation = self.time_projection(time).unflatten(1, (6, -1))
         text = self.text_embedding(context)
-        cross = []
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            attn = block.cross_attn
-            pair = (attn.norm_k(attn.k(text)), attn.v(text))
-            cross.append(tuple(x.unflatten(-1, (block.num_heads, -1)).transpose(1, 2).contiguous() for x in pair))
-        return Constants(time, modulation, cross)
+        return Constants(time, modulation, text)
 
     def forward(
         self,
@@ -269,7 +271,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             if lq_tokens is not None and layer < len(lq_tokens):
                 x = x + to_windows(lq_tokens[layer], grid)
-            x = block(x, shared, constants.modulation, constants.cross[layer], state, layer)
+            x = block(x, shared, constants, state, layer)
         state.pairs += grid.groups
         return unpatchify(self.head(x, constants.time), grid)
 
