@@ -1,0 +1,56 @@
+"""What the operating system says: of this process, and of the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import psutil
+
+from .reading import EXACT, WHOLE_DEVICE, Figure, exact
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, or None with another C library."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):  # musl
+        return None
+
+
+def trim() -> bool:
+    """Gives freed heap pages back to the system; says whether this C library can.
+
+    Without it glibc keeps up to all of what was freed, and a reading of the process shows a leak that is none
+    (256 × 1 MiB freed: the resident size stays up by 255 MiB until the call).
+    """
+    function = _malloc_trim()
+    if function is None:
+        return False
+    function(0)
+    return True
+
+
+def process_memory(*, trimmed: bool) -> Figure:
+    """Bytes that only this process holds (USS), else its resident size, which includes pages of mapped files.
+
+    Args:
+        trimmed: call `trim` first. It walks the whole heap: for the ends of phases, not for every step.
+    """
+    note = "" if trimmed and trim() else "with freed heap pages that the C library keeps"
+    process = psutil.Process()
+    try:
+        return Figure(process.memory_full_info().uss, "USS", EXACT, note)
+    except (psutil.AccessDenied, AttributeError, NotImplementedError):
+        return Figure(process.memory_info().rss, "RSS", EXACT, f"with shared and mapped pages {note}".rstrip())
+
+
+def machine_memory() -> tuple[Figure, Figure]:
+    """Used and total bytes of the machine's RAM."""
+    memory = psutil.virtual_memory()
+    return Figure(memory.total - memory.available, "system", WHOLE_DEVICE), exact(memory.total, "system")

@@ -1,0 +1,258 @@
+"""One reading of one device, through whatever can be read there: torch's counters, NVML, the operating system.
+
+| device | allocated, reserved | whole device | this process |
+|---|---|---|---|
+| cuda (CUDA, ROCm) | torch.cuda | NVML by UUID, else torch.cuda.mem_get_info | NVML, where it lists our own number |
+| xpu | torch.xpu | torch.xpu.mem_get_info, where this torch has it | - |
+| mps | torch.mps (no pool size) | - | torch.mps.driver_allocated_memory |
+| cpu | a running tracker, else unknown | the system | USS, else RSS |
+
+Reading a CUDA or XPU device makes torch start it, which takes a few hundred MiB on that device the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from .host import machine_memory, process_memory
+from .nvml import Nvml, NvmlReading
+from .reading import WHOLE_DEVICE, Figure, Reading, exact, unknown
+from .state import shared
+
+Device = torch.device | str
+
+NO_TRACKER = "torch does not count tensors on the CPU; no tracker is running"
+
+
+class Probe(Protocol):
+    """What the ledger and a verified offload read from; `ScriptedProbe` stands in for it in tests."""
+
+    def sample(self, device: Device, *, settled: bool = False) -> Reading:
+        """Reads one device. `settled`: worth some milliseconds of tidying first (the end of a phase, not a step)."""
+        ...
+
+    def reset_peak(self, device: Device) -> None:
+        """Starts the peak counter of the device anew."""
+        ...
+
+    def synchronise(self, device: Device) -> None:
+        """Waits until the device has done what was asked of it."""
+        ...
+
+
+class DeviceProbe:
+    """Reads real devices.
+
+    Args:
+        backend: stands in for the `torch` module.
+        nvml: stands in for the default `Nvml()`.
+        tracked: current and peak bytes of live tensors on the CPU, or None while no tracker runs.
+        dynamic: bytes of weights on a device that torch's counters do not see (ComfyUI's dynamic VRAM), or None.
+    """
+
+    def __init__(
+        self,
+        backend: Any = torch,
+        nvml: Nvml | None = None,
+        tracked: Callable[[], tuple[int, int] | None] = lambda: None,
+        dynamic: Callable[[torch.device], int | None] = lambda device: None,
+    ) -> None:
+        self.tracked = tracked
+        self.dynamic = dynamic
+        self._torch = backend
+        self._nvml = nvml or Nvml()
+
+    def sample(self, device: Device, *, settled: bool = False) -> Reading:
+        """Reads one device; see `Probe`. What cannot be read is unknown and says why.
+
+        Raises:
+            ValueError: a kind of device that no reader here knows.
+        """
+        device = torch.device(device)
+        readers = {"cuda": self._cuda, "xpu": self._xpu, "mps": self._mps, "cpu": self._cpu}
+        if device.type not in readers:
+            raise ValueError(f"probe: expected a device of {', '.join(readers)}; got {str(device)!r}.")
+        return readers[device.type](device, settled)
+
+    def reset_peak(self, device: Device) -> None:
+        device = torch.device(device)
+        if device.type in ("cuda", "xpu"):
+            getattr(self._torch, device.type).reset_peak_memory_stats(device)
+
+    def synchronise(self, device: Device) -> None:
+        device = torch.device(device)
+        if device.type in ("cuda", "xpu"):
+            getattr(self._torch, device.type).synchronize(device)
+        elif device.type == "mps":
+            self._torch.mps.synchronize()
+
+    def _cuda(self, device: torch.device, settled: bool) -> Reading:
+        cuda = self._torch.cuda
+        reserved = int(cuda.memory_reserved(device))
+        properties = cuda.get_device_properties(device)
+        driver = NvmlReading(notes=("NVML is for NVIDIA cards",))
+        if not getattr(getattr(self._torch, "version", None), "hip", None):
+            driver = self._nvml.read(_uuid(properties), _pci_address(properties), reserved)
+        used, total, notes = driver.used, driver.total, driver.notes
+        if used.bytes is None:
+            used, total, note = _from_free(cuda, device, "torch.cuda.mem_get_info")
+            notes = (*notes, note) if note else notes
+        return Reading(
+            device=_name(device, cuda),
+            allocated=exact(cuda.memory_allocated(device), "torch.cuda"),
+            peak=exact(cuda.max_memory_allocated(device), "torch.cuda"),
+            reserved=exact(reserved, "torch.cuda"),
+            inactive_split=_statistic(cuda, device, "torch.cuda"),
+            dynamic=self._dynamic(device),
+            used=used,
+            total=total,
+            process=driver.process,
+            others=driver.others,
+            notes=notes,
+        )
+
+    def _xpu(self, device: torch.device, settled: bool) -> Reading:
+        xpu = self._torch.xpu
+        used, total, note = _from_free(xpu, device, "torch.xpu.mem_get_info")
+        if total.bytes is None:
+            total = exact(xpu.get_device_properties(device).total_memory, "torch.xpu")
+        return Reading(
+            device=_name(device, xpu),
+            allocated=exact(xpu.memory_allocated(device), "torch.xpu"),
+            peak=exact(xpu.max_memory_allocated(device), "torch.xpu"),
+            reserved=exact(xpu.memory_reserved(device), "torch.xpu"),
+            inactive_split=_statistic(xpu, device, "torch.xpu"),
+            dynamic=self._dynamic(device),
+            used=used,
+            total=total,
+            process=unknown("XPU: the driver gives no number per process"),
+            notes=(note,) if note else (),
+        )
+
+    def _mps(self, device: torch.device, settled: bool) -> Reading:
+        mps = self._torch.mps
+        total = unknown("this torch does not tell what MPS may use")
+        if hasattr(mps, "recommended_max_memory"):
+            total = exact(mps.recommended_max_memory(), "torch.mps.recommended_max_memory")
+        return Reading(
+            device="mps",
+            allocated=exact(mps.current_allocated_memory(), "torch.mps"),
+            dynamic=self._dynamic(device),
+            total=total,
+            process=exact(mps.driver_allocated_memory(), "torch.mps.driver_allocated_memory"),
+            notes=("MPS: no peak counter, and nothing tells what other processes use",),
+        )
+
+    def _cpu(self, device: torch.device, settled: bool) -> Reading:
+        tracked = self.tracked()
+        allocated = peak = unknown(NO_TRACKER)
+        if tracked is not None:
+            allocated, peak = exact(tracked[0], "tracker"), exact(tracked[1], "tracker")
+        used, total = machine_memory()
+        process = process_memory(trimmed=settled)
+        notes = tuple(filter(None, [process.note, allocated.note]))
+        return Reading(
+            "cpu", allocated=allocated, peak=peak, used=used, total=total, process=process, notes=notes
+        )
+
+    def _dynamic(self, device: torch.device) -> Figure:
+        value = self.dynamic(device)
+        return Figure() if value is None else exact(value, "dynamic VRAM")
+
+
+class ScriptedProbe:
+    """Readings as a script tells them: for tests, and for a simulated card whose books are the only truth.
+
+    Args:
+        script: called for every sample with the device's name; what it raises leaves through `sample`.
+    """
+
+    def __init__(self, script: Callable[[str], Reading]) -> None:
+        self.script = script
+        self.calls: list[str] = []
+        """What was asked, in order: "sample cuda:0", "reset_peak cuda:0", "synchronise cuda:0"."""
+
+    def sample(self, device: Device, *, settled: bool = False) -> Reading:
+        self.calls.append(f"sample {device}")
+        return self.script(str(device))
+
+    def reset_peak(self, device: Device) -> None:
+        self.calls.append(f"reset_peak {device}")
+
+    def synchronise(self, device: Device) -> None:
+        self.calls.append(f"synchronise {device}")
+
+
+def current() -> Probe:
+    """The probe of the whole process. `current().dynamic = …` is where patches/ hands in its reader."""
+    return shared("probe", DeviceProbe)
+
+
+def read(device: Device, *, settled: bool = False) -> Reading:
+    """One reading of one device, by the probe of the process. A reader that fails gives a reading that says so."""
+    return attempt(current(), device, settled=settled)
+
+
+def attempt(probe: Probe, device: Device, *, settled: bool = False) -> Reading:
+    """`probe.sample`, with a failure turned into a reading in which all is unknown: a measurement never ends a prompt."""
+    try:
+        return probe.sample(device, settled=settled)
+    # Drivers fail in ways of their own (torch.AcceleratorError, a lost NVML, a missing library): all of them are answers.
+    except Exception as error:
+        return Reading(str(device), notes=(f"not readable: {type(error).__name__}: {error}",))
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch uses now, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu", torch.xpu.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def devices() -> list[torch.device]:
+    """Every device that can be read here, accelerators first."""
+    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if hasattr(torch, "xpu"):
+        found += [torch.device("xpu", index) for index in range(torch.xpu.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return [*found, torch.device("cpu")]
+
+
+def _name(device: torch.device, module: Any) -> str:
+    index = module.current_device() if device.index is None else device.index
+    return f"{device.type}:{index}"
+
+
+def _uuid(properties: Any) -> str | None:
+    uuid = str(getattr(properties, "uuid", "") or "")
+    return uuid.removeprefix("GPU-").removeprefix("MIG-") or None
+
+
+def _pci_address(properties: Any) -> str | None:
+    """`00000000:65:00.0`, as NVML writes it."""
+    if not hasattr(properties, "pci_bus_id"):
+        return None
+    domain, bus, slot = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
+    return f"{domain:08X}:{bus:02X}:{slot:02X}.0"
+
+
+def _statistic(module: Any, device: torch.device, source: str) -> Figure:
+    value = module.memory_stats(device).get("inactive_split_bytes.all.current")
+    return unknown("this allocator does not tell its split blocks") if value is None else exact(value, source)
+
+
+def _from_free(module: Any, device: torch.device, source: str) -> tuple[Figure, Figure, str]:
+    """Used and total bytes of the whole device, or why they are unknown."""
+    if not hasattr(module, "mem_get_info"):
+        return Figure(), Figure(), f"this torch has no {source}"
+    try:
+        free, total = module.mem_get_info(device)
+    except RuntimeError as error:  # older Intel drivers
+        return Figure(), Figure(), f"{source}: {error}"
+    return Figure(int(total - free), source, WHOLE_DEVICE), exact(total, source), ""
