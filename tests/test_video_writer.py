@@ -138,9 +138,7 @@ def test_ten_bits_choose_h265_and_a_ten_bit_format():
 def test_variable_frame_rate_times_are_written_as_they_were_read(tmp_path, name):
     times = [Fraction(t, 1000) for t in (0, 40, 200, 210, 500, 1000)]
     source = open_clip(write(tmp_path / f"in_{name}", 6, times=times, time_base=Fraction(1, 1000)))
-    with ClipWriter(
-        tmp_path / name, WIDTH, HEIGHT, source.frame_rate, time_base=source.time_base
-    ) as writer:
+    with ClipWriter(tmp_path / name, WIDTH, HEIGHT, source.frame_rate, time_base=source.time_base) as writer:
         for frame, time in source.frames_with_times():
             writer.write(frame, time)
     assert [time for _, time in open_clip(tmp_path / name).frames_with_times()] == times
