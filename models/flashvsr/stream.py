@@ -264,6 +264,8 @@ class _Run:
             del decoded
         else:
             frames, state.decoder = self.vae.decode_stream(latent, state.decoder)
+            # The released pipeline takes colours from the VAE's clamped frames, from the TC decoder's as they are.
+            frames = frames.clamp(-1, 1)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
         frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
