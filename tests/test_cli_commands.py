@@ -47,9 +47,13 @@ def test_the_demo_writes_a_video_and_a_comparison_and_measures_them(tmp_path, ca
     # The file is lossy; the frames that were measured are not.
     assert psnr(video, truth) == pytest.approx(report["output_psnr"], abs=1.0)
     sheet = next(open_clip(tmp_path / "comparison.png").frames())
-    left = demo.GAP + 3 * (demo.WIDTH + demo.GAP)
     top = sheet.shape[0] - demo.GAP - demo.HEIGHT
-    assert (sheet[top : top + demo.HEIGHT, left : left + demo.WIDTH] - truth[2]).abs().max() < 1e-6
+    panels = sheet[top : top + demo.HEIGHT, demo.GAP :].split(demo.WIDTH + demo.GAP, dim=1)
+    small, bicubic, output, whole = (panel[:, : demo.WIDTH] for panel in panels)
+    assert (small[::4, ::4] - degrade(truth)[2]).abs().max() < 1e-6
+    assert (bicubic - enlarge(degrade(truth))[2]).abs().max() * 255 < 0.51
+    assert (output - video[2]).abs().mean() * 255 < 3
+    assert (whole - truth[2]).abs().max() < 1e-6
 
 
 def test_every_letter_of_a_label_is_drawn():

@@ -124,6 +124,16 @@ def test_the_precision_on_cuda_follows_the_card(monkeypatch, capability, dtype):
     assert upscale.choose_dtype("auto", torch.device("cuda")) == dtype
 
 
+def test_variable_frame_rate_is_kept(tmp_path, engine):
+    times = [Fraction(t, 1000) for t in (0, 40, 200, 210, 500, 1000)]
+    source, out = tmp_path / "in.mp4", tmp_path / "out.mp4"
+    with ClipWriter(source, WIDTH, HEIGHT, RATE, time_base=Fraction(1, 1000)) as writer:
+        for when in times:
+            writer.write(torch.rand(HEIGHT, WIDTH, 3), when)
+    assert cli.main(["upscale", str(source), str(out)]) == 0
+    assert [when for _, when in open_clip(out).frames_with_times()] == times
+
+
 @pytest.mark.parametrize(("extra", "words"), [
     (["--scale", "0"], "scale"), (["--kv-ratio", "1"], "kv_ratio"), (["--device", "abacus"], "--device"),
     (["--decoder", "vae"], "--vae"), (["--vae", "x"], "--vae"), (["--download"], "--model"), (["--crf", "99"], "crf"),
@@ -247,8 +257,9 @@ def test_images_go_in_and_come_out(tmp_path, engine):
 
 
 @pytest.mark.parametrize(("arguments", "pixel_format"), [
-    ([], "yuv420p"), (["--scale", "1.375"], "yuv420p"), (["--scale", "1.03"], "yuv444p"), (["--ten-bit"], "yuv420p10le"),
-    (["--codec", "ffv1"], "bgr0"), (["--codec", "libx264", "--ten-bit", "--crf", "20"], "yuv420p10le"),
+    ([], "yuv420p"), (["--scale", "1.375"], "yuv420p"), (["--scale", "1.03"], "yuv444p"),
+    (["--ten-bit"], "yuv420p10le"), (["--codec", "ffv1"], "bgr0"),
+    (["--codec", "libx264", "--ten-bit", "--crf", "20"], "yuv420p10le"),
 ])  # fmt: skip
 def test_the_output_has_the_exact_size_and_the_format_asked_for(tmp_path, engine, arguments, pixel_format):
     out = tmp_path / "out.mkv"
