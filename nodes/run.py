@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
 
 import comfy.model_management as mm
 import folder_paths
@@ -73,7 +72,12 @@ class Run:
         """
         model, size = self.flashvsr, self.output_size(width, height)
         required = activation_bytes(
-            model.config, size, self.options.kv_ratio, model.dtype.itemsize, model.prompt.shape[1]
+            model.config,
+            size,
+            self.options.kv_ratio,
+            model.dtype.itemsize,
+            prompt_tokens=model.prompt.shape[1],
+            on_cpu=model.device.type == "cpu",
         )
         patchers = model.patchers(decoder=self.vae is None)
         if self.vae is not None:
@@ -92,7 +96,7 @@ class Run:
             dtype=model.dtype,
             on_step=progress,
         )
-        with closing(cast("Generator[Tensor, None, None]", stream)):
+        with closing(stream):
             for frame in stream:
                 progress.frame(frame)
                 yield frame

@@ -8,10 +8,11 @@ kernels, and what an allocator keeps beyond live tensors.
 
 from __future__ import annotations
 
-from .config import BLOCK_PIXELS, LATENT_STRIDE, FlashVSRConfig
+from .config import LATENT_STRIDE, FlashVSRConfig
 from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
-from .tc_decoder import STRIP_PIXELS
+from .tc_decoder import CPU_STRIP_PIXELS, STRIP_PIXELS
 from .transformer import FEED_FORWARD_TOKENS
+from .windows import BLOCK_TOKENS
 
 FP32_BYTES = 4
 CLIP_FRAMES = 8
@@ -21,16 +22,22 @@ LATENT_FRAMES = 4
 CONDITION_CHANNELS = 768
 TOKEN_PIXELS = 256
 
-TRANSFORM_TENSORS = 12
+ATTENTION_TENSORS = 12
 """Token tensors alive at the worst moment of self-attention, among them the fp32 copies of rotary and RMS norm."""
-FEED_FORWARD_TENSORS = 4
+JOINED_ATTENTION_TENSORS = 8
+"""The same where cached keys and values were joined to the new ones, which are counted apart."""
+FEED_FORWARD_TENSORS = 5
 """Token tensors alive beside the feed-forward's own."""
-FRAME_COPIES = 3
-"""fp32 copies of a clip while it is resized, clamped and padded."""
-HALF_STAGE_TENSORS = 2.5
-"""Maps at half resolution alive while the decoder's last stage runs."""
-LAST_STAGE_TENSORS = 3
-"""Maps at full resolution, of one strip."""
+RESIZED_COPIES = 2
+"""fp32 copies of a clip while it is resized and padded."""
+NORM_TENSORS = 3
+"""A convolution's result while it is normalised."""
+ENTRY_TENSORS = 3
+"""Condition maps at latent resolution at the entrance of the decoder."""
+HALF_STAGE_TENSORS = 7
+"""Maps at half resolution inside a memory block of the decoder's last working stage."""
+LAST_STAGE_TENSORS = 2
+"""Maps at full resolution, of one strip, and at half resolution, of the frame, at the decoder's end."""
 
 WAN_DECODER_ELEMENTS_PER_PIXEL = 5650
 """Feature cache (2,364) and activations of ComfyUI's Wan 2.1 decoder (dim 96), one latent at a time, in elements per
@@ -38,7 +45,12 @@ output pixel; counted with the same tracker, the same at every size."""
 
 
 def activation_bytes(
-    config: FlashVSRConfig, size: tuple[int, int], kv_ratio: float, itemsize: int, prompt_tokens: int = 512
+    config: FlashVSRConfig,
+    size: tuple[int, int],
+    kv_ratio: float,
+    itemsize: int,
+    prompt_tokens: int = 512,
+    on_cpu: bool = False,
 ) -> int:
     """Peak bytes of activations and state of a run with the TC decoder, without tiling.
 
@@ -47,6 +59,7 @@ def activation_bytes(
         kv_ratio: see `StreamOptions`.
         itemsize: bytes of one number of the compute dtype.
         prompt_tokens: length of the prompt context.
+        on_cpu: whether it runs on the CPU, where convolutions take other forms and decoder strips are smaller.
     """
     width, height = padded_size(*size)
     pixels = width * height
@@ -54,11 +67,10 @@ def activation_bytes(
     decoder = decoder_state_bytes(config, pixels, itemsize)
     # Before the first frame the decoder remembers nothing, but that step is three times as long.
     first = state - decoder + _transform_bytes(config, pixels, FIRST_STEP_LATENTS, 0, itemsize)
-    joined = int(kv_ratio) * STEP_LATENTS
     later = max(
-        _project_bytes(config, width, height, itemsize),
-        _transform_bytes(config, pixels, STEP_LATENTS, joined, itemsize),
-        _decode_bytes(config, pixels, itemsize),
+        _project_bytes(config, width, height, itemsize, on_cpu),
+        _transform_bytes(config, pixels, STEP_LATENTS, int(kv_ratio) * STEP_LATENTS, itemsize),
+        _decode_bytes(config, pixels, itemsize, on_cpu),
     )
     return max(first, state + later)
 
@@ -66,14 +78,14 @@ def activation_bytes(
 def state_bytes(
     config: FlashVSRConfig, padded: tuple[int, int], kv_ratio: float, itemsize: int, prompt_tokens: int = 512
 ) -> int:
-    """Bytes kept between process steps: key/value cache, LQ cache, decoder memory, the prompt's keys and values."""
+    """Bytes kept between process steps: key/value cache, LQ cache, decoder memory, the embedded prompt."""
     pixels = padded[0] * padded[1]
     tokens = pixels // TOKEN_PIXELS
-    prompt = config.num_layers * 2 * prompt_tokens * config.dim
     cached = config.num_layers * 2 * int(kv_ratio) * STEP_LATENTS * tokens * config.dim
-    pooled = cached // 2 * STEP_LATENTS * TOKEN_PIXELS // BLOCK_PIXELS**2
+    pooled = cached // 2 // BLOCK_TOKENS
     lq = 2 * tokens * (CONDITION_CHANNELS + config.lq_hidden[0])
-    return (prompt + cached + pooled + lq) * itemsize + decoder_state_bytes(config, pixels, itemsize)
+    kept = cached + pooled + lq + prompt_tokens * config.dim
+    return kept * itemsize + decoder_state_bytes(config, pixels, itemsize)
 
 
 def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
@@ -90,41 +102,44 @@ def wan_decoder_bytes(size: tuple[int, int], itemsize: int) -> int:
     return width * height * WAN_DECODER_ELEMENTS_PER_PIXEL * itemsize
 
 
-def _project_bytes(config: FlashVSRConfig, width: int, height: int, itemsize: int) -> int:
+def _project_bytes(config: FlashVSRConfig, width: int, height: int, itemsize: int, on_cpu: bool) -> int:
     """One clip of 8 frames in the LQ projection: 4 half-latent frames, then 2 latent frames."""
     pixels, tokens = width * height, width * height // TOKEN_PIXELS
     hidden, features = config.lq_hidden
-    clip = 3 * CLIP_FRAMES * pixels
-    border = (width + 32) * (height + 32) / pixels
-    # Each convolution reads windows of 4 frames, once more with a replicated border.
-    first = CLIP_FRAMES // 2 * tokens * (4 * CONDITION_CHANNELS * (1 + border) + hidden)
-    first += (CLIP_FRAMES + 2) * tokens * CONDITION_CHANNELS
-    second = CLIP_FRAMES // 4 * tokens * (4 * hidden * (1 + border) + features)
-    second += (CLIP_FRAMES // 2 + CLIP_FRAMES // 2 + 2) * tokens * hidden
-    resized = FRAME_COPIES * clip * FP32_BYTES
-    return max(resized, int((2 * clip + max(first, second)) * itemsize))
+    # Each convolution reads its frames, two cached ones in front, with a replicated border of one token.
+    bordered = (width // 16 + 2) * (height // 16 + 2)
+    clip, tail = 3 * CLIP_FRAMES * pixels, 2 * tokens * CONDITION_CHANNELS
+    first_in, first_out = (CLIP_FRAMES + 2) * CONDITION_CHANNELS * bordered, CLIP_FRAMES // 2 * hidden * tokens
+    second_in, second_out = (CLIP_FRAMES // 2 + 2) * hidden * bordered, CLIP_FRAMES // 4 * features * tokens
+    first_work, second_work = NORM_TENSORS * first_out, NORM_TENSORS * second_out
+    if not on_cpu:
+        # There a convolution over time runs as one over space: on a copy of every window of 4 frames.
+        first_work = max(first_work, CLIP_FRAMES // 2 * 4 * CONDITION_CHANNELS * bordered + first_out)
+        second_work = max(second_work, CLIP_FRAMES // 4 * 4 * hidden * bordered + second_out)
+    first = first_in + max(first_work, first_out + second_in)
+    second = first_out + second_in + second_work
+    return max((clip + tail + max(first, second)) * itemsize, RESIZED_COPIES * clip * FP32_BYTES)
 
 
 def _transform_bytes(config: FlashVSRConfig, pixels: int, latents: int, cached_latents: int, itemsize: int) -> int:
     """One process step of the transformer: self-attention of all tokens, or the feed-forward of a part of them."""
     tokens = latents * pixels // TOKEN_PIXELS
-    joined = 2 * (cached_latents + latents) * pixels // TOKEN_PIXELS * config.dim if cached_latents else 0
-    attention = TRANSFORM_TENSORS * tokens * config.dim
-    if joined:
-        attention = joined + TRANSFORM_TENSORS // 2 * tokens * config.dim
+    attention = ATTENTION_TENSORS * tokens * config.dim
+    if cached_latents:
+        joined = 2 * (cached_latents + latents) * pixels // TOKEN_PIXELS * config.dim
+        attention = joined + JOINED_ATTENTION_TENSORS * tokens * config.dim
     feed_forward = FEED_FORWARD_TENSORS * tokens * config.dim + 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     lq_tokens = config.lq_layers * tokens * config.dim
     noise = 3 * config.in_dim * latents * pixels // LATENT_STRIDE**2 * FP32_BYTES
     return (max(attention, feed_forward) + lq_tokens) * itemsize + noise
 
 
-def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
-    """One latent in the TC decoder: the condition of 4 frames, half-resolution maps, one strip at full resolution."""
+def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bool) -> int:
+    """One latent in the TC decoder: the condition of 4 frames, then maps of growing size, at last strip by strip."""
     _, _, c2, c3 = config.decoder_channels
     frames = 3 * LATENT_FRAMES * pixels
-    strip = min(pixels, STRIP_PIXELS)
-    return int(
-        frames * (FP32_BYTES + 2 * itemsize)
-        + HALF_STAGE_TENSORS * c2 * pixels / 4 * itemsize
-        + LAST_STAGE_TENSORS * c3 * strip * itemsize
-    )
+    strip = min(pixels, CPU_STRIP_PIXELS if on_cpu else STRIP_PIXELS)
+    entry = ENTRY_TENSORS * (CONDITION_CHANNELS + config.in_dim) * pixels // LATENT_STRIDE**2
+    half = HALF_STAGE_TENSORS * c2 * pixels // 4
+    last = LAST_STAGE_TENSORS * (c2 * pixels // 4 + c3 * strip) + 2 * frames
+    return frames * FP32_BYTES + max(entry, half, last) * itemsize
