@@ -17,7 +17,7 @@ SIGNIFICANCE = 3.5
 """Slope over its standard error. With the rule on the rise: no more than 1 % of leak-free series of 50 runs are
 reported (tests/test_leak.py counts them)."""
 STEP_SHARE = 0.5
-"""One jump that leaves less than this share of the line's residuals is a step, such as another model kept, not a leak."""
+"""One jump that leaves less than this share of the line's squared residuals is a step (another model kept), no leak."""
 
 
 @dataclass(frozen=True)

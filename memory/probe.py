@@ -71,22 +71,22 @@ class DeviceProbe:
         Raises:
             ValueError: a kind of device that no reader here knows.
         """
-        device = torch.device(device)
+        where = torch.device(device)
         readers = {"cuda": self._cuda, "xpu": self._xpu, "mps": self._mps, "cpu": self._cpu}
-        if device.type not in readers:
+        if where.type not in readers:
             raise ValueError(f"probe: expected a device of {', '.join(readers)}; got {str(device)!r}.")
-        return readers[device.type](device, settled)
+        return readers[where.type](where, settled)
 
     def reset_peak(self, device: Device) -> None:
-        device = torch.device(device)
-        if device.type in ("cuda", "xpu"):
-            getattr(self._torch, device.type).reset_peak_memory_stats(device)
+        kind = torch.device(device).type
+        if kind in ("cuda", "xpu"):
+            getattr(self._torch, kind).reset_peak_memory_stats(device)
 
     def synchronise(self, device: Device) -> None:
-        device = torch.device(device)
-        if device.type in ("cuda", "xpu"):
-            getattr(self._torch, device.type).synchronize(device)
-        elif device.type == "mps":
+        kind = torch.device(device).type
+        if kind in ("cuda", "xpu"):
+            getattr(self._torch, kind).synchronize(device)
+        elif kind == "mps":
             self._torch.mps.synchronize()
 
     def _cuda(self, device: torch.device, settled: bool) -> Reading:
@@ -154,9 +154,7 @@ class DeviceProbe:
         used, total = machine_memory()
         process = process_memory(trimmed=settled)
         notes = tuple(filter(None, [process.note, allocated.note]))
-        return Reading(
-            "cpu", allocated=allocated, peak=peak, used=used, total=total, process=process, notes=notes
-        )
+        return Reading("cpu", allocated=allocated, peak=peak, used=used, total=total, process=process, notes=notes)
 
     def _dynamic(self, device: torch.device) -> Figure:
         value = self.dynamic(device)
@@ -197,10 +195,10 @@ def read(device: Device, *, settled: bool = False) -> Reading:
 
 
 def attempt(probe: Probe, device: Device, *, settled: bool = False) -> Reading:
-    """`probe.sample`, with a failure turned into a reading in which all is unknown: a measurement never ends a prompt."""
+    """`probe.sample`, but a failure is a reading in which all is unknown: measuring never ends a prompt."""
     try:
         return probe.sample(device, settled=settled)
-    # Drivers fail in ways of their own (torch.AcceleratorError, a lost NVML, a missing library): all of them are answers.
+    # Drivers fail in ways of their own (torch.AcceleratorError, a lost NVML, a missing library).
     except Exception as error:
         return Reading(str(device), notes=(f"not readable: {type(error).__name__}: {error}",))
 

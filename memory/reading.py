@@ -91,7 +91,7 @@ class Reading:
         """The best number for what we hold: live tensors and dynamic weights, else the process."""
         if self.allocated.bytes is None:
             return self.process
-        if not self.dynamic.bytes:
+        if self.dynamic.bytes is None:
             return self.allocated
         return exact(self.allocated.bytes + self.dynamic.bytes, f"{self.allocated.source} + {self.dynamic.source}")
 
@@ -100,8 +100,8 @@ class Reading:
         """Bytes that the device can still give: total - used, plus what lies unused in our own pool."""
         if self.total.bytes is None or self.used.bytes is None:
             return None
-        slack = max(0, (self.reserved.bytes or 0) - (self.allocated.bytes or 0)) if self.allocated.bytes else 0
-        return max(0, self.total.bytes - self.used.bytes + slack - (self.inactive_split.bytes or 0 if slack else 0))
+        pool = (self.reserved.bytes or 0) - (self.allocated.bytes or 0) - (self.inactive_split.bytes or 0)
+        return max(0, self.total.bytes - self.used.bytes + max(0, pool))
 
     def line(self, stage: str) -> str:
         """`after VAE encode · 2.10 GiB allocated · 2.50 reserved · 3.02 driver (NVML)`, every number as it was read."""

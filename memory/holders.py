@@ -1,0 +1,380 @@
+"""Who keeps a tensor's memory alive: storages that should be gone, and the way from each to a name a person knows.
+
+Memory belongs to storages, not to tensors: a view keeps the whole of it. Every storage is followed by a weak reference
+of torch's own, so "alive" is a fact, whether or not any Python object can be found that holds it. Looked at, in order:
+labelled roots (a patcher's backup, a node cache), modules, frames of stored exceptions, saved tensors of autograd
+graphs, and then whatever the garbage collector knows to refer to the tensor. Frames of running functions are never
+walked.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+SECONDS = 2.0
+"""Default time that one search may take; a heap of a million objects costs about 0.2 s for each level."""
+LEVELS = 12
+"""References from a tensor up to a name."""
+WALKED_OBJECTS = 200_000
+"""Objects looked at below one labelled root."""
+WALKED_IN_FRAMES = 1_000
+"""The same below one local of an exception's frame."""
+GRAPH_NODES = 20_000
+
+NEVER_ENTERED = (str, bytes, int, float, type, types.ModuleType)
+
+Storage = int
+"""`data_ptr` of an untyped storage."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A storage that is expected to go."""
+
+    pointer: Storage
+    bytes: int
+    name: str
+    reference: StorageWeakRef
+
+    @property
+    def alive(self) -> bool:
+        return not self.reference.expired()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Something that keeps storages alive.
+
+    Attributes:
+        name: the way to it, nearest to a person first: "global LEAK in module m → [3]".
+        bytes: of the unique storages it holds.
+        tensors: names of some of them, where they have one.
+    """
+
+    name: str
+    bytes: int
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gave.
+
+    Attributes:
+        holders: largest first.
+        alive: bytes of watched storages that are still alive.
+        unnamed: part of it for which no holder was found: C++ (autograd, caches, streams) or a running function.
+        complete: whether the search ended before its time was up.
+        seconds: how long it took.
+    """
+
+    holders: tuple[Holder, ...]
+    alive: int
+    unnamed: int
+    complete: bool
+    seconds: float
+
+
+def watch(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Watched]:
+    """Weak references to the unique storages of tensors. Nothing is kept alive."""
+    watched: dict[Storage, Watched] = {}
+    for name, tensor in named_tensors:
+        pointer = storage_of(tensor)
+        if pointer is not None and pointer not in watched:
+            storage = tensor.untyped_storage()
+            watched[pointer] = Watched(pointer, storage.nbytes(), name, StorageWeakRef(storage))
+    return list(watched.values())
+
+
+def storage_of(tensor: Tensor) -> Storage | None:
+    """Address of the tensor's memory; None for tensors that have none (meta, sparse, fake)."""
+    if tensor.device.type == "meta":
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def root_bytes(root: Any, device: torch.device, limit: int = WALKED_OBJECTS) -> int:
+    """Bytes of the unique storages on `device` that can be reached from a labelled root."""
+    sizes = {}
+    for tensor in _reachable(_opened(root), limit):
+        pointer = storage_of(tensor) if same_device(tensor.device, device) else None
+        if pointer is not None:
+            sizes[pointer] = tensor.untyped_storage().nbytes()
+    return sum(sizes.values())
+
+
+def same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether two devices are one; without an index any of that type is meant."""
+    return first.type == second.type and (None in (first.index, second.index) or first.index == second.index)
+
+
+def find(
+    watched: Iterable[Watched],
+    roots: Mapping[str, Any] | None = None,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Found:
+    """Names the holders of watched storages that are still alive.
+
+    Args:
+        watched: from `watch`, made while the model was still loaded.
+        roots: labelled objects, such as {"backup of the patcher": patcher.backup}; a callable is called for the object.
+        seconds: when the time is up, what was found so far is returned.
+    """
+    started = clock()
+    held = {item.pointer: item for item in watched if item.alive}
+    if not held:
+        return Found((), 0, 0, True, clock() - started)
+    search = _Search(held, deadline=started + seconds, clock=clock)
+    complete = search.run(roots or {})
+    named = set().union(*search.by_name.values()) if search.by_name else set()
+    holders = [
+        Holder(name, sum(held[p].bytes for p in pointers), tuple(held[p].name for p in sorted(pointers)[:3]))
+        for name, pointers in search.by_name.items()
+    ]
+    holders.sort(key=lambda holder: -holder.bytes)
+    alive = sum(item.bytes for item in held.values())
+    unnamed = sum(item.bytes for pointer, item in held.items() if pointer not in named)
+    return Found(tuple(holders), alive, unnamed, complete, clock() - started)
+
+
+class _TimeUp(Exception):
+    pass
+
+
+class _Search:
+    def __init__(self, held: Mapping[Storage, Watched], deadline: float, clock: Callable[[], float]) -> None:
+        self.held = held
+        self.deadline = deadline
+        self.clock = clock
+        self.by_name: dict[str, set[Storage]] = {}
+
+    def run(self, roots: Mapping[str, Any]) -> bool:
+        """Fills `by_name`; False when the time was up first."""
+        try:
+            self._labelled(roots)
+            objects = gc.get_objects()
+            tensors = [item for item in self._timed(objects) if issubclass(type(item), Tensor)]
+            ours = [(item, pointer) for item in tensors if (pointer := storage_of(item)) in self.held]
+            self._modules(objects)
+            self._exceptions(objects)
+            del objects
+            orphans = [item for item, pointer in ours if not self._named(pointer)]
+            for path, item in self._paths_up(orphans):
+                self._note(path, storage_of(item))
+            if any(not self._named(pointer) for pointer in self.held):
+                self._graphs(tensors)
+            return True
+        except _TimeUp:
+            return False
+
+    def _timed(self, items: Iterable[Any]) -> Iterator[Any]:
+        for index, item in enumerate(items):
+            if index % 1024 == 0 and self.clock() > self.deadline:
+                raise _TimeUp
+            yield item
+
+    def _note(self, name: str, pointer: Storage | None) -> None:
+        if pointer in self.held:
+            self.by_name.setdefault(name, set()).add(pointer)  # type: ignore[arg-type]
+
+    def _named(self, pointer: Storage | None) -> bool:
+        return any(pointer in pointers for pointers in self.by_name.values())
+
+    def _labelled(self, roots: Mapping[str, Any]) -> None:
+        for label, root in roots.items():
+            for tensor in self._timed(_reachable(_opened(root), WALKED_OBJECTS)):
+                self._note(label, storage_of(tensor))
+
+    def _modules(self, objects: list[Any]) -> None:
+        """Parameters and buffers of modules, under the name of the outermost module."""
+        modules = [item for item in self._timed(objects) if issubclass(type(item), nn.Module)]
+        inner = {id(child) for module in modules for child in vars(module).get("_modules", {}).values()}
+        for module in self._timed(modules):
+            if id(module) in inner:
+                continue
+            for part in module.modules():
+                for tensor in [*vars(part).get("_parameters", {}).values(), *vars(part).get("_buffers", {}).values()]:
+                    if tensor is not None:
+                        self._note(f"weights of module {type(module).__name__}", storage_of(tensor))
+
+    def _exceptions(self, objects: list[Any]) -> None:
+        """Locals of finished frames that stored exceptions keep. No other frame is looked at."""
+        running = set(map(id, _running_frames()))
+        for error in self._timed(objects):
+            if not issubclass(type(error), BaseException):
+                continue
+            step = error.__traceback__
+            while step is not None:
+                frame = step.tb_frame
+                if id(frame) not in running:
+                    for variable, value in list(frame.f_locals.items()):
+                        for tensor in _reachable(value, WALKED_IN_FRAMES):
+                            where = f"local {variable} of {frame.f_code.co_name}()"
+                            self._note(f"traceback of {type(error).__name__}: {where}", storage_of(tensor))
+                step = step.tb_next
+
+    def _graphs(self, tensors: list[Tensor]) -> None:
+        """Tensors whose autograd graph saved a held storage."""
+        for tensor in self._timed(tensors):
+            if tensor.grad_fn is None:
+                continue
+            for node, pointer in _saved(tensor.grad_fn):
+                if pointer in self.held and not self._named(pointer):
+                    path = next((path for path, _ in self._paths_up([tensor])), "a running function or C++")
+                    shape = "×".join(map(str, tensor.shape))
+                    self._note(f"autograd graph ({node}) of a tensor of {shape} in {path}", pointer)
+
+    def _paths_up(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The shortest way from each tensor to a name, over references, level by level for all tensors at once."""
+        globals_of: dict[int, str] = {}
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, types.ModuleType):
+                globals_of.setdefault(id(vars(module)), name)
+        # object id → (object, text of the way down from it, the tensor). Objects are kept so that ids stay theirs.
+        level: dict[int, list[tuple[Any, str, Tensor]]] = {}
+        for tensor in tensors:
+            level.setdefault(id(tensor), []).append((tensor, "", tensor))
+        own: set[int] = {id(level), id(tensors), id(self), id(vars(self)), id(self.held)}
+        seen = set(level) | own
+        done: set[int] = set()
+        for _ in range(LEVELS):
+            targets = [entries[0][0] for entries in level.values()]
+            if not targets or self.clock() > self.deadline:
+                break
+            referrers = gc.get_referrers(*targets)
+            own |= {id(targets), id(referrers), id(level)} | {id(entries) for entries in level.values()}
+            own |= {id(entry) for entries in level.values() for entry in entries}
+            above: dict[int, list[tuple[Any, str, Tensor]]] = {}
+            for referrer in self._timed(referrers):
+                if id(referrer) in own or id(referrer) in seen or isinstance(referrer, types.FrameType):
+                    continue
+                for target, entries in _referred(referrer, level):
+                    for _, below, tensor in entries:
+                        if id(tensor) in done:
+                            continue
+                        if id(referrer) in globals_of:
+                            module, name = globals_of[id(referrer)], _key_of(referrer, target)
+                            done.add(id(tensor))
+                            yield f"global {name} in module {module}{below}", tensor
+                        else:
+                            way = f"{_edge(referrer, target)}{below}"
+                            above.setdefault(id(referrer), []).append((referrer, way, tensor))
+            seen |= set(above)
+            # An attribute of a class ends a way too: going on would lead through every instance.
+            for entries in above.values():
+                for referrer, way, tensor in entries:
+                    if isinstance(referrer, type) and id(tensor) not in done:
+                        done.add(id(tensor))
+                        yield f"class {referrer.__qualname__}{way}", tensor
+            level = {
+                key: kept for key, entries in above.items() if (kept := [e for e in entries if id(e[2]) not in done])
+            }
+            own |= {id(above)}
+
+
+def _opened(root: Any) -> Any:
+    """A labelled root, or what it returns if it is a function (modules are callable too: those are not called)."""
+    return root() if isinstance(root, types.FunctionType | types.MethodType | functools.partial) else root
+
+
+def _running_frames() -> Iterator[types.FrameType]:
+    """Frames of all threads that have not returned. Reading their locals would keep them alive (Python < 3.13)."""
+    for top in sys._current_frames().values():
+        frame: types.FrameType | None = top
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+
+def _reachable(root: Any, limit: int) -> Iterator[Tensor]:
+    """Tensors below an object: through containers, attributes, closures and partials; not through types, modules of
+    Python, globals of functions or running frames."""
+    queue, seen = deque([root]), {id(root)}
+    while queue and limit > 0:
+        limit -= 1
+        item = queue.popleft()
+        if issubclass(type(item), Tensor):
+            yield item
+            continue
+        for child in _children(item):
+            if id(child) not in seen and not issubclass(type(child), NEVER_ENTERED):
+                seen.add(id(child))
+                queue.append(child)
+
+
+def _children(item: Any) -> Iterable[Any]:
+    if isinstance(item, types.FrameType | types.CodeType | types.BuiltinFunctionType):
+        return ()
+    if isinstance(item, types.FunctionType):
+        return [*(item.__closure__ or ()), *(item.__defaults__ or ())]
+    return gc.get_referents(item)
+
+
+def _saved(root: Any) -> Iterator[tuple[str, Storage]]:
+    """Names of autograd nodes below `root` with the storages that they saved."""
+    queue, seen = deque([root]), {root}
+    while queue and len(seen) < GRAPH_NODES:
+        node = queue.popleft()
+        for name in dir(node):
+            if name == "variable" or (name.startswith("_saved_") and not name.endswith("hooks")):
+                try:
+                    value = getattr(node, name)
+                except RuntimeError:  # freed by a backward pass
+                    continue
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(tensor, Tensor) and (pointer := storage_of(tensor)) is not None:
+                        yield node.name(), pointer
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                queue.append(child)
+
+
+def _referred(referrer: Any, level: Mapping[int, list]) -> Iterator[tuple[Any, list]]:
+    for child in gc.get_referents(referrer):
+        if id(child) in level:
+            yield child, level[id(child)]
+
+
+def _key_of(mapping: Mapping[Any, Any], value: Any) -> Any:
+    return next((key for key, item in list(mapping.items()) if item is value), "?")
+
+
+def _edge(referrer: Any, target: Any) -> str:
+    """How `referrer` names `target`: an index, a key, an attribute; empty where the next step says it."""
+    if isinstance(referrer, dict):
+        key = _key_of(referrer, target)
+        return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r:.40}]"
+    if isinstance(referrer, list | tuple | deque):
+        return f"[{next((i for i, item in enumerate(referrer) if item is target), '?')}]"
+    if isinstance(referrer, types.FunctionType):
+        return f" → closure of {referrer.__qualname__}"
+    if isinstance(referrer, types.GeneratorType):
+        return f" → suspended generator {referrer.__qualname__}"
+    if isinstance(referrer, functools._lru_cache_wrapper):
+        return f" → LRU cache of {getattr(referrer, '__qualname__', 'a function')}"
+    if isinstance(referrer, threading.local):
+        return " → thread local"
+    if issubclass(type(referrer), nn.Module):
+        return f" → module {type(referrer).__name__}"
+    if hasattr(referrer, "__dict__") and not isinstance(referrer, type):
+        key = _key_of(vars(referrer), target)
+        return "" if key == "?" else f" → {type(referrer).__name__}.{key}"
+    return ""

@@ -1,0 +1,381 @@
+"""Readings over time: phases with before, peak and after, marks within them, warnings, growth from run to run.
+
+    with ledger.phase("sample"):
+        …
+        ledger.mark("step 3")
+
+`mark`, `phase` and `current` work on the one ledger of the process. What it says goes to the logger steadyvsr.memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import leak, probe
+from .reading import GIB, Figure, Reading, size_text
+from .state import shared
+
+log = logging.getLogger("steadyvsr.memory")
+
+RING_MARKS = 4096
+RING_PHASES = 512
+SERIES = 64
+"""Different phases whose growth is followed; beyond that the one that ran longest ago is forgotten."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """When the fill of a card is worth a warning, all processes counted.
+
+    Attributes:
+        warn, critical: shares of the card.
+        warn_gib, critical_gib: the same in GiB; given, they replace the share.
+    """
+
+    warn: float = 0.80
+    critical: float = 0.92
+    warn_gib: float | None = None
+    critical_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("warn", "critical"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"Levels.{name}: expected a share above 0 and up to 1; got {getattr(self, name)}.")
+        for name in ("warn_gib", "critical_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"Levels.{name}: expected GiB above 0, or None; got {value}.")
+
+    def of(self, reading: Reading) -> str:
+        """ "ok", "warn", "critical", or "unknown" where the fill of the card cannot be read."""
+        used, total = reading.used.bytes, reading.total.bytes
+        if used is None or total is None:
+            return "unknown"
+        for name, share, gib in (("critical", self.critical, self.critical_gib), ("warn", self.warn, self.warn_gib)):
+            if used >= (share * total if gib is None else gib * GIB):
+                return name
+        return "ok"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A reading within a run.
+
+    Attributes:
+        kind: mark | step | frame.
+        index: of the step or frame.
+        phase: the innermost phase that was open, or "".
+    """
+
+    stage: str
+    kind: str
+    index: int | None
+    phase: str
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was read on one device; `allocated` comes from the allocator's own counter where it has one."""
+
+    allocated: Figure = Figure()
+    reserved: Figure = Figure()
+    driver: Figure = Figure()
+
+    def with_(self, reading: Reading) -> Peak:
+        counted = reading.peak if reading.peak.bytes is not None else reading.allocated
+        return Peak(
+            _larger(self.allocated, counted),
+            _larger(self.reserved, reading.reserved),
+            _larger(self.driver, reading.driver),
+        )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that has ended.
+
+    Attributes:
+        before, after: one reading for each device.
+        peaks: by device.
+        failed: an exception left it.
+        growth: over the last equal phases, by device, where there were enough.
+    """
+
+    name: str
+    seconds: float
+    before: tuple[Reading, ...]
+    after: tuple[Reading, ...]
+    peaks: dict[str, Peak]
+    failed: bool
+    growth: dict[str, leak.Growth]
+
+    def __str__(self) -> str:
+        parts = []
+        for before, after in zip(self.before, self.after, strict=True):
+            most, what = self.peaks[after.device].allocated, "allocated"
+            if most.bytes is None:
+                most, what = self.peaks[after.device].driver, "process"
+            figures = (before.tensors, most, after.tensors)
+            first, peak, last = (size_text(figure.bytes) for figure in figures)
+            parts.append(f"{after.device} {what} {first} → peak {peak} → {last}")
+        return f"{self.name}{' (failed)' if self.failed else ''}: {' · '.join(parts)} · {self.seconds:.2f} s"
+
+
+@dataclass
+class _Open:
+    name: str
+    started: float
+    before: tuple[Reading, ...]
+    peaks: dict[str, Peak]
+
+
+class Ledger:
+    """Keeps a bounded number of marks and phases. Safe to use from several threads.
+
+    Args:
+        reader: what to read with; None is the probe of the process.
+        devices: which to read, or None for the accelerator that torch uses now, else the CPU. Reading an accelerator
+            that nothing else uses would start it.
+        levels: see `Levels`.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        reader: probe.Probe | None = None,
+        devices: Sequence[probe.Device] | None = None,
+        levels: Levels = Levels(),  # noqa: B008  frozen, so one shared default is safe
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.reader = reader
+        self.devices = devices
+        self.levels = levels
+        self.marks: deque[Mark] = deque(maxlen=RING_MARKS)
+        self.phases: deque[Phase] = deque(maxlen=RING_PHASES)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._open: list[_Open] = []
+        self._sequence: _Open | None = None
+        self._since_report: dict[str, Peak] = {}
+        self._level: dict[str, str] = {}
+        self._series: dict[tuple[str, str, str], deque[int]] = {}
+        self._leaking: set[tuple[str, str, str]] = set()
+
+    def mark(self, stage: str, *, step: int | None = None, frame: int | None = None, quiet: bool = False) -> str:
+        """Reads every device and says so in one line for each, which is logged at INFO and returned.
+
+        Args:
+            step, frame: the number of the step or frame, where the mark is one of many.
+            quiet: keep it, do not log it.
+        """
+        kind, index = ("step", step) if step is not None else ("frame", frame) if frame is not None else ("mark", None)
+        with self._lock:
+            readings = self._read(settled=False)
+            phase = self._open[-1].name if self._open else ""
+            self.marks.extend(Mark(stage, kind, index, phase, reading) for reading in readings)
+        lines = [reading.line(stage if index is None else f"{stage} {kind} {index}") for reading in readings]
+        if len(lines) > 1:
+            lines = [f"{line} · {reading.device}" for line, reading in zip(lines, readings, strict=True)]
+        if not quiet:
+            for line in lines:
+                _say(line)
+        return "\n".join(lines)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Everything within is one phase; equal names are equal phases, whose growth is watched. They may nest."""
+        with self._lock:
+            opened = self._begin(name)
+            self._open.append(opened)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            with self._lock:
+                self._end(opened, name, failed)
+                self._open.remove(opened)
+
+    def end_phase(self, name: str) -> Phase:
+        """Ends the phase `name` that began where the last one ended (the first: where the ledger was first asked).
+
+        This is for phases that follow one another through a workflow, where no block of code encloses them.
+        """
+        with self._lock:
+            opened = self._sequence = self._sequence or self._begin(name)
+            ended = self._end(opened, name, failed=False)
+            self._sequence = self._opened("", ended.after)
+            return ended
+
+    def begin_sequence(self) -> None:
+        """Starts a run of phases that `end_phase` will end, such as a prompt: what came before belongs to none."""
+        with self._lock:
+            self._sequence = self._begin("")
+
+    def take_peaks(self) -> dict[str, Peak]:
+        """The most that was read on each device since the last call."""
+        with self._lock:
+            readings = self._read(settled=False)
+            peaks, self._since_report = self._since_report, {}
+            self._reset_peaks(readings)
+            return peaks
+
+    def growth(self, name: str, device: str) -> leak.Growth | None:
+        """How memory on a device grows over equal phases; None before the third, or if the device was never read."""
+        with self._lock:
+            series = [values for key, values in self._series.items() if key[:2] == (name, device)]
+            return leak.fit(list(series[-1])) if series else None
+
+    def report(self) -> str:
+        """Text: every phase in order, growth where it stands above the noise, the most since the last report."""
+        with self._lock:
+            lines = [str(phase) for phase in self.phases]
+            lines += [
+                f"{name} grows on {device}: {leak.fit(list(self._series[name, device, what]))}"
+                for name, device, what in sorted(self._leaking)
+            ]
+            for device, peak in self.take_peaks().items():
+                figures = {"allocated": peak.allocated, "reserved": peak.reserved, "driver": peak.driver}
+                known = [(word, figure) for word, figure in figures.items() if figure.bytes is not None]
+                text = " · ".join(f"{size_text(figure.bytes)} {word} ({figure.source})" for word, figure in known)
+                lines.append(f"peak since the last report on {device}: {text or 'unknown'}")
+            return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`: all phases and marks that are still in the rings."""
+        with self._lock:
+            return {
+                "phases": [
+                    {
+                        "name": phase.name,
+                        "seconds": phase.seconds,
+                        "failed": phase.failed,
+                        "before": [reading.to_json() for reading in phase.before],
+                        "after": [reading.to_json() for reading in phase.after],
+                        "peak": {
+                            device: {name: vars(figure) for name, figure in vars(peak).items()}
+                            for device, peak in phase.peaks.items()
+                        },
+                        "growth": {
+                            device: {**vars(growth), "leaking": growth.leaking}
+                            for device, growth in phase.growth.items()
+                        },
+                    }
+                    for phase in self.phases
+                ],
+                "marks": [{**vars(mark), "reading": mark.reading.to_json()} for mark in self.marks],
+            }
+
+    def _read(self, *, settled: bool) -> tuple[Reading, ...]:
+        """Readings of all devices, counted into every open peak; the fill of the card is watched."""
+        reader = self.reader or probe.current()
+        devices = [probe.default_device()] if self.devices is None else self.devices
+        readings = tuple(probe.attempt(reader, device, settled=settled) for device in devices)
+        for reading in readings:
+            for peaks in self._all_peaks():
+                peaks[reading.device] = peaks.get(reading.device, Peak()).with_(reading)
+            self._watch(reading)
+        return readings
+
+    def _all_peaks(self) -> list[dict[str, Peak]]:
+        sequence = [self._sequence] if self._sequence else []
+        return [self._since_report, *(opened.peaks for opened in [*self._open, *sequence])]
+
+    def _begin(self, name: str) -> _Open:
+        return self._opened(name, self._read(settled=True))
+
+    def _opened(self, name: str, readings: tuple[Reading, ...]) -> _Open:
+        """A phase that begins with these readings. Their peaks are already counted for whoever watched before."""
+        self._reset_peaks(readings)
+        fresh = {reading.device: Peak().with_(replace(reading, peak=reading.allocated)) for reading in readings}
+        return _Open(name, self._clock(), readings, fresh)
+
+    def _reset_peaks(self, readings: Sequence[Reading]) -> None:
+        for reading in readings:
+            if reading.peak.bytes is not None:
+                (self.reader or probe.current()).reset_peak(reading.device)
+
+    def _end(self, opened: _Open, name: str, failed: bool) -> Phase:
+        seconds = self._clock() - opened.started
+        after = self._read(settled=True)  # counted into the peaks of `opened`, which is still watched
+        growth = {} if failed else {r.device: found for r in after if (found := self._follow(name, r))}
+        before = {reading.device: reading for reading in opened.before}
+        ended = Phase(
+            name,
+            seconds,
+            tuple(before.get(reading.device, reading) for reading in after),
+            after,
+            dict(opened.peaks),
+            failed,
+            growth,
+        )
+        self.phases.append(ended)
+        return ended
+
+    def _follow(self, name: str, reading: Reading) -> leak.Growth | None:
+        """Adds the end of a phase to its series and warns once when it has begun to grow."""
+        figure = reading.tensors
+        if figure.bytes is None:
+            return None
+        # A series never mixes what different sources counted.
+        key = (name, reading.device, figure.source)
+        values = self._series.pop(key, deque(maxlen=leak.WINDOW_RUNS))
+        self._series[key] = values
+        values.append(figure.bytes)
+        if len(self._series) > SERIES:
+            del self._series[next(iter(self._series))]
+        growth = leak.fit(list(values))
+        if growth is not None and growth.leaking and key not in self._leaking:
+            self._leaking.add(key)
+            log.warning("%s grows on %s: %s (%s)", name, reading.device, growth, figure.source)
+        elif growth is None or not growth.leaking:
+            self._leaking.discard(key)
+        return growth
+
+    def _watch(self, reading: Reading) -> None:
+        level, last = self.levels.of(reading), self._level.get(reading.device, "ok")
+        order = ("unknown", "ok", "warn", "critical")
+        if order.index(level) > order.index(last) and level in ("warn", "critical"):
+            used, total = size_text(reading.used.bytes), size_text(reading.total.bytes)
+            log.warning("%s: %s of %s in use (%s, %s)", reading.device, used, total, reading.used.source, level)
+        self._level[reading.device] = level
+
+
+def current() -> Ledger:
+    """The ledger of the process."""
+    return shared("ledger", Ledger)
+
+
+def mark(stage: str, *, step: int | None = None, frame: int | None = None, quiet: bool = False) -> str:
+    """Reads the device in use and logs one line, which is also returned; see `Ledger.mark`.
+
+    `after VAE encode · 2.10 GiB allocated · 2.50 reserved · 3.02 driver (NVML)`
+    """
+    return current().mark(stage, step=step, frame=frame, quiet=quiet)
+
+
+def phase(name: str) -> Any:
+    """`with ledger.phase("sample"):`; see `Ledger.phase`."""
+    return current().phase(name)
+
+
+def _say(line: str) -> None:
+    """Logs at INFO. In a program that has not set up logging at all, the line still reaches the terminal."""
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    log.info(line)
+
+
+def _larger(first: Figure, second: Figure) -> Figure:
+    if first.bytes is None or second.bytes is None:
+        return second if first.bytes is None else first
+    return second if second.bytes > first.bytes else first

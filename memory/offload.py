@@ -1,0 +1,334 @@
+"""Verified offload: expected → move → drop → collect → clean → synchronise → measured → verdict.
+
+What a model is, how it is moved and what the books say comes in as plain callables (`Subject`). The verdict rests on
+counters read before and after; who still holds memory is looked up only when some is held.
+"""
+
+from __future__ import annotations
+
+import enum
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import holders, probe
+from .reading import EXACT, MIB, Figure, Reading, size_text, spelled
+
+log = logging.getLogger("steadyvsr.memory")
+
+# Tolerances (research on real cards: 512 B rounding for each tensor, 2 MiB segments for small ones, 20 MiB for large).
+ALLOCATED_FLOOR_BYTES, ALLOCATED_SHARE = 16 * MIB, 0.02
+POOL_FLOOR_BYTES, POOL_SHARE = 64 * MIB, 0.05
+PROCESS_FLOOR_BYTES, PROCESS_SHARE = 32 * MIB, 0.10
+DEVICE_FLOOR_BYTES, DEVICE_SHARE = 256 * MIB, 0.10
+LARGEST_TOLERANCE = 0.25
+"""Of what was asked: a floor must not be larger than a small model, or every outcome would pass."""
+ALIVE_BYTES = 1 * MIB
+"""Storages of the model that are alive on an accelerator by torch's own weak references: no noise to allow for."""
+
+
+class Verdict(str, enum.Enum):
+    """What an offload came to."""
+
+    FREED = "FREED"
+    FREED_TO_POOL = "FREED_TO_POOL"
+    STILL_HELD = "STILL_HELD"
+    NOT_LOADED = "NOT_LOADED"
+    CANNOT_OFFLOAD = "CANNOT_OFFLOAD"
+    UNVERIFIABLE = "UNVERIFIABLE"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model as an offload sees it.
+
+    Attributes:
+        name: for reports.
+        load_device, offload_device: equal where nothing can be offloaded.
+        loaded_bytes: what the books say is on the load device now.
+        move: offloads through the owner of the books. A RuntimeError goes into the receipt; all else leaves `offload`.
+        tensors: the model's parameters and buffers as they are now, with their names.
+        roots: labelled objects that may hold copies, such as {"patcher backup": patcher.backup}; a function is called
+            for its object when it is needed.
+    """
+
+    name: str
+    load_device: torch.device
+    offload_device: torch.device
+    loaded_bytes: Callable[[], int]
+    move: Callable[[], None]
+    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    roots: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was asked, what was measured, and what that means.
+
+    Attributes:
+        name, device: of the model, and where it was.
+        verdict: see DESIGN: only FREED means that the driver has the memory back.
+        asked: bytes on the load device by the books, before.
+        still_loaded: the same, after.
+        left_tensors: bytes by which live tensors went down; None where they cannot be counted.
+        left_driver: bytes by which the driver's figure went down, with its source.
+        held: who holds memory that should be gone.
+        unnamed: bytes held by nobody that could be named.
+        parameters: bytes of parameters and buffers by the device where they are now.
+        before, after: the readings; None where nothing was moved.
+        seconds: of the offload and both readings.
+        error: what the move raised.
+        notes: what limits this receipt.
+    """
+
+    name: str
+    device: str
+    verdict: Verdict
+    asked: int
+    still_loaded: int
+    left_tensors: int | None = None
+    left_driver: Figure = Figure()
+    held: tuple[holders.Holder, ...] = ()
+    unnamed: int = 0
+    parameters: Mapping[str, int] = field(default_factory=dict)
+    before: Reading | None = None
+    after: Reading | None = None
+    seconds: float = 0.0
+    error: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def freed(self) -> bool:
+        """Whether the tensors are gone, to the driver or to the pool."""
+        return self.verdict in (Verdict.FREED, Verdict.FREED_TO_POOL)
+
+    def __str__(self) -> str:
+        """`asked 6.10 GiB · left the tensors 6.10 · left the driver 6.02 (NVML) · held 0.08 by the cache · 0.41 s`"""
+        if self.verdict is Verdict.NOT_LOADED:
+            return f"asked {size_text(0)} · not loaded on {self.device}"
+        if self.verdict is Verdict.CANNOT_OFFLOAD:
+            return f"asked {size_text(self.asked)} · cannot offload: {self.device} is also where it rests"
+        amounts, words = [self.asked], ["asked {}"]
+        if self.left_tensors is not None:
+            amounts.append(self.left_tensors)
+            words.append("left the tensors {}")
+        if self.left_driver.bytes is not None:
+            scope = "" if self.left_driver.confidence == EXACT else f", {self.left_driver.confidence}"
+            amounts.append(self.left_driver.bytes)
+            words.append(f"left the driver {{}} ({self.left_driver.source}{scope})")
+        for holder in self.held:
+            amounts.append(holder.bytes)
+            words.append(f"held {{}} by {_braced(holder.name)}")
+        if self.unnamed:
+            amounts.append(self.unnamed)
+            words.append("held {} by nothing that Python shows (C++, or a running function)")
+        parts = [word.format(number) for word, number in zip(words, spelled(amounts), strict=True)]
+        if self.left_tensors is None:
+            parts.append("tensors not countable")
+        if self.verdict is not Verdict.FREED:
+            parts.append(self.verdict.value)
+        if self.error:
+            parts.append(self.error)
+        return " · ".join([*parts, f"{self.seconds:.2f} s"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {
+            **vars(self),
+            "verdict": self.verdict.value,
+            "left_driver": vars(self.left_driver),
+            "held": [{**vars(holder), "tensors": list(holder.tensors)} for holder in self.held],
+            "parameters": dict(self.parameters),
+            "before": self.before and self.before.to_json(),
+            "after": self.after and self.after.to_json(),
+            "notes": list(self.notes),
+            "line": str(self),
+        }
+
+
+def offload(
+    subject: Subject,
+    clean: Callable[[], None],
+    *,
+    reader: probe.Probe | None = None,
+    drop: Callable[[], None] = lambda: None,
+    seconds: float = holders.SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Receipt:
+    """Offloads one model and says what became of its memory.
+
+    Args:
+        clean: gives the allocator's unused memory back (ComfyUI: `soft_empty_cache`).
+        reader: what to read with; None is the probe of the process.
+        drop: lets go of the caller's own references, after the move.
+        seconds: most time for the search for holders.
+    """
+    device = subject.load_device
+    asked = int(subject.loaded_bytes())
+    if asked == 0 or subject.load_device == subject.offload_device:
+        verdict = Verdict.NOT_LOADED if asked == 0 else Verdict.CANNOT_OFFLOAD
+        return Receipt(subject.name, str(device), verdict, asked, asked, parameters=where(subject.tensors()))
+    reader = reader or probe.current()
+    started = clock()
+    watched = holders.watch(
+        (name, tensor) for name, tensor in subject.tensors() if holders.same_device(tensor.device, device)
+    )
+    before = probe.attempt(reader, device, settled=True)
+    error = ""
+    try:
+        subject.move()
+    except RuntimeError as failure:  # torch's, out of memory among them; measured all the same
+        error = f"{type(failure).__name__}: {failure}"
+        log.error("offload of %s: %s", subject.name, error)
+    drop()
+    gc.collect()
+    clean()
+    _synchronise(reader, device)
+    after = probe.attempt(reader, device, settled=True)
+    elapsed = clock() - started
+    still_loaded = int(subject.loaded_bytes())
+    # On the CPU what rests and what is loaded look alike.
+    alive = sum(item.bytes for item in watched if item.alive) if device.type != "cpu" else 0
+    verdict, notes = judge(asked, still_loaded, alive, before, after)
+    held, unnamed = _attribute(subject, verdict, watched, alive, seconds, clock, notes)
+    return Receipt(
+        subject.name,
+        str(device),
+        verdict,
+        asked,
+        still_loaded,
+        left_tensors=_tensor_drop(before, after),
+        left_driver=_driver_drop(before, after),
+        held=held,
+        unnamed=unnamed,
+        parameters=where(subject.tensors()),
+        before=before,
+        after=after,
+        seconds=elapsed,
+        error=error,
+        notes=tuple(dict.fromkeys([*notes, *before.notes, *after.notes])),
+    )
+
+
+def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Reading) -> tuple[Verdict, list[str]]:
+    """The verdict of two readings, and what limits it.
+
+    Args:
+        asked, still_loaded: bytes on the device by the books, before and after.
+        alive: bytes of the model's storages that are alive on the device after it.
+    """
+    notes: list[str] = []
+    if still_loaded:
+        notes.append(f"the books still say {size_text(still_loaded)}")
+    if alive > ALIVE_BYTES:
+        notes.append(f"storages of {size_text(alive)} are alive")
+    held = still_loaded > 0 or alive > ALIVE_BYTES
+    tensors = _tensor_drop(before, after)
+    if tensors is None:
+        process = _dropped(before.process, after.process)
+        if held:
+            return Verdict.STILL_HELD, notes
+        if process is None or process < asked - _tolerance(asked, PROCESS_FLOOR_BYTES, PROCESS_SHARE):
+            notes.append("tensors cannot be counted on this device, and the process did not shrink by as much")
+            return Verdict.UNVERIFIABLE, notes
+        notes.append("judged by the process alone: tensors cannot be counted on this device")
+        return Verdict.FREED, notes
+    if held or tensors < asked - _tolerance(asked, ALLOCATED_FLOOR_BYTES, ALLOCATED_SHARE):
+        return Verdict.STILL_HELD, notes
+    returned = _returned(asked, before, after, notes)
+    return (Verdict.FREED if returned else Verdict.FREED_TO_POOL), notes
+
+
+def where(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Bytes of unique storages by device. Tensors without memory (meta) count 0 under their device."""
+    seen: dict[tuple[str, int | None], int] = {}
+    for _, tensor in tensors:
+        pointer = holders.storage_of(tensor)
+        size = 0 if pointer is None else tensor.untyped_storage().nbytes()
+        seen[str(tensor.device), pointer] = size
+    found: dict[str, int] = {}
+    for (device, _), size in seen.items():
+        found[device] = found.get(device, 0) + size
+    return found
+
+
+def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> bool:
+    """Whether the memory went back to the driver, by every exact figure that there is."""
+    tolerance = _tolerance(asked, POOL_FLOOR_BYTES, POOL_SHARE)
+    pool = _dropped(before.reserved, after.reserved)
+    if pool is not None:
+        # Dynamic weights lie outside the pool.
+        pool += _dropped(before.dynamic, after.dynamic) or 0
+    process = _dropped(before.process, after.process)
+    known = [drop for drop in (pool, process) if drop is not None]
+    if known:
+        return min(known) >= asked - tolerance
+    device = _dropped(before.used, after.used)
+    if device is not None and device >= asked - _tolerance(asked, DEVICE_FLOOR_BYTES, DEVICE_SHARE):
+        notes.append("the driver's side is known for the whole device only, other processes included")
+        return True
+    notes.append("the driver's side is unknown")
+    return False
+
+
+def _attribute(
+    subject: Subject,
+    verdict: Verdict,
+    watched: list[holders.Watched],
+    alive: int,
+    seconds: float,
+    clock: Callable[[], float],
+    notes: list[str],
+) -> tuple[tuple[holders.Holder, ...], int]:
+    """Who holds memory: after a failed offload by a search of the heap, else what the labelled roots show at once."""
+    if verdict is Verdict.STILL_HELD or alive:
+        found = holders.find(watched, subject.roots, seconds, clock)
+        if not found.complete:
+            notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
+        return found.holders, found.unnamed
+    if subject.load_device.type == "cpu":
+        return (), 0
+    sizes = {label: holders.root_bytes(root, subject.load_device) for label, root in subject.roots.items()}
+    return tuple(holders.Holder(label, size) for label, size in sizes.items() if size), 0
+
+
+def _synchronise(reader: probe.Probe, device: torch.device) -> None:
+    try:
+        reader.synchronise(device)
+    except Exception as error:  # a probe that fails is a marked reading, see probe.attempt
+        log.warning("synchronise %s: %s", device, error)
+
+
+def _tolerance(asked: int, floor: int, share: float) -> float:
+    return min(max(floor, share * asked), LARGEST_TOLERANCE * asked)
+
+
+def _dropped(before: Figure, after: Figure) -> int | None:
+    """How far a figure went down; None where either is unknown or they come from different sources."""
+    if before.bytes is None or after.bytes is None or before.source != after.source:
+        return None
+    return before.bytes - after.bytes
+
+
+def _tensor_drop(before: Reading, after: Reading) -> int | None:
+    if before.allocated.bytes is None or after.allocated.bytes is None:
+        return None
+    return _dropped(before.tensors, after.tensors)
+
+
+def _driver_drop(before: Reading, after: Reading) -> Figure:
+    for first, second in ((before.process, after.process), (before.used, after.used)):
+        drop = _dropped(first, second)
+        if drop is not None:
+            return Figure(drop, first.source, first.confidence)
+    return Figure(note="the driver's side could not be read before and after from one source")
+
+
+def _braced(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
