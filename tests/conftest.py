@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -31,6 +32,10 @@ if "steadyvsr" not in sys.modules and not installed_from_here():
     package = types.ModuleType("steadyvsr")
     package.__path__ = [str(ROOT)]
     sys.modules["steadyvsr"] = package
+
+# A busy machine is no failure of the code under test.
+hypothesis.settings.register_profile("steadyvsr", deadline=None)
+hypothesis.settings.load_profile("steadyvsr")
 
 # Tiny networks lose more to thread hand-over than they gain; two is what the CI machine has.
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))

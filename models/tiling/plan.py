@@ -56,11 +56,10 @@ def grid_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
 def ramp(span: Span) -> Tensor:
     """fp32 weights of one span: rising (k+1)/(n+1) over an inner overlap of n, 1 elsewhere and at the border."""
     weight = torch.ones(span.stop - span.start)
-    for count, side in ((span.before, weight), (span.after, weight.flip(0))):
-        rise = torch.arange(1, count + 1, dtype=torch.float32) / (count + 1)
-        side[:count] = torch.minimum(side[:count], rise)
-        if side is not weight:
-            weight = side.flip(0)
+    rises = [torch.arange(1, count + 1, dtype=torch.float32) / (count + 1) for count in (span.before, span.after)]
+    weight[: span.before] = rises[0]
+    inner_end = len(weight) - span.after
+    weight[inner_end:] = torch.minimum(weight[inner_end:], rises[1].flip(0))
     return weight
 
 
