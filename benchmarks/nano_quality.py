@@ -5,6 +5,7 @@
 For each clip: PSNR and SSIM of clamped bicubic and of the network, then what is lost when a part of it is silenced:
 the transformer's velocity (latents become noise), the latents themselves, and the LQ tokens are replaced by zeros.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -87,8 +88,11 @@ def main() -> None:
     parser.add_argument("--colours", nargs="+", default=["none", "adain"])
     arguments = parser.parse_args()
     model = load_flashvsr(arguments.weights, dtype=torch.float32)
-    report: dict = {"weights_bytes": arguments.weights.stat().st_size, "torch": torch.__version__,
-                    "clips": f"{HELD_OUT_FRAMES} frames, {HELD_OUT_WIDTH}x{HELD_OUT_HEIGHT}, scale 4"}
+    report: dict = {
+        "weights_bytes": arguments.weights.stat().st_size,
+        "torch": torch.__version__,
+        "clips": f"{HELD_OUT_FRAMES} frames, {HELD_OUT_WIDTH}x{HELD_OUT_HEIGHT}, scale 4",
+    }
     for colour in arguments.colours:
         started = time.monotonic()
         clips = {seed: score(model, seed, colour) for seed in HELD_OUT_SEEDS}

@@ -4,6 +4,7 @@ A clip is a pure function of its seed. It is drawn analytically at continuous co
 at every edge), so sub-pixel motion costs no resampling blur. A longer clip has the shorter one as its prefix.
 The generator, the degradation and `HELD_OUT_SEEDS` were fixed before the first training run.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -58,16 +59,18 @@ def degrade(clip: torch.Tensor) -> torch.Tensor:
     _, height, width, _ = clip.shape
     if height % SCALE or width % SCALE:
         raise ValueError(f"degrade: expected height and width in multiples of {SCALE}; got {height}x{width}.")
-    small = F.interpolate(clip.permute(0, 3, 1, 2), (height // SCALE, width // SCALE), mode="bicubic",
-                          align_corners=False, antialias=True)
+    small = F.interpolate(
+        clip.permute(0, 3, 1, 2), (height // SCALE, width // SCALE), mode="bicubic", align_corners=False, antialias=True
+    )
     return (small.clamp(0, 1) * 255).round().div(255).permute(0, 2, 3, 1).contiguous()
 
 
 def enlarge(clip: torch.Tensor) -> torch.Tensor:
     """THWC → THWC four times larger: clamped bicubic, the baseline and the network's condition."""
     _, height, width, _ = clip.shape
-    large = F.interpolate(clip.permute(0, 3, 1, 2), (height * SCALE, width * SCALE), mode="bicubic",
-                          align_corners=False, antialias=True)
+    large = F.interpolate(
+        clip.permute(0, 3, 1, 2), (height * SCALE, width * SCALE), mode="bicubic", align_corners=False, antialias=True
+    )
     return large.clamp(0, 1).permute(0, 2, 3, 1).contiguous()
 
 
@@ -91,15 +94,16 @@ class _Motion:
         return (cos * x - sin * y + dx).astype(np.float32), (sin * x + cos * y + dy).astype(np.float32)
 
 
-def _paint(image: Field, cover: Field, texture: Callable[[Field, Field, Field], Field], u: Field, v: Field,
-           pixel: Field) -> None:
+def _paint(
+    image: Field, cover: Field, texture: Callable[[Field, Field, Field], Field], u: Field, v: Field, pixel: Field
+) -> None:
     """Blend a CTHW texture over the image, in place, inside the box that the cover touches."""
     rows, columns = np.any(cover > 0, axis=(0, 2)), np.any(cover > 0, axis=(0, 1))
     if not rows.any():
         return
     top, bottom = np.flatnonzero(rows)[[0, -1]]
     left, right = np.flatnonzero(columns)[[0, -1]]
-    box = np.s_[:, top:bottom + 1, left:right + 1]
+    box = np.s_[:, top : bottom + 1, left : right + 1]
     inside = (slice(None), *box)
     image[inside] += cover[box] * (texture(u[box], v[box], pixel) - image[inside])
 
@@ -206,6 +210,7 @@ def _waves(rng: np.random.Generator) -> Pattern:
 
 def _bits(grid: Field, cell: float) -> Pattern:
     """A binary lattice drawn with sharp, rounded contours."""
+
     def pattern(u: Field, v: Field, pixel: Field) -> Field:
         return _edge((np.float32(0.5) - _lattice(grid, u, v, cell, smooth=False)) * np.float32(cell), pixel)
 
@@ -247,8 +252,14 @@ def _glyphs(rng: np.random.Generator) -> Pattern:
 
 
 _PATTERNS: dict[str, Callable[[np.random.Generator], Pattern]] = {
-    "plain": _plain, "stripes": _stripes, "checker": _checker, "rings": _rings, "glyphs": _glyphs, "blobs": _blobs,
-    "waves": _waves, "mosaic": _mosaic,
+    "plain": _plain,
+    "stripes": _stripes,
+    "checker": _checker,
+    "rings": _rings,
+    "glyphs": _glyphs,
+    "blobs": _blobs,
+    "waves": _waves,
+    "mosaic": _mosaic,
 }
 
 
@@ -272,12 +283,15 @@ def _shape(rng: np.random.Generator) -> Pattern:
     if kind == 1:
         return lambda u, v, pixel: _edge(np.abs(np.hypot(u, v) - size) - width, pixel)
     if kind == 2:
+
         def box(u: Field, v: Field, pixel: Field) -> Field:
             dx, dy = np.abs(u) - size + corner, np.abs(v) - size * ratio + corner
             outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0))
             return _edge(outside + np.minimum(np.maximum(dx, dy), 0) - corner, pixel)
+
         return box
     if kind == 3:
         return lambda u, v, pixel: _edge(np.hypot(np.maximum(np.abs(u) - 2 * size, 0), v) - width / 2, pixel)
     return lambda u, v, pixel: _edge(
-        np.hypot(u, v) - size * (np.float32(0.75) + np.float32(0.25) * np.cos(points * np.arctan2(v, u))), pixel)
+        np.hypot(u, v) - size * (np.float32(0.75) + np.float32(0.25) * np.cos(points * np.arctan2(v, u))), pixel
+    )

@@ -15,6 +15,7 @@ An offset keeps these channels positive, so that ReLUs pass them. One spare chan
 each transition gives back the offset that zero padding takes from the image's border. Other spare channels keep a
 random start.
 """
+
 from __future__ import annotations
 
 import torch
@@ -75,6 +76,31 @@ def initialise_decoder(decoder: TCDecoder) -> None:
         layers[26].bias.fill_(0.5 - 0.5 * _OFFSET)
 
 
+def cell_colours(condition: Tensor) -> Tensor:
+    """Mean colour of each latent cell: condition NTCHW with 4T - 3 frames → NTCHW with 3 channels, T, H/8, W/8.
+
+    The first cell holds frame 0 alone, as in the decoder.
+    """
+    batch, frames, colours = condition.shape[:3]
+    small = F.avg_pool2d(condition.flatten(0, 1), CELL).unflatten(0, (batch, frames))
+    rest = small[:, 1:].unflatten(1, (-1, FRAMES_PER_CELL)).mean(2)
+    return torch.cat([small[:, :1], rest], 1)
+
+
+def hand_over(decoder: TCDecoder, share: float) -> None:
+    """Moves a share of the first layer's response to each cell's mean colour to latent channels 0, 1, 2, in place.
+
+    Where these latents hold `cell_colours`, the decoder's result stays the same, up to the soft clamp before it.
+    """
+    cell = FRAMES_PER_CELL * CELL * CELL
+    with torch.no_grad():
+        weight = decoder.decoder[1].weight
+        planes = weight[:, : 3 * cell].unflatten(1, (3, cell))
+        response = planes.sum(2)
+        planes -= share * response.unsqueeze(2) / cell
+        weight[:, 3 * cell : 3 * cell + 3] = share * response
+
+
 def axis_filters() -> tuple[Tensor, Tensor]:
     """The filters a, b over 24 px of condition (a cell and its two neighbours), float64."""
     cells, centre = 16, 8
@@ -103,8 +129,9 @@ def axis_filters() -> tuple[Tensor, Tensor]:
 
 
 def _resize(rows: Tensor, size: int) -> Tensor:
-    return F.interpolate(rows[None, None], (size, rows.shape[1]), mode="bicubic", align_corners=False,
-                         antialias=True)[0, 0]
+    return F.interpolate(rows[None, None], (size, rows.shape[1]), mode="bicubic", align_corners=False, antialias=True)[
+        0, 0
+    ]
 
 
 def _bilinear(size: int) -> Tensor:

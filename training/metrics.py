@@ -1,4 +1,5 @@
 """PSNR and SSIM of clips, in float64 accumulation."""
+
 from __future__ import annotations
 
 import math

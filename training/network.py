@@ -1,4 +1,5 @@
 """The nano network: its sizes, its untrained start, a differentiable pass over one clip, and its file."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,8 +15,16 @@ from ..models.flashvsr.transformer import Transformer, TransformerState
 from .initialise import initialise_decoder, initialise_projection, initialise_transformer
 from .parallel import decode_clip
 
-NANO = FlashVSRConfig(dim=128, num_heads=1, ffn_dim=512, num_layers=2, text_dim=64, lq_hidden=(48, 64), lq_layers=1,
-                      decoder_channels=(64, 32, 16, 8))
+NANO = FlashVSRConfig(
+    dim=128,
+    num_heads=1,
+    ffn_dim=512,
+    num_layers=2,
+    text_dim=64,
+    lq_hidden=(48, 64),
+    lq_layers=1,
+    decoder_channels=(64, 32, 16, 8),
+)
 PROMPT_TOKENS = 16
 CLIP_FRAMES, OUTPUT_FRAMES, LATENT_FRAMES = 25, 21, 6
 """Of one process step: frames read, frames made, latents."""
@@ -53,7 +62,10 @@ class NanoNetwork(nn.Module):
         return torch.cat(clips)
 
     def forward(self, condition: Tensor, noise: Tensor | None) -> Tensor:
-        """condition NTCHW with 25 frames in -1..1 → NTCHW with 21 frames in 0..1, unclamped; noise None: zero latents."""
+        """Condition NTCHW with 25 frames in -1..1 → NTHWC with 21 frames in 0..1, not clamped.
+
+        Noise is that of the six latents; None decodes latents of zero.
+        """
         batch, _, _, height, width = condition.shape
         if noise is None:
             latents = condition.new_zeros(batch, LATENT_FRAMES, self.decoder.latent_channels, height // 8, width // 8)

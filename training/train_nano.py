@@ -3,9 +3,10 @@
     python -m steadyvsr.training.train_nano --checkpoint nano.pt --minutes 60
 
 Step s is a function of the weights before it and of s alone (its clips, their orientation, its noise, its learning
-rate and its loss), so a run that was stopped and resumed equals one that was not. Two stages: the decoder alone with
-latents of zero, then all three networks through the decoder. Output 128×128, one process step of 25 frames.
+rate and its loss), so a run that was stopped and resumed equals one that was not. Output 128×128, one process step of
+25 frames. `Schedule` says what the stages are.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..models.flashvsr.config import FlashVSRConfig
 from .clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
+from .initialise import cell_colours, hand_over
 from .metrics import psnr
 from .network import CLIP_FRAMES, LATENT_FRAMES, NANO, OUTPUT_FRAMES, NanoNetwork, export
 
@@ -32,25 +34,38 @@ _REPORT_STEPS, _SAVE_STEPS = 100, 500
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training run consists of.
+    """What a training run consists of. The defaults are those of the committed weights.
 
     Attributes:
-        decoder_steps: of the first stage.
-        joint_steps: of the second.
-        mse_steps: at the end, with the squared error and in fp32; Charbonnier and bfloat16 autocast before.
+        decoder_steps: the decoder alone, with latents of zero.
+        joint_steps: all networks through the decoder.
+        align_steps: transformer and projection learn each cell's mean colour as latent channels 0, 1, 2; at their end
+            the decoder is made to read a share of it there instead of in its condition (`hand_over`).
+        final_steps: all networks through the decoder again.
+        mse_from: step from which the error is squared; Charbonnier before.
+        exact_steps: at the very end, in fp32; bfloat16 autocast before.
         warmup_steps: of linear growth of the learning rate, at the start of each stage.
-        peak: learning rate of layers with at most 300 inputs.
+        peak, align_peak, final_peak: learning rates of layers with at most 300 inputs: of the first two stages, which
+            share a half cosine of `cosine_steps`, and of the other two with a half cosine each.
+        share: of the mean colour that is read in the latents.
         batch: clips per step.
         size: side of a clip in output pixels.
         pool: different clips; they come back turned, mirrored, reversed and with other colours.
         ema: decay of the averaged weights.
     """
 
-    decoder_steps: int = 3000
-    joint_steps: int = 20000
-    mse_steps: int = 4000
+    decoder_steps: int = 1500
+    joint_steps: int = 7500
+    align_steps: int = 1500
+    final_steps: int = 2000
+    mse_from: int = 6000
+    exact_steps: int = 300
     warmup_steps: int = 300
-    peak: float = 6e-4
+    cosine_steps: int = 12000
+    peak: float = 5e-4
+    align_peak: float = 1e-3
+    final_peak: float = 1.5e-4
+    share: float = 0.2
     batch: int = 2
     size: int = 128
     pool: int = 1200
@@ -58,26 +73,43 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        return self.hand_over_step + self.final_steps
+
+    @property
+    def align_step(self) -> int:
+        """The first step of the third stage."""
         return self.decoder_steps + self.joint_steps
 
+    @property
+    def hand_over_step(self) -> int:
+        """The first step of the fourth stage."""
+        return self.align_step + self.align_steps
+
     def rate(self, step: int) -> float:
-        """Learning rate: warm-up at the start of a stage, a half cosine over the whole run."""
-        since = step if step < self.decoder_steps else step - self.decoder_steps
+        """Learning rate of a step for layers with at most 300 inputs."""
+        if step >= self.hand_over_step:
+            start, peak, length = self.hand_over_step, self.final_peak, self.final_steps
+        elif step >= self.align_step:
+            start, peak, length = self.align_step, self.align_peak, self.align_steps
+        else:
+            start, peak, length = 0, self.peak, self.cosine_steps
+        fraction = min(1.0, (step - start) / length)
+        since = step - self.decoder_steps if self.decoder_steps <= step < self.align_step else step - start
         warm = min(1.0, (since + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+        return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
 class ClipPool:
     """Training pairs; clips are made when first asked for and kept as 8-bit tensors."""
 
     def __init__(self, schedule: Schedule) -> None:
-        if schedule.pool > VALIDATION_SEEDS.start or TRAINING_SEED_LIMIT > min(HELD_OUT_SEEDS):
+        if schedule.pool > VALIDATION_SEEDS.start or min(HELD_OUT_SEEDS) < TRAINING_SEED_LIMIT:
             raise ValueError("ClipPool: expected training seeds apart from the validation and held-out seeds.")
         self.schedule = schedule
         self._clips: dict[int, Tensor] = {}
 
     def pair(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Condition NTCHW -1..1 (25 frames), target NTCHW 0..1 (21 frames) and noise NCTHW of one step."""
+        """Condition NTCHW -1..1 (25 frames), target NTHWC 0..1 (21 frames) and noise NCTHW of one step."""
         generator = torch.Generator().manual_seed(step)
         conditions, targets = [], []
         for _ in range(self.schedule.batch):
@@ -87,7 +119,7 @@ class ClipPool:
             flips = [0] * (reverse % 2) + [2] * (mirror % 2)
             clip = clip.flip(flips) if flips else clip
             conditions.append(enlarge(degrade(clip)).permute(0, 3, 1, 2) * 2 - 1)
-            targets.append(clip[:OUTPUT_FRAMES].permute(0, 3, 1, 2))
+            targets.append(clip[:OUTPUT_FRAMES])
         cells = self.schedule.size // 8
         noise = torch.randn(self.schedule.batch, 16, LATENT_FRAMES, cells, cells, generator=generator)
         return torch.stack(conditions), torch.stack(targets), noise
@@ -114,26 +146,40 @@ class Trainer:
         self.pool = ClipPool(schedule)
 
     def train_step(self) -> float:
-        """One step; returns the PSNR of its batch in dB."""
-        joint = self.step >= self.schedule.decoder_steps
-        final = self.step >= self.schedule.steps - self.schedule.mse_steps
+        """One step; returns the PSNR of its batch in dB (of the colours in the third stage)."""
+        schedule = self.schedule
+        if self.step == schedule.hand_over_step:
+            self._hand_over()
         condition, target, noise = self.pool.pair(self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.rate(self.step) * group["scale"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=not final):
-            output = self.network(condition, noise if joint else None)
-        error = (output.float() - target).square()
-        loss = error.mean() if final else (error + _CHARBONNIER**2).sqrt().mean()
+            group["lr"] = schedule.rate(self.step) * group["scale"]
+        with torch.autocast("cpu", torch.bfloat16, enabled=schedule.steps - self.step > schedule.exact_steps):
+            if schedule.align_step <= self.step < schedule.hand_over_step:
+                colours = self.network.latents(condition.transpose(1, 2), noise)[:, :, :3]
+                error = (colours - cell_colours(condition[:, :OUTPUT_FRAMES])).square()
+            else:
+                output = self.network(condition, noise if self.step >= schedule.decoder_steps else None)
+                error = (output.float() - target).square()
+        loss = error.mean() if self.step >= schedule.mse_from else (error + _CHARBONNIER**2).sqrt().mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimiser.step()
         self.step += 1
-        decay = min(self.schedule.ema, self.step / (self.step + 100))
+        decay = min(schedule.ema, self.step / (self.step + 100))
         with torch.no_grad():
             for name, value in self.network.named_parameters():
                 self.average[name].lerp_(value, 1 - decay)
         return -10 * math.log10(error.mean().item())
+
+    @torch.no_grad()
+    def _hand_over(self) -> None:
+        """Starts the last stage from the averaged decoder, which now reads a share of the colours in the latents."""
+        for name, value in self.network.decoder.named_parameters():
+            value.copy_(self.average[f"decoder.{name}"])
+        hand_over(self.network.decoder, self.schedule.share)
+        for name, value in self.network.named_parameters():
+            self.average[name].copy_(value)
 
     def averaged(self) -> NanoNetwork:
         """A network with the averaged weights, rounded to fp16 as they will be stored."""
@@ -145,8 +191,14 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint beside `path` and renames it, so that a killed run leaves the last one whole."""
-        state = {"schedule": asdict(self.schedule), "seed": self.seed, "step": self.step, "average": self.average,
-                 "network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state = {
+            "schedule": asdict(self.schedule),
+            "seed": self.seed,
+            "step": self.step,
+            "average": self.average,
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
         part = path.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, path)
@@ -173,7 +225,7 @@ def validate(network: NanoNetwork, joint: bool, size: int) -> dict[str, float]:
         noise = torch.randn(1, 16, LATENT_FRAMES, size // 8, size // 8, generator=generator)
         output = network(condition, noise if joint else None)
         scores["bicubic"].append(psnr(large[:OUTPUT_FRAMES], target))
-        scores["output"].append(psnr(output[0].permute(0, 2, 3, 1).clamp(0, 1), target))
+        scores["output"].append(psnr(output[0].clamp(0, 1), target))
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
@@ -183,11 +235,8 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="merged fp16 file, written with every checkpoint")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (and save) after this time")
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("decoder_steps", "joint_steps", "mse_steps"):
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(Schedule, name))
-    parser.add_argument("--peak", type=float, default=Schedule.peak)
     arguments = parser.parse_args()
-    schedule = Schedule(arguments.decoder_steps, arguments.joint_steps, arguments.mse_steps, peak=arguments.peak)
+    schedule = Schedule()
     trainer = Trainer(schedule, arguments.seed)
     if arguments.checkpoint.exists():
         trainer.load(arguments.checkpoint)
@@ -195,8 +244,11 @@ def main() -> None:
     while trainer.step < schedule.steps and time.monotonic() - started < arguments.minutes * 60:
         recent.append(trainer.train_step())
         if trainer.step % _REPORT_STEPS == 0:
-            print(f"step {trainer.step}  {time.monotonic() - started:.0f} s  batch {sum(recent) / len(recent):.3f} dB  "
-                  f"rate {schedule.rate(trainer.step - 1):.2e}", flush=True)
+            print(
+                f"step {trainer.step}  {time.monotonic() - started:.0f} s  batch {sum(recent) / len(recent):.3f} dB  "
+                f"rate {schedule.rate(trainer.step - 1):.2e}",
+                flush=True,
+            )
             recent = []
         if trainer.step % _SAVE_STEPS == 0:
             _checkpoint(trainer, arguments)
@@ -209,8 +261,10 @@ def _checkpoint(trainer: Trainer, arguments: argparse.Namespace) -> None:
     if arguments.export:
         export(network, arguments.export)
     scores = validate(network, trainer.step > trainer.schedule.decoder_steps, trainer.schedule.size)
-    print(f"step {trainer.step}  validation " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()),
-          flush=True)
+    print(
+        f"step {trainer.step}  validation " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
