@@ -209,6 +209,8 @@ def _footage(video: Input.Video, run: Run) -> _Footage:
     if isinstance(video, InputImpl.VideoFromFile):
         start, duration = trim_window(video)
         clip = open_clip(video.get_stream_source(), start=start, duration=duration)
+        # Minutes of reading at most, before hours of work that would end in the same message.
+        clip.verify()
         for text in clip.notes:
             run.note(text)
         return _Footage(

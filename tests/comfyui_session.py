@@ -243,6 +243,23 @@ def images() -> dict:
     }  # fmt: skip
 
 
+def growth() -> dict:
+    """Peak of live tensors made in a run of the IMAGE node, at two lengths; the input is there before."""
+    model, peaks = tiny_model(), {}
+    upscale(model, clip(1))
+    weights = [p for network in model.patchers() for p in network.model.parameters()]
+    for count in (37, 101):
+        frames = clip(count)
+        with pack("memory.tracker").StorageTracker(exclude=[*weights, model.prompt, frames]) as tracker:
+            result, report = upscale(model, frames)
+        peaks[str(count)] = {
+            "peak": tracker.peak,
+            "output": result.numel() * result.element_size(),
+            "estimate": report["activations_estimated_bytes"],
+        }
+    return peaks
+
+
 def loader_errors() -> dict:
     load = lambda name: call("LoadFlashVSR", model_set=name, **LOAD)  # noqa: E731
     return {
@@ -338,6 +355,10 @@ def videos() -> dict:
         "components": through(InputImpl.VideoFromComponents(components)),
         "odd": through(InputImpl.VideoFromFile(path), scale=1.4),
     }
+    damaged = {"cut.mp4": Path(path).read_bytes()[:-2000], "empty.mp4": b"", "text.mp4": b"no video at all\n"}
+    for name, content in damaged.items():
+        (BASE / name).write_bytes(content)
+        seen[name] = error_of(through, InputImpl.VideoFromFile(str(BASE / name)))
     if hasattr(InputImpl.VideoFromFile, "as_trimmed"):
         seen["trimmed"] = through(InputImpl.VideoFromFile(path).as_trimmed(0.25, 0.25))
     before = sorted(entry.name for entry in temp.iterdir())
@@ -366,7 +387,18 @@ def main() -> None:
         "loaded": {"ok": loaded, "nodes": sorted(n for n in nodes.NODE_CLASS_MAPPINGS if n.startswith("SteadyVSR_"))}
     }
     write_tiny_model()
-    scenarios = (schema, model_folder, residency, partial_load, interrupted, images, loader_errors, vae_decoder, videos)
+    scenarios = (
+        schema,
+        model_folder,
+        residency,
+        partial_load,
+        interrupted,
+        images,
+        growth,
+        loader_errors,
+        vae_decoder,
+        videos,
+    )
     for scenario in scenarios:
         try:
             results[scenario.__name__] = scenario()

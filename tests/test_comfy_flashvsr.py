@@ -161,6 +161,17 @@ def test_the_output_size_is_round_of_each_side_times_the_scale(observed):
     assert scenario(observed, "images")["odd"] == [3, round(32 * 1.3), round(48 * 1.3), 3]
 
 
+def test_a_longer_batch_needs_more_memory_for_its_output_only(observed):
+    short, long = scenario(observed, "growth").values()
+    assert long["output"] - short["output"] == 64 * 192 * 128 * 3 * 4
+    assert abs((long["peak"] - long["output"]) - (short["peak"] - short["output"])) <= 1024
+
+
+def test_the_memory_asked_for_is_what_the_run_needs(observed):
+    for seen in scenario(observed, "growth").values():
+        assert 0.8 <= seen["estimate"] / (seen["peak"] - seen["output"]) <= 1.5
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [("nan", "frame 1"), ("empty", "empty batch"), ("five_channels", "got 5"), ("small", "got 48 × 8")],
@@ -224,6 +235,12 @@ def test_an_odd_size_is_written_whole_with_a_note(observed):
     result = scenario(observed, "videos")["odd"]
     assert result["size"] == [round(48 * 1.4), round(32 * 1.4)] == [67, 45] and result["frames"] == CLIP_FRAMES
     assert result["pixels"] == "yuv444p" and "67x45" in result["notes"][0]
+
+
+@pytest.mark.parametrize(("name", "words"), [("cut.mp4", "cut off"), ("empty.mp4", "0 bytes"), ("text.mp4", "text")])
+def test_a_damaged_video_is_refused_by_its_file_name(observed, name, words):
+    message = scenario(observed, "videos")[name]
+    assert f"{name}: expected" in message and words in message
 
 
 def test_an_interrupted_video_leaves_no_file(observed):
