@@ -144,13 +144,16 @@ class Nvml:
         """Bytes by process number; None where the driver has no number (Windows WDDM)."""
         nvml = self._module
         found: dict[int, int | None] = {}
-        for listed in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        for optional, listed in (
+            (False, nvml.nvmlDeviceGetComputeRunningProcesses),
+            (True, nvml.nvmlDeviceGetGraphicsRunningProcesses),
+        ):
             try:
                 processes = listed(handle)
             except nvml.NVMLError:
-                if listed is nvml.nvmlDeviceGetComputeRunningProcesses:
-                    raise
-                continue
+                if optional:
+                    continue
+                raise
             for process in processes:
                 # One process may compute and draw: both lists then give the same number.
                 found[process.pid] = found.get(process.pid) or process.usedGpuMemory

@@ -12,7 +12,8 @@ Reading a CUDA or XPU device makes torch start it, which takes a few hundred MiB
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from .host import machine_memory, process_memory
 from .nvml import Nvml, NvmlReading
 from .reading import WHOLE_DEVICE, Figure, Reading, exact, unknown
 from .state import shared
+from .tracker import StorageTracker
 
 Device = torch.device | str
 
@@ -49,7 +51,7 @@ class DeviceProbe:
     Args:
         backend: stands in for the `torch` module.
         nvml: stands in for the default `Nvml()`.
-        tracked: current and peak bytes of live tensors on the CPU, or None while no tracker runs.
+        tracker: what counts live tensors on the CPU, or None; `tracking` sets it for as long as one runs.
         dynamic: bytes of weights on a device that torch's counters do not see (ComfyUI's dynamic VRAM), or None.
     """
 
@@ -57,10 +59,10 @@ class DeviceProbe:
         self,
         backend: Any = torch,
         nvml: Nvml | None = None,
-        tracked: Callable[[], tuple[int, int] | None] = lambda: None,
+        tracker: StorageTracker | None = None,
         dynamic: Callable[[torch.device], int | None] = lambda device: None,
     ) -> None:
-        self.tracked = tracked
+        self.tracker = tracker
         self.dynamic = dynamic
         self._torch = backend
         self._nvml = nvml or Nvml()
@@ -81,6 +83,8 @@ class DeviceProbe:
         kind = torch.device(device).type
         if kind in ("cuda", "xpu"):
             getattr(self._torch, kind).reset_peak_memory_stats(device)
+        elif kind == "cpu" and self.tracker is not None:
+            self.tracker.reset_peak()
 
     def synchronise(self, device: Device) -> None:
         kind = torch.device(device).type
@@ -147,10 +151,9 @@ class DeviceProbe:
         )
 
     def _cpu(self, device: torch.device, settled: bool) -> Reading:
-        tracked = self.tracked()
         allocated = peak = unknown(NO_TRACKER)
-        if tracked is not None:
-            allocated, peak = exact(tracked[0], "tracker"), exact(tracked[1], "tracker")
+        if self.tracker is not None:
+            allocated, peak = exact(self.tracker.now, "tracker"), exact(self.tracker.peak, "tracker")
         used, total = machine_memory()
         process = process_memory(trimmed=settled)
         notes = tuple(filter(None, [process.note, allocated.note]))
@@ -184,9 +187,23 @@ class ScriptedProbe:
         self.calls.append(f"synchronise {device}")
 
 
-def current() -> Probe:
+def current() -> DeviceProbe:
     """The probe of the whole process. `current().dynamic = …` is where patches/ hands in its reader."""
     return shared("probe", DeviceProbe)
+
+
+@contextmanager
+def tracking(tracker: StorageTracker | None = None) -> Iterator[StorageTracker]:
+    """While this runs, tensors that are made on the CPU are counted, by the process' probe too. It costs time for every
+    operator: for tests and for a closer look, not for every run."""
+    tracker = tracker or StorageTracker()
+    reader, outer = current(), current().tracker
+    reader.tracker = tracker
+    try:
+        with tracker:
+            yield tracker
+    finally:
+        reader.tracker = outer
 
 
 def read(device: Device, *, settled: bool = False) -> Reading:
