@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from fractions import Fraction
 from pathlib import Path
@@ -283,3 +284,23 @@ def test_a_window_behind_the_end_is_refused(tmp_path):
     clip = open_clip(make_video(tmp_path / "a.mp4"), start=60)
     with pytest.raises(VideoError, match=r"a\.mp4: expected frames from 60 s on"):
         list(clip.frames())
+
+
+@pytest.mark.parametrize("kind", ["video", "images"])
+def test_no_decoded_frame_waits_for_the_garbage_collector(tmp_path, kind):
+    if kind == "video":
+        source = make_video(tmp_path / "a.mp4", 40)
+    else:
+        source = tmp_path
+        for index in range(40):
+            (tmp_path / f"{index}.png").write_bytes(encode_png(torch.zeros(8, 8, 3)))
+    clip = open_clip(source)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in clip.frames():
+            pass
+        waiting = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert waiting <= 2

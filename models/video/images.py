@@ -15,7 +15,7 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from .orientation import display_matrix, upright
+from .orientation import Uprighter
 from .pixels import frame_to_rgb, rgb_to_frame
 from .source import DamagedVideoError, Source, VideoError
 
@@ -103,6 +103,7 @@ def read_images(
 
     size: (height, width) that all must have. keep: leave damaged images out (their time stays empty), do not raise.
     """
+    turn_upright = Uprighter()
     for index in window_of(len(paths), frame_rate, start, window):
         try:
             frame = decode_image(paths[index])
@@ -111,7 +112,7 @@ def read_images(
                 continue
             error.frames_read = index
             raise
-        rgb = upright(frame_to_rgb(frame), display_matrix(frame))
+        rgb = turn_upright(frame_to_rgb(frame), frame)
         if rgb.shape[:2] != size:
             raise VideoError(
                 f"{paths[index].name}: expected {size[1]}x{size[0]} like the first image;"

@@ -39,6 +39,24 @@ def upright(picture: Tensor, matrix: np.ndarray | None) -> Tensor:
     return (picture.flip(dims) if dims else picture).contiguous()
 
 
+class Uprighter:
+    """Turns the pictures of one clip upright, reading a display matrix only where the rotation changes.
+
+    PyAV ties a frame whose side data was looked at to itself: it then stays until the garbage collector comes. Asking
+    every frame costs 70 MiB at 512×512 before that happens (measured over 400 frames); `rotation` ties nothing.
+    """
+
+    def __init__(self) -> None:
+        self._rotation: int | None = None
+        self._matrix: np.ndarray | None = None
+
+    def __call__(self, picture: Tensor, frame: av.VideoFrame) -> Tensor:
+        """`picture`, HWC, is the frame as stored."""
+        if frame.rotation != self._rotation:
+            self._rotation, self._matrix = frame.rotation, display_matrix(frame)
+        return upright(picture, self._matrix)
+
+
 def clockwise_degrees(matrix: np.ndarray | None) -> int:
     """How far `upright` turns the picture clockwise: 0, 90, 180 or 270."""
     if matrix is None:

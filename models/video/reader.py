@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from . import images
-from .orientation import clockwise_degrees, display_matrix, turns_sideways, upright
+from .orientation import Uprighter, clockwise_degrees, display_matrix, turns_sideways, upright
 from .pixels import (
     MATRIX_BT709,
     PRIMARIES_BT709,
@@ -323,6 +323,7 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
         container.seek(int(origin / stream.time_base), stream=stream, backward=True)
     half_tick = stream.time_base / 2
     previous: Fraction | None = None
+    turn_upright = Uprighter()
     progress.delivered = 0
     for frame in _decode(clip, container, stream, progress):
         if frame.pts is not None:
@@ -336,7 +337,7 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
         if clip.window is not None and time >= clip.window - half_tick:
             return
         previous = time
-        rgb = upright(frame_to_rgb(frame), display_matrix(frame))
+        rgb = turn_upright(frame_to_rgb(frame), frame)
         height, width, _ = rgb.shape
         if (height, width) != (clip.height, clip.width):
             raise VideoError(
