@@ -216,6 +216,43 @@ def test_ctrl_c_ends_a_running_process_cleanly(tmp_path, package_environment):
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_weights_are_fetched_only_when_asked_for_and_before_they_are_loaded(tmp_path, capsys, engine, monkeypatch):
+    source, folder = make_clip(tmp_path / "in.mp4", 2), tmp_path / "weights"
+    events = []
+
+    def fetch(version, where, *, progress):
+        progress("part", 1, 2)
+        events.append(("fetch", version, where))
+
+    monkeypatch.setattr(cli, "download_flashvsr", fetch)
+    load = cli.load_flashvsr
+    monkeypatch.setattr(cli, "load_flashvsr", lambda path, *a, **k: events.append(("load", path)) or load(path))
+    arguments = ["upscale", str(source), str(tmp_path / "out.mp4"), "--force", "--model", str(folder)]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--download"]) == 0
+    assert cli.main([*arguments, "--download", "--version", "v1"]) == 0
+    load_event = ("load", str(folder))
+    assert events == [
+        load_event, ("fetch", "v1.1", str(folder)), load_event, ("fetch", "v1", str(folder)), load_event
+    ]  # fmt: skip
+
+    def fail(version, where, *, progress):
+        raise cli.DownloadError("no connection")
+
+    monkeypatch.setattr(cli, "download_flashvsr", fail)
+    (tmp_path / "out.mp4").unlink()
+    assert cli.main([*arguments, "--download"]) == 1
+    assert "no connection" in capsys.readouterr().err and list(tmp_path.iterdir()) == [source]
+
+
+def test_the_full_decoder_gets_the_vae_that_was_named(tmp_path, engine, monkeypatch):
+    monkeypatch.setattr(cli, "load_wan_vae", lambda path, dtype, device: ("vae", path))
+    source = make_clip(tmp_path / "in.mp4", 2)
+    extra = ["--decoder", "vae", "--vae", "wan.safetensors"]
+    assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4"), *extra]) == 0
+    assert engine.calls[0]["vae"] == ("vae", "wan.safetensors")
+
+
 def test_a_cut_off_video_is_refused_before_the_work_and_kept_on_request(tmp_path, capsys, engine):
     source = make_clip(tmp_path / "in.mp4", 40, noise=0.1)
     data = source.read_bytes()

@@ -300,7 +300,7 @@ def test_no_decoded_frame_waits_for_the_garbage_collector(tmp_path, kind):
     try:
         for _ in clip.frames():
             pass
-        waiting = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+        waiting = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
     finally:
         gc.enable()
     assert waiting <= 2

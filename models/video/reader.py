@@ -308,7 +308,7 @@ class _Progress:
         got = f"{self.packets} readable packets" if self.delivered is None else f"{self.delivered} frames"
         return DamagedVideoError(
             f"{self.name}: expected {expected}; got {got}, then {problem}."
-            " Get an intact copy, or ask for the readable part (--keep-damaged).",
+            " Get an intact copy, or ask for the readable part (command line: --keep-damaged).",
             self.delivered,
         )
 
