@@ -79,6 +79,7 @@ class LoadFlashVSR(io.ComfyNode):
                 io.Boolean.Input(
                     "download",
                     default=False,
+                    optional=True,
                     tooltip="Fetches the official FlashVSR or FlashVSR-v1.1 into models/flashvsr if it is chosen and "
                     f"not there: {model_sets.OFFICIAL_GB} GB, resumed after a break, checked by sha256.",
                 ),

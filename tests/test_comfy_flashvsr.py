@@ -97,7 +97,7 @@ def test_schema_ids_are_the_parameters_of_execute_and_each_has_a_tooltip(observe
     assert schema["inputs"] == schema["parameters"]
     assert schema["without_tooltip"] == []
     assert schema["category"].startswith("SteadyVSR/")
-    assert set(schema["info"]) == set(schema["inputs"]) - {"vae"}
+    assert set(schema["info"]) == set(schema["inputs"]) - {"vae", "download"}
 
 
 def test_registering_the_model_folder_twice_leaves_one_entry(observed):
@@ -317,7 +317,6 @@ WORKFLOW = {
             "device": "auto",
             "attention": "auto",
             "lq_cache_order": "fixed",
-            "download": False,
         },
     },
     "3": {
