@@ -117,11 +117,13 @@ class Fit:
     """The first setting that fits, in the caller's order of preference.
 
     Attributes:
+        fits: whether any does; `None` may be a setting, such as "no tiles".
         setting: None where none fits.
         need: of that setting, or of the smallest where none fits.
         tried: every setting up to it with its bytes.
     """
 
+    fits: bool
     setting: Any | None
     need: Need
     tried: tuple[tuple[Any, int], ...]
@@ -149,12 +151,12 @@ def fit(budget: int, settings: Iterable[Setting], need: Callable[[Setting], Need
         found = need(setting)
         tried.append((setting, found.tensors))
         if found.tensors <= budget:
-            return Fit(setting, found, tuple(tried))
+            return Fit(True, setting, found, tuple(tried))
         if smallest is None or found.tensors < smallest.tensors:
             smallest = found
     if smallest is None:
         raise ValueError("budget: expected at least one setting to choose from; got none.")
-    return Fit(None, smallest, tuple(tried))
+    return Fit(False, None, smallest, tuple(tried))
 
 
 def workers(footprint: int, available: int, reserve: int = RESERVE_BYTES) -> int:

@@ -169,12 +169,10 @@ class _Search:
         """Fills `by_name`; False when the time was up first."""
         try:
             self._labelled(roots)
-            objects = gc.get_objects()
-            tensors = [item for item in self._timed(objects) if issubclass(type(item), Tensor)]
+            tensors, modules, errors = self._sorted(gc.get_objects())
             ours = [(item, pointer) for item in tensors if (pointer := storage_of(item)) in self.held]
-            self._modules(objects)
-            self._exceptions(objects)
-            del objects
+            self._modules(modules)
+            self._exceptions(errors)
             orphans = [item for item, pointer in ours if not self._named(pointer)]
             for path, item in self._paths_up(orphans):
                 self._note(path, storage_of(item))
@@ -190,6 +188,20 @@ class _Search:
                 raise _TimeUp
             yield item
 
+    def _sorted(self, objects: list[Any]) -> tuple[list[Tensor], list[nn.Module], list[BaseException]]:
+        """Tensors, modules and exceptions among all objects; by type, since there are few types and many objects."""
+        found: tuple[list, list, list] = ([], [], [])
+        place: dict[type, list | None] = {}
+        for item in self._timed(objects):
+            kind = type(item)
+            if kind not in place:
+                matching = [i for i, base in enumerate((Tensor, nn.Module, BaseException)) if issubclass(kind, base)]
+                place[kind] = found[matching[0]] if matching else None
+            chosen = place[kind]
+            if chosen is not None:
+                chosen.append(item)
+        return found
+
     def _note(self, name: str, pointer: Storage | None) -> None:
         if pointer in self.held:
             self.by_name.setdefault(name, set()).add(pointer)  # type: ignore[arg-type]
@@ -202,9 +214,8 @@ class _Search:
             for tensor in self._timed(_reachable(_opened(root), WALKED_OBJECTS)):
                 self._note(label, storage_of(tensor))
 
-    def _modules(self, objects: list[Any]) -> None:
+    def _modules(self, modules: list[nn.Module]) -> None:
         """Parameters and buffers of modules, under the name of the outermost module."""
-        modules = [item for item in self._timed(objects) if issubclass(type(item), nn.Module)]
         inner = {id(child) for module in modules for child in vars(module).get("_modules", {}).values()}
         for module in self._timed(modules):
             if id(module) in inner:
@@ -214,12 +225,10 @@ class _Search:
                     if tensor is not None:
                         self._note(f"weights of module {type(module).__name__}", storage_of(tensor))
 
-    def _exceptions(self, objects: list[Any]) -> None:
+    def _exceptions(self, errors: list[BaseException]) -> None:
         """Locals of finished frames that stored exceptions keep. No other frame is looked at."""
         running = set(map(id, _running_frames()))
-        for error in self._timed(objects):
-            if not issubclass(type(error), BaseException):
-                continue
+        for error in self._timed(errors):
             step = error.__traceback__
             while step is not None:
                 frame = step.tb_frame

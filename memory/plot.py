@@ -78,7 +78,7 @@ def draw(ledger: Ledger, device: str | None = None) -> Tensor:
     x = LEFT
     for text, colour in [(device, INK), *LINES]:
         x = _write(canvas, x, 8, text, colour) + 3 * GLYPH_STEP
-    _write(canvas, WIDTH - RIGHT - 12 * GLYPH_STEP, HEIGHT - 12, f"{end - start:.1f} s", INK)
+    _write(canvas, WIDTH - RIGHT - 10 * GLYPH_STEP, 8, f"{end - start:.1f} s", INK)
     return _image(canvas)
 
 

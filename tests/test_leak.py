@@ -28,7 +28,7 @@ def test_a_leak_of_1_mib_per_run_in_noise_of_4_mib_is_reported_by_run_12() -> No
 def test_the_planted_slope_is_given_without_bias_and_within_its_uncertainty() -> None:
     generator = np.random.default_rng(8)
     fits = [leak.fit(planted(generator, 12, MIB)) for _ in range(300)]
-    assert abs(np.mean([fit.slope for fit in fits]) / MIB - 1) < 0.02
+    assert abs(np.mean([fit.slope for fit in fits]) / MIB - 1) < 0.03  # two standard errors of the mean of 300
     covered = np.mean([abs(fit.slope - MIB) < 2 * fit.uncertainty for fit in fits])
     assert 0.88 < covered < 0.99  # Student's t with 10 degrees of freedom: 93 % within 2 standard errors
 
@@ -51,8 +51,8 @@ def test_of_1000_series_without_a_leak_at_most_1_percent_are_reported(kind: str)
 
 
 def test_a_series_without_noise_is_reported_exactly() -> None:
-    growth = leak.fit([100 + 7 * run for run in range(10)])
-    assert growth.leaking and growth.slope == pytest.approx(7) and growth.rise == pytest.approx(63)
+    growth = leak.fit([100 + 7 * run for run in range(12)])
+    assert growth.leaking and growth.slope == pytest.approx(7) and growth.rise == pytest.approx(77)
 
 
 @pytest.mark.parametrize("at", [1, 3, 6, 10])
@@ -71,6 +71,6 @@ def test_only_the_last_runs_count() -> None:
     assert leak.fit(series).runs == leak.WINDOW_RUNS and leak.fit(series).slope == 0
 
 
-def test_fewer_than_three_runs_have_no_line_and_fewer_than_eight_no_alarm() -> None:
+def test_fewer_than_three_runs_have_no_line_and_fewer_than_twelve_no_alarm() -> None:
     assert leak.fit([1, 2]) is None
-    assert not leak.fit([0, MIB, 2 * MIB, 3 * MIB, 4 * MIB]).leaking
+    assert not leak.fit([run * MIB for run in range(11)]).leaking and leak.fit([run * MIB for run in range(12)]).leaking

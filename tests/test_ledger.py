@@ -237,7 +237,7 @@ def test_the_plot_shows_what_was_read(ledger: Ledger, card: FakeCardBooks) -> No
         with ledger.phase(f"phase of {size}"):
             card.allocated = size
     image = plot.draw(ledger)
-    assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3) and 0 <= image.min() and image.max() <= 1
+    assert image.shape == (1, plot.HEIGHT, plot.WIDTH, 3) and image.min() >= 0 and image.max() <= 1
     pixels = (image[0] * 255).round().to(torch.uint8).numpy()
     inside = pixels[plot.TOP :, plot.LEFT :]
     rows = np.argwhere((inside == plot.LINES[2][1]).all(-1))[:, 0]  # drawn last: driver = allocated here

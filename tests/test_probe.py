@@ -14,7 +14,6 @@ from steadyvsr.memory.nvml import Nvml
 from steadyvsr.memory.probe import DeviceProbe, ScriptedProbe, attempt
 from steadyvsr.memory.reading import EXACT, UNKNOWN, WHOLE_DEVICE, Figure, Reading, exact
 from steadyvsr.memory.tracker import StorageTracker
-
 from steadyvsr.tests.memory_doubles import GIB, MIB, FakeCard, FakeCuda, FakeNvml
 
 CARD = {
@@ -189,7 +188,8 @@ def test_a_line_names_amounts_in_one_unit_and_the_driver_s_source() -> None:
 
 
 def test_a_line_says_where_the_driver_s_number_is_the_whole_device() -> None:
-    assert "14.00 driver (torch.cuda.mem_get_info, whole device)" in cuda_probe(FakeNvml([], "x")).sample("cuda").line("x")
+    line = cuda_probe(FakeNvml([], "x")).sample("cuda").line("x")
+    assert "14.00 driver (torch.cuda.mem_get_info, whole device)" in line
 
 
 def test_a_reading_is_plain_json() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from steadyvsr.memory.nvml import Nvml
-
 from steadyvsr.tests.memory_doubles import GIB, MIB, FakeCard, FakeNvml, NVMLError
 
 OWN = 100
