@@ -56,16 +56,16 @@ class Schedule:
 
     decoder_steps: int = 1500
     joint_steps: int = 7500
-    align_steps: int = 1500
-    final_steps: int = 2000
+    align_steps: int = 1000
+    final_steps: int = 1200
     mse_from: int = 6000
-    exact_steps: int = 300
+    exact_steps: int = 200
     warmup_steps: int = 300
     cosine_steps: int = 12000
     peak: float = 5e-4
     align_peak: float = 1e-3
     final_peak: float = 1.5e-4
-    share: float = 0.2
+    share: float = 0.15
     batch: int = 2
     size: int = 128
     pool: int = 1200
