@@ -2,15 +2,16 @@
 
     python -m steadyvsr.benchmarks.stream_memory [--json FILE]
 
-Peak bytes of live tensors come from a dispatch-mode tracker, resident memory from a process of its own for each length,
-both at 512 × 512 output with a small random model. Exits with 1 where memory grows with the clip.
+At 512 × 512 output. Peak bytes of live tensors come from a dispatch-mode tracker around a small random model, resident
+memory from the command line with the embedded network, in a process of its own for each length. Exits with 1 where
+memory grows with the clip.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,20 +67,23 @@ def file_to_file(source: Path, target: Path) -> int:
 MODEL = tiny_model()
 
 
-def child(source: Path, target: Path) -> None:
-    """One length in a process of its own."""
-    ahead = file_to_file(source, target)
-    print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "ahead": ahead}))
+def resident_peak(source: Path, target: Path) -> int:
+    """Peak resident bytes of the command line upscaling one file with the embedded network, in its own process."""
+    command = [sys.executable, "-m", "steadyvsr", "upscale", str(source), str(target), "--scale", str(SCALE)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return usage.ru_maxrss * 1024
 
 
 def measure(folder: Path, frames: int) -> dict[str, int]:
     source, target = folder / f"{frames}.mp4", folder / f"{frames}-out.mp4"
     write_clip(source, frames)
     with StorageTracker(exclude=parameters(MODEL)) as tracker:
-        file_to_file(source, target)
+        ahead = file_to_file(source, target)
     target.unlink()
-    command = [sys.executable, "-m", "steadyvsr.benchmarks.stream_memory", "--child", str(source), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
     clip = torch.stack([picture(index) for index in range(frames)])
     with StorageTracker(exclude=[*parameters(MODEL), clip]) as image:
         result = torch.empty(frames, round(SIDE * SCALE), round(SIDE * SCALE), 3)
@@ -90,18 +94,15 @@ def measure(folder: Path, frames: int) -> dict[str, int]:
         "storages_made": tracker.created,
         "image_tensor_peak": image.peak,
         "image_output": tensor_bytes([result]),
-        **json.loads(done.stdout),
+        "rss": resident_peak(source, target),
+        "ahead": ahead,
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    if options.child:
-        child(*options.child)
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         short, long = (measure(Path(folder), frames) for frames in LENGTHS)
     growth = long["file_tensor_peak"] / short["file_tensor_peak"]
