@@ -81,11 +81,13 @@ class FakeNvml:
 
     def __init__(self, cards: list[FakeCard], fails: str = "") -> None:
         self.cards, self.fails = cards, fails
+        self.starts = 0
         self.names = {4242: "blender", 77: b"ffmpeg"}
 
     def nvmlInit(self) -> None:
         if self.fails:
             raise NVMLError(self.fails)
+        self.starts += 1
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeCard:
         return self._found(card for top in self.cards for card in (top, *top.instances) if card.uuid == uuid)

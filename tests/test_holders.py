@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -162,6 +163,24 @@ def test_a_local_of_a_running_function_is_left_unnamed_and_dies_with_it() -> Non
         return watched
 
     assert not runs()[0].alive
+
+
+def test_a_running_function_is_not_walked_though_an_exception_passed_through_it() -> None:
+    tensor = torch.zeros(MIB // 4)
+    watched = holders.watch([("x", tensor)])
+    try:
+        raise ValueError("caught here, while the frame still runs")
+    except ValueError as error:
+        LEAKED_ERRORS.append(error)
+    found = holders.find(watched, seconds=20.0)
+    assert found.holders == () and found.unnamed == tensor.nbytes
+
+
+def test_a_frame_that_somebody_keeps_is_not_walked() -> None:
+    tensor = torch.zeros(MIB // 4)
+    LEAKED_LIST.append(sys._getframe())
+    found = holders.find(holders.watch([("x", tensor)]), seconds=20.0)
+    assert found.holders == () and found.unnamed == tensor.nbytes
 
 
 def test_the_search_keeps_nothing_alive() -> None:

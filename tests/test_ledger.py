@@ -176,8 +176,8 @@ def test_a_full_card_is_told_once_until_it_empties(
 def test_a_planted_leak_is_told_once_with_its_slope(
     ledger: Ledger, card: FakeCardBooks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    noise = np.random.default_rng(3).uniform(-4 * MIB, 4 * MIB, 12)
-    for run in range(12):
+    noise = np.random.default_rng(3).uniform(-4 * MIB, 4 * MIB, 16)
+    for run in range(16):
         with ledger.phase("run"):
             card.allocated = int(GIB + run * MIB + noise[run])
     growth = ledger.growth("run", "cuda:0")

@@ -81,13 +81,14 @@ def test_a_split_card_whose_instance_is_unclear_gives_no_number_of_the_whole_car
 
 def test_a_card_that_is_lost_mid_run_gives_a_marked_reading_and_recovers() -> None:
     card = FakeCard("GPU-a", GIB, 8 * GIB, {OWN: MIB})
-    nvml = reader(card)
+    library = FakeNvml([card])
+    nvml = Nvml(library, OWN)
     assert nvml.read("a", None).process.bytes == MIB
     card.lost = True
     lost = nvml.read("a", None)
     assert (lost.used.bytes, lost.process.bytes) == (None, None) and "GPU is lost" in lost.notes[0]
     card.lost = False
-    assert nvml.read("a", None).process.bytes == MIB
+    assert nvml.read("a", None).process.bytes == MIB and library.starts == 2
 
 
 def test_a_forbidden_process_list_leaves_the_card_s_own_numbers() -> None:
