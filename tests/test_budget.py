@@ -68,7 +68,10 @@ def test_no_settings_are_refused() -> None:
         budget.fit(GIB, [], lambda tile: Need())
 
 
-@pytest.mark.parametrize(("footprint", "card_gib", "expected"), [(11, 16, 1), (11, 24, 2), (11, 8, 0), (5, 16, 3), (12, 24, 1)])
+WORKERS = [(11, 16, 1), (11, 24, 2), (11, 8, 0), (5, 16, 3), (12, 24, 1)]
+
+
+@pytest.mark.parametrize(("footprint", "card_gib", "expected"), WORKERS)
 def test_workers_that_fit_on_a_card(footprint: int, card_gib: int, expected: int) -> None:
     assert budget.workers(footprint * GIB, card_gib * GIB) == expected
 

@@ -177,10 +177,13 @@ def test_a_running_function_is_not_walked_though_an_exception_passed_through_it(
 
 
 def test_a_frame_that_somebody_keeps_is_not_walked() -> None:
-    tensor = torch.zeros(MIB // 4)
-    LEAKED_LIST.append(sys._getframe())
-    found = holders.find(holders.watch([("x", tensor)]), seconds=20.0)
-    assert found.holders == () and found.unnamed == tensor.nbytes
+    def returns() -> list[holders.Watched]:
+        tensor = torch.zeros(MIB // 4)
+        LEAKED_LIST.append(sys._getframe())
+        return holders.watch([("x", tensor)])
+
+    found = holders.find(returns(), seconds=20.0)
+    assert found.holders == () and found.unnamed == MIB
 
 
 def test_the_search_keeps_nothing_alive() -> None:

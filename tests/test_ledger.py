@@ -181,7 +181,7 @@ def test_a_planted_leak_is_told_once_with_its_slope(
         with ledger.phase("run"):
             card.allocated = int(GIB + run * MIB + noise[run])
     growth = ledger.growth("run", "cuda:0")
-    assert growth.leaking and growth.slope == pytest.approx(MIB, rel=0.2)
+    assert growth.leaking and abs(growth.slope - MIB) < 3 * growth.uncertainty
     assert len(caplog.messages) == 1 and "run grows on cuda:0" in caplog.messages[0]
     assert "grows on cuda:0" in ledger.report()
 
