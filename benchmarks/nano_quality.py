@@ -82,7 +82,7 @@ def score(model: FlashVSR, seed: int, colour: str) -> dict[str, dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Quality of the embedded nano network on the held-out clips.")
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--colours", nargs="+", default=["none", "adain"])
