@@ -34,7 +34,11 @@ _REPORT_STEPS, _SAVE_STEPS = 100, 500
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training run consists of. The defaults are those of the committed weights.
+    """What a training run consists of.
+
+    The defaults are the stages of the committed weights. Their run was stopped and resumed with other lengths of the
+    cosines (first 11000 for 12000, 1500 for the third stage's 1000, 2000 for the fourth's 1200), so a fresh run follows
+    the same stages, not the same numbers.
 
     Attributes:
         decoder_steps: the decoder alone, with latents of zero.
