@@ -6,12 +6,9 @@ full size can be tracked in seconds. It takes the paths of a GPU, with attention
 
 from __future__ import annotations
 
-import types
-import weakref
-
 import pytest
 import torch
-import torch.nn.functional as F
+from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import (
     CausalLQ4xProjection,
@@ -24,8 +21,6 @@ from steadyvsr.models.flashvsr import (
     upscale_frames,
 )
 from steadyvsr.models.flashvsr.footprint import activation_bytes, state_bytes
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 SMALL = FlashVSRConfig(
     dim=128, num_heads=1, ffn_dim=256, num_layers=2, text_dim=32, lq_hidden=(32, 48), decoder_channels=(32, 16, 16, 8)
@@ -78,46 +73,10 @@ def test_the_estimate_is_near_the_peak_of_a_run_on_the_cpu(small_model, size, kv
     assert LOWEST <= estimate / tracker.peak <= HIGHEST
 
 
-class ShapeTracker(TorchDispatchMode):
-    """Peak of live meta storages; a meta tensor that is brought to the CPU becomes zeros there."""
-
-    def __init__(self, exclude: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in exclude}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        on_meta = bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type == "meta"
-        if on_meta and func is torch.ops.aten._local_scalar_dense.default:
-            return 0.5
-        if on_meta and func is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu":
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return result
-
-    def _forget(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.now -= nbytes
-
-
 @pytest.fixture
 def fused_attention(monkeypatch):
-    """Attention as a fused kernel does it: nothing but the result is allocated."""
-    functional = types.SimpleNamespace(**vars(F))
-    functional.scaled_dot_product_attention = lambda queries, keys, values: torch.empty_like(queries)
-    monkeypatch.setattr(transformer, "F", functional)
-    monkeypatch.setattr(transformer, "choose_backend", lambda *_: "flex")
-    monkeypatch.setattr(transformer, "sparse_attention", lambda queries, *_: torch.empty_like(queries))
+    for name, value in FUSED.items():
+        monkeypatch.setattr(transformer, name, value)
 
 
 @pytest.mark.parametrize("size", [(768, 1280), (1920, 1080)])

@@ -8,6 +8,7 @@ kernels, and what an allocator keeps beyond live tensors.
 
 from __future__ import annotations
 
+from ..tiling import grid_tiles
 from .config import LATENT_STRIDE, FlashVSRConfig
 from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
 from .tc_decoder import CPU_STRIP_PIXELS, STRIP_PIXELS
@@ -28,8 +29,9 @@ JOINED_ATTENTION_TENSORS = 8
 """The same where cached keys and values were joined to the new ones, which are counted apart."""
 FEED_FORWARD_TENSORS = 5
 """Token tensors alive beside the feed-forward's own."""
-RESIZED_COPIES = 2
-"""fp32 copies of a clip while it is resized and padded."""
+GATHER_ELEMENTS_PER_PIXEL, GATHER_ELEMENTS_PER_HEAD_CHANNEL = 7.4, 0.0635
+"""Work space of the gathered attention on the CPU, one head at a time, in fp32 elements per pixel: measured at head
+dims 32 and 128 with the tracker of benchmarks/budget_table.py."""
 NORM_TENSORS = 3
 """A convolution's result while it is normalised."""
 ENTRY_TENSORS = 3
@@ -39,6 +41,11 @@ HALF_STAGE_TENSORS = 7
 LAST_STAGE_TENSORS = 2
 """Maps at full resolution, of one strip, and at half resolution, of the frame, at the decoder's end."""
 
+TILE_OVERLAP_PIXELS = 128
+"""As in `stream`."""
+WAN_STATE_ELEMENTS_PER_PIXEL, WAN_WORK_ELEMENTS_PER_PIXEL = 2364, 1360
+"""Feature cache and activations of this project's own streamed Wan 2.1 decoder (dim 96), in elements per output pixel:
+counted from shapes (benchmarks/budget_table.py), the same at every size."""
 WAN_DECODER_ELEMENTS_PER_PIXEL = 5650
 """Feature cache (2,364) and activations of ComfyUI's Wan 2.1 decoder (dim 96), one latent at a time, in elements per
 output pixel; counted with the same tracker, the same at every size."""
@@ -51,28 +58,73 @@ def activation_bytes(
     itemsize: int,
     prompt_tokens: int = 512,
     on_cpu: bool = False,
+    tile: int | None = None,
+    wan_decoder: bool = False,
 ) -> int:
-    """Peak bytes of activations and state of a run with the TC decoder, without tiling.
+    """Peak bytes of activations and state of a run.
 
     Args:
+        config: sizes of the networks.
         size: width and height of the output, before padding.
         kv_ratio: see `StreamOptions`.
         itemsize: bytes of one number of the compute dtype.
         prompt_tokens: length of the prompt context.
-        on_cpu: whether it runs on the CPU, where convolutions take other forms and decoder strips are smaller.
+        on_cpu: whether it runs on the CPU, where convolutions take other forms, decoder strips are smaller, the caches
+            of resting tiles lie in the same memory, and so does the output.
+        tile: side of spatial transformer tiles, see `StreamOptions`.
+        wan_decoder: decoding with `models.wan_vae` (dim 96) in place of the TC decoder.
     """
-    width, height = padded_size(*size)
-    pixels = width * height
-    state = state_bytes(config, (width, height), kv_ratio, itemsize, prompt_tokens)
+    padded = width, height = padded_size(*size)
+    pixels, cached = width * height, int(kv_ratio) * STEP_LATENTS
+    tiles = _tile_sizes(padded, tile)
+    largest = max(tiles, key=lambda side: side[0] * side[1])
+    tiled = [columns * rows for columns, rows in tiles]
+    # Without tiles the caches stay where they are used.
+    own = tiled if on_cpu or len(tiled) == 1 else []
+    state = sum(lq_state_bytes(config, part, itemsize) for part in tiled)
+    state += sum(cache_bytes(config, part, kv_ratio, itemsize) for part in own)
+    state += prompt_tokens * config.dim * itemsize
     decoder = decoder_state_bytes(config, pixels, itemsize)
+    decode = _decode_bytes(config, pixels, itemsize, on_cpu)
+    if wan_decoder:
+        decoder = WAN_STATE_ELEMENTS_PER_PIXEL * pixels * itemsize
+        decode = WAN_WORK_ELEMENTS_PER_PIXEL * pixels * itemsize
+    # The tokens of a step wait for the tile whose turn it is.
+    waiting = config.lq_layers * (sum(tiled) - max(tiled)) // TOKEN_PIXELS * config.dim * itemsize
     # Before the first frame the decoder remembers nothing, but that step is three times as long.
-    first = state - decoder + _transform_bytes(config, pixels, FIRST_STEP_LATENTS, 0, itemsize)
+    first = _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize)
+    transform = _transform_bytes(config, max(tiled), pixels, STEP_LATENTS, cached, itemsize)
+    if on_cpu:
+        transform += _gather_bytes(config, max(tiled), cached, itemsize)
     later = max(
-        _project_bytes(config, width, height, itemsize, on_cpu),
-        _transform_bytes(config, pixels, STEP_LATENTS, int(kv_ratio) * STEP_LATENTS, itemsize),
-        _decode_bytes(config, pixels, itemsize, on_cpu),
+        _project_bytes(config, size, largest, itemsize, on_cpu) + STEP_LATENTS * waiting,
+        transform + STEP_LATENTS * waiting,
+        decode,
     )
-    return max(first, state + later)
+    # The newest output frame is the caller's; on the CPU it lies in the same memory.
+    output = 3 * size[0] * size[1] * FP32_BYTES if on_cpu else 0
+    return state + max(first + FIRST_STEP_LATENTS * waiting, decoder + later) + output
+
+
+def _tile_sizes(padded: tuple[int, int], tile: int | None) -> list[tuple[int, int]]:
+    """Width and height of every spatial tile in pixels; the whole frame without tiling."""
+    if tile is None:
+        return [padded]
+    columns, rows = (side // LATENT_STRIDE for side in padded)
+    tiles = grid_tiles(rows, columns, tile // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
+    sides = [(part.columns.stop - part.columns.start, part.rows.stop - part.rows.start) for part in tiles]
+    return [(width * LATENT_STRIDE, height * LATENT_STRIDE) for width, height in sides]
+
+
+def cache_bytes(config: FlashVSRConfig, pixels: int, kv_ratio: float, itemsize: int) -> int:
+    """Bytes of the key/value cache of a frame or tile, pooled keys included."""
+    cached = config.num_layers * 2 * int(kv_ratio) * STEP_LATENTS * (pixels // TOKEN_PIXELS) * config.dim
+    return (cached + cached // 2 // BLOCK_TOKENS) * itemsize
+
+
+def lq_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
+    """Bytes of the LQ projection's cache of a frame or tile."""
+    return 2 * (pixels // TOKEN_PIXELS) * (CONDITION_CHANNELS + config.lq_hidden[0]) * itemsize
 
 
 def state_bytes(
@@ -80,12 +132,8 @@ def state_bytes(
 ) -> int:
     """Bytes kept between process steps: key/value cache, LQ cache, decoder memory, the embedded prompt."""
     pixels = padded[0] * padded[1]
-    tokens = pixels // TOKEN_PIXELS
-    cached = config.num_layers * 2 * int(kv_ratio) * STEP_LATENTS * tokens * config.dim
-    pooled = cached // 2 // BLOCK_TOKENS
-    lq = 2 * tokens * (CONDITION_CHANNELS + config.lq_hidden[0])
-    kept = cached + pooled + lq + prompt_tokens * config.dim
-    return kept * itemsize + decoder_state_bytes(config, pixels, itemsize)
+    networks = cache_bytes(config, pixels, kv_ratio, itemsize) + lq_state_bytes(config, pixels, itemsize)
+    return networks + prompt_tokens * config.dim * itemsize + decoder_state_bytes(config, pixels, itemsize)
 
 
 def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
@@ -97,14 +145,17 @@ def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> i
 
 
 def wan_decoder_bytes(size: tuple[int, int], itemsize: int) -> int:
-    """Peak bytes of a streamed Wan 2.1 decoder of full width (dim 96), state included, for an output of `size`."""
+    """Peak bytes of ComfyUI's Wan 2.1 decoder of full width (dim 96), streamed, state included, at an output size."""
     width, height = padded_size(*size)
     return width * height * WAN_DECODER_ELEMENTS_PER_PIXEL * itemsize
 
 
-def _project_bytes(config: FlashVSRConfig, width: int, height: int, itemsize: int, on_cpu: bool) -> int:
-    """One clip of 8 frames in the LQ projection: 4 half-latent frames, then 2 latent frames."""
-    pixels, tokens = width * height, width * height // TOKEN_PIXELS
+def _project_bytes(
+    config: FlashVSRConfig, size: tuple[int, int], tile: tuple[int, int], itemsize: int, on_cpu: bool
+) -> int:
+    """One clip of 8 frames: resized and padded, then in a tile's LQ projection 4 half-latent and 2 latent frames."""
+    padded, (width, height) = padded_size(*size), tile
+    pixels, tokens = padded[0] * padded[1], width * height // TOKEN_PIXELS
     hidden, features = config.lq_hidden
     # Each convolution reads its frames, two cached ones in front, with a replicated border of one token.
     bordered = (width // 16 + 2) * (height // 16 + 2)
@@ -118,11 +169,26 @@ def _project_bytes(config: FlashVSRConfig, width: int, height: int, itemsize: in
         second_work = max(second_work, CLIP_FRAMES // 4 * 4 * hidden * bordered + second_out)
     first = first_in + max(first_work, first_out + second_in)
     second = first_out + second_in + second_work
-    return max((clip + tail + max(first, second)) * itemsize, RESIZED_COPIES * clip * FP32_BYTES)
+    # Beside the padded clip in fp32: what it was padded from, or what it is converted to.
+    unpadded = 3 * CLIP_FRAMES * size[0] * size[1] * FP32_BYTES if padded != size else 0
+    converted = clip * itemsize if itemsize != FP32_BYTES else 0
+    resized = clip * FP32_BYTES + max(unpadded, converted)
+    return max((clip + tail + max(first, second)) * itemsize, resized)
 
 
-def _transform_bytes(config: FlashVSRConfig, pixels: int, latents: int, cached_latents: int, itemsize: int) -> int:
-    """One process step of the transformer: self-attention of all tokens, or the feed-forward of a part of them."""
+def _gather_bytes(config: FlashVSRConfig, pixels: int, cached_latents: int, itemsize: int) -> int:
+    """What the gathered attention adds on the CPU: its work space, and fp32 copies of queries, keys and values."""
+    per_pixel = GATHER_ELEMENTS_PER_PIXEL + GATHER_ELEMENTS_PER_HEAD_CHANNEL * config.head_dim
+    copied = 0
+    if itemsize != FP32_BYTES:
+        copied = (2 * (cached_latents + STEP_LATENTS) + STEP_LATENTS) * pixels // TOKEN_PIXELS * config.dim
+    return (int(per_pixel * pixels) + copied) * FP32_BYTES
+
+
+def _transform_bytes(
+    config: FlashVSRConfig, pixels: int, frame_pixels: int, latents: int, cached_latents: int, itemsize: int
+) -> int:
+    """One process step of the transformer on a tile: self-attention of all tokens, or the feed-forward of a part."""
     tokens = latents * pixels // TOKEN_PIXELS
     attention = ATTENTION_TENSORS * tokens * config.dim
     if cached_latents:
@@ -130,7 +196,7 @@ def _transform_bytes(config: FlashVSRConfig, pixels: int, latents: int, cached_l
         attention = joined + JOINED_ATTENTION_TENSORS * tokens * config.dim
     feed_forward = FEED_FORWARD_TENSORS * tokens * config.dim + 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     lq_tokens = config.lq_layers * tokens * config.dim
-    noise = 3 * config.in_dim * latents * pixels // LATENT_STRIDE**2 * FP32_BYTES
+    noise = 3 * config.in_dim * latents * frame_pixels // LATENT_STRIDE**2 * FP32_BYTES
     return (max(attention, feed_forward) + lq_tokens) * itemsize + noise
 
 
