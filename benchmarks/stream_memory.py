@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -69,13 +68,9 @@ MODEL = tiny_model()
 
 def resident_peak(source: Path, target: Path) -> int:
     """Peak resident bytes of the command line upscaling one file with the embedded network, in its own process."""
-    command = [sys.executable, "-m", "steadyvsr", "upscale", str(source), str(target), "--scale", str(SCALE)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return usage.ru_maxrss * 1024
+    command = [sys.executable, "-m", "steadyvsr", "upscale", str(source), str(target), "--scale", str(SCALE), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return json.loads(done.stdout)["peak_rss_bytes"]
 
 
 def measure(folder: Path, frames: int) -> dict[str, int]:
