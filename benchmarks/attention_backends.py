@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-
 from steadyvsr.models.flashvsr.attention import self_check
 
 
