@@ -48,16 +48,21 @@ class NanoNetwork(nn.Module):
             initialise_transformer(self.transformer, self.lq_projection)
             initialise_decoder(self.decoder)
 
-    def latents(self, condition: Tensor, noise: Tensor) -> Tensor:
-        """Step 0 of a stream: condition NCTHW with 25 frames in -1..1, noise NCTHW with 6 → latents NTCHW."""
+    def tokens(self, condition: Tensor) -> list[Tensor]:
+        """Condition NCTHW with 25 frames in -1..1 → one BLD token tensor per conditioned layer."""
         lists, _ = self.lq_projection(condition)
+        assert lists is not None
+        return lists
+
+    def latents(self, tokens: list[Tensor], noise: Tensor) -> Tensor:
+        """Step 0 of a stream: noise NCTHW with 6 latent frames → clean latents NTCHW."""
         clips = []
         # The noise must cancel, so the (small) transformer runs in fp32 also under autocast.
-        with torch.autocast(condition.device.type, enabled=False):
+        with torch.autocast(noise.device.type, enabled=False):
             constants = self.transformer.prepare(self.prompt)
-            for clip in range(len(condition)):
-                tokens = [layer[clip : clip + 1].float() for layer in lists]
-                velocity = self.transformer(noise[clip : clip + 1], tokens, 0, TransformerState(), _OPTIONS, constants)
+            for clip in range(len(noise)):
+                own = [layer[clip : clip + 1].float() for layer in tokens]
+                velocity = self.transformer(noise[clip : clip + 1], own, 0, TransformerState(), _OPTIONS, constants)
                 clips.append((noise[clip : clip + 1] - velocity).transpose(1, 2))
         return torch.cat(clips)
 
@@ -70,7 +75,7 @@ class NanoNetwork(nn.Module):
         if noise is None:
             latents = condition.new_zeros(batch, LATENT_FRAMES, self.decoder.latent_channels, height // 8, width // 8)
         else:
-            latents = self.latents(condition.transpose(1, 2), noise)
+            latents = self.latents(self.tokens(condition.transpose(1, 2)), noise)
         return decode_clip(self.decoder, latents, condition[:, :OUTPUT_FRAMES])
 
 

@@ -24,6 +24,7 @@ from .clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_c
 from .initialise import cell_colours, hand_over
 from .metrics import psnr
 from .network import CLIP_FRAMES, LATENT_FRAMES, NANO, OUTPUT_FRAMES, NanoNetwork, export
+from .parallel import decode_clip
 
 VALIDATION_SEEDS = range(800_000, 800_008)
 _FAN_IN = 300
@@ -159,7 +160,7 @@ class Trainer:
             group["lr"] = schedule.rate(self.step) * group["scale"]
         with torch.autocast("cpu", torch.bfloat16, enabled=schedule.steps - self.step > schedule.exact_steps):
             if schedule.align_step <= self.step < schedule.hand_over_step:
-                colours = self.network.latents(condition.transpose(1, 2), noise)[:, :, :3]
+                colours = self.network.latents(self.network.tokens(condition.transpose(1, 2)), noise)[:, :, :3]
                 error = (colours - cell_colours(condition[:, :OUTPUT_FRAMES])).square()
             else:
                 output = self.network(condition, noise if self.step >= schedule.decoder_steps else None)
@@ -219,17 +220,27 @@ class Trainer:
 
 @torch.no_grad()
 def validate(network: NanoNetwork, joint: bool, size: int) -> dict[str, float]:
-    """Mean PSNR in dB over the validation clips: bicubic, output, output without velocity and without LQ tokens."""
-    scores: dict[str, list[float]] = {"bicubic": [], "output": []}
+    """Mean PSNR in dB over the validation clips: of bicubic and of the output.
+
+    With `joint` also of the output where the velocity is zero, and where the LQ tokens are.
+    """
+    scores: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
     for seed in VALIDATION_SEEDS:
         clip = make_clip(seed, CLIP_FRAMES, size, size)
         large, target = enlarge(degrade(clip)), clip[:OUTPUT_FRAMES]
         condition = large.permute(0, 3, 1, 2)[None] * 2 - 1
         noise = torch.randn(1, 16, LATENT_FRAMES, size // 8, size // 8, generator=generator)
-        output = network(condition, noise if joint else None)
-        scores["bicubic"].append(psnr(large[:OUTPUT_FRAMES], target))
-        scores["output"].append(psnr(output[0].clamp(0, 1), target))
+        outputs = {"bicubic": large[:OUTPUT_FRAMES], "output": network(condition, noise if joint else None)[0]}
+        if joint:
+            silent = [torch.zeros_like(layer) for layer in network.tokens(condition.transpose(1, 2))]
+            for name, latents in (
+                ("velocity zero", noise.transpose(1, 2)),
+                ("LQ tokens zero", network.latents(silent, noise)),
+            ):
+                outputs[name] = decode_clip(network.decoder, latents, condition[:, :OUTPUT_FRAMES])[0]
+        for name, output in outputs.items():
+            scores.setdefault(name, []).append(psnr(output.clamp(0, 1), target))
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
