@@ -147,6 +147,7 @@ def _read_condition(first: nn.Conv2d, second: nn.Conv2d) -> None:
     """Layers 1 and 3: channel (kind · 3 + colour) · 4 + frame, kind = 2 · (kind of row) + (kind of column)."""
     filters = [taps.float() for taps in axis_filters()]
     used = 4 * _IMAGE_CHANNELS
+    assert first.bias is not None
     first.weight[used:] *= _SPARE_SCALE
     first.weight[: used + 1] = 0
     first.bias[:used] = _FIRST_OFFSET

@@ -151,7 +151,7 @@ def _tail(padded: Tensor) -> Tensor:
     return _owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
 
 
-def _convolve(conv: nn.Module, padded: Tensor) -> Tensor:
+def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:
     """N,C,T+2,h+2,w+2 → N,C',T/2,h,w."""
     weight, bias = weight_and_bias(conv, padded)
     if padded.device.type == "cpu":

@@ -172,8 +172,8 @@ class Block(nn.Module):
     def _attend_prompt(self, x: Tensor, text: Tensor) -> Tensor:
         attn = self.cross_attn
         parts = (attn.norm_q(attn.q(x)), *self.prompt_keys_values(text))
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        queries, keys, values = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
 
 
 class Head(nn.Module):
