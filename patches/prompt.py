@@ -1,0 +1,47 @@
+"""Which prompt ComfyUI is working on, as far as it tells."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+
+
+@dataclass(frozen=True)
+class RunningPrompt:
+    """A prompt in work.
+
+    Attributes:
+        id: ComfyUI's own.
+        node: id of the node that is executing, as a workflow numbers it.
+        nodes: ids of all nodes of the prompt; empty where no queue tells them.
+    """
+
+    id: str
+    node: str
+    nodes: frozenset[str]
+
+
+def running() -> RunningPrompt | None:
+    """The prompt whose node is executing in this thread; None outside a node."""
+    context = get_executing_context()
+    if context is None:
+        return None
+    nodes = [frozenset(item[2]) for item in _queued() if item[1] == context.prompt_id]
+    return RunningPrompt(context.prompt_id, context.node_id, nodes[0] if nodes else frozenset())
+
+
+def in_work() -> bool:
+    """Whether any prompt is being executed, by this thread or another."""
+    return get_executing_context() is not None or bool(_queued())
+
+
+def _queued() -> list[Any]:
+    """The queue's running items: (number, prompt id, prompt, …)."""
+    # Looked up, not imported: the server's module starts things, and without a server there is no queue.
+    server = sys.modules.get("server")
+    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+    queue = getattr(instance, "prompt_queue", None)
+    return [] if queue is None else list(queue.currently_running.values())

@@ -1,0 +1,215 @@
+"""What is loaded where by ComfyUI's books, and the verified offload of one model through ComfyUI's own functions."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import torch
+
+from ..memory import budget, ledger, offload, probe
+from ..memory.state import shared
+from . import prompt
+from .retention import registry, same_model
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A model in ComfyUI's list, or one that it lost sight of.
+
+    Attributes:
+        name: class of the network.
+        device: where its books say that it is loaded.
+        bytes: on that device; for dynamic VRAM what is there now.
+        size: of all its weights.
+        policy: keep | pin | no, or None for a model that the registry does not know.
+        id: of the registry's entry, or None.
+        dead: its patcher is gone while somebody holds its module: ComfyUI can no longer move it.
+    """
+
+    name: str
+    device: torch.device
+    bytes: int
+    size: int
+    policy: str | None
+    id: str | None
+    dead: bool
+
+
+def torch_devices() -> list[torch.device]:
+    """Every accelerator that ComfyUI manages; only its current one where it does not list them (0.3.64)."""
+    if hasattr(mm, "get_all_torch_devices"):
+        return list(mm.get_all_torch_devices())
+    current = mm.get_torch_device()
+    if current.type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [current]
+
+
+def patchers_of(value: Any) -> list[Any]:
+    """The ModelPatchers inside a MODEL, CLIP, VAE or FLASHVSR.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if isinstance(value, comfy.model_patcher.ModelPatcher):
+        return [value]
+    if isinstance(getattr(value, "patcher", None), comfy.model_patcher.ModelPatcher):
+        return [value.patcher]
+    if callable(getattr(value, "patchers", None)):
+        return list(value.patchers())
+    raise TypeError(f"expected a MODEL, CLIP, VAE or FLASHVSR; got {type(value).__name__}")
+
+
+def residents(device: torch.device | None = None) -> list[Resident]:
+    """What ComfyUI's list says is loaded, on one device or on all, largest first."""
+    found = []
+    for loaded in list(mm.current_loaded_models):
+        if device is not None and loaded.device != device:
+            continue
+        patcher = loaded.model
+        if patcher is None:
+            module = loaded.real_model() if loaded.real_model is not None else None
+            if module is not None:
+                size = getattr(module, "model_loaded_weight_memory", 0)
+                found.append(Resident(type(module).__name__, loaded.device, size, size, None, None, True))
+            continue
+        entry = registry().owner_of(patcher)
+        found.append(
+            Resident(
+                type(patcher.model).__name__,
+                loaded.device,
+                patcher.loaded_size(),
+                patcher.model_size(),
+                entry and entry.policy,
+                entry and entry.id,
+                False,
+            )
+        )
+    return sorted(found, key=lambda resident: -resident.bytes)
+
+
+def may_load(needed: int, device: torch.device, limit: int | None = None) -> budget.Admission:
+    """Whether that many bytes fit on a device now, by measurement, and what is in the way; see `budget.may_load`."""
+    in_the_way = [
+        budget.Resident(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes
+    ]
+    return budget.may_load(needed, probe.attempt(probe.current(), device, settled=True), in_the_way, limit)
+
+
+def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[offload.Receipt]:
+    """Moves every network of a MODEL, CLIP, VAE or FLASHVSR off its device and says what became of the memory.
+
+    Kept and pinned models move too: keep and pin protect against others, not against who asks for this.
+
+    Args:
+        drop: lets go of the caller's own references after the move.
+
+    Raises:
+        TypeError: not a model.
+    """
+    return [offload.offload(subject(patcher), mm.soft_empty_cache, drop=drop) for patcher in patchers_of(value)]
+
+
+def subject(patcher: Any) -> offload.Subject:
+    """One patcher as `memory.offload` sees it."""
+    module = patcher.model
+
+    def move() -> None:
+        if not _listed(patcher) and patcher.loaded_size():
+            adopt(patcher)
+        own = {id(loaded) for loaded in _listed(patcher)}
+        others = [loaded for loaded in mm.current_loaded_models if id(loaded) not in own]
+        with explicit():
+            mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
+
+    return offload.Subject(
+        name=type(module).__name__,
+        load_device=patcher.load_device,
+        offload_device=patcher.offload_device,
+        loaded_bytes=patcher.loaded_size,
+        move=move,
+        tensors=lambda: [*module.named_parameters(), *module.named_buffers()],
+        roots={
+            "the patcher's backup": lambda: patcher.backup,
+            "the patcher's hook backup": lambda: (patcher.hook_backup, patcher.cached_hook_patches),
+            "ComfyUI's stream buffers": lambda: getattr(mm, "STREAM_CAST_BUFFERS", {}),
+        },
+    )
+
+
+def adopt(patcher: Any) -> None:
+    """Puts a resident model back into ComfyUI's list, from which an error in the middle of a load dropped it."""
+    loaded = mm.LoadedModel(patcher)
+    loaded.real_model = weakref.ref(patcher.model)
+    loaded.model_finalizer = weakref.finalize(patcher.model, mm.cleanup_models)
+    loaded.model_finalizer.atexit = False
+    mm.current_loaded_models.insert(0, loaded)
+
+
+class _Explicit(threading.local):
+    depth = 0
+
+
+@contextmanager
+def explicit() -> Iterator[None]:
+    """Marks this thread's calls of ComfyUI as an owner's wish: nothing is protected from them."""
+    mark = shared("explicit", _Explicit)
+    mark.depth += 1
+    try:
+        yield
+    finally:
+        mark.depth -= 1
+
+
+def is_explicit() -> bool:
+    """Whether this thread is inside `explicit()`."""
+    return shared("explicit", _Explicit).depth > 0
+
+
+class _LedgerPrompt:
+    id: str | None = None
+
+
+def prompt_ledger() -> ledger.Ledger:
+    """The ledger of the process, set to ComfyUI's devices. A new prompt begins a new sequence of phases."""
+    book = ledger.current()
+    devices = torch_devices()
+    if book.devices != devices:
+        book.devices = devices
+    running, last = prompt.running(), shared("ledger_prompt", _LedgerPrompt)
+    if running is not None and running.id != last.id:
+        last.id = running.id
+        book.begin_sequence()
+    return book
+
+
+def read_dynamic_vram() -> None:
+    """Lets the process' probe see weights that ComfyUI keeps outside torch's allocator (0.33's dynamic VRAM)."""
+    reader = probe.current()
+    if isinstance(reader, probe.DeviceProbe):
+        reader.dynamic = _dynamic_bytes
+
+
+def _dynamic_bytes(device: torch.device) -> int | None:
+    bars = {}
+    for loaded in list(mm.current_loaded_models):
+        patcher = loaded.model
+        if loaded.device != device or not hasattr(patcher, "_vbar_get"):
+            continue
+        bar = patcher._vbar_get()
+        if bar is not None:
+            bars[id(bar)] = bar.loaded_size()
+    return sum(bars.values()) if bars else None
+
+
+def _listed(patcher: Any) -> list[Any]:
+    return [
+        loaded for loaded in mm.current_loaded_models if loaded.model is not None and same_model(loaded.model, patcher)
+    ]
