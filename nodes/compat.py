@@ -6,9 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_management as mm
 import comfy.model_patcher
-import torch
 
 
 def supported(target: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
@@ -27,16 +25,6 @@ def patcher_class() -> type:
     Looked up at each use, because ComfyUI replaces the class after its start-up checks.
     """
     return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-
-
-def torch_devices() -> list[torch.device]:
-    """Every accelerator that ComfyUI manages; only its current one where it does not list them (0.3.64)."""
-    if hasattr(mm, "get_all_torch_devices"):
-        return mm.get_all_torch_devices()
-    current = mm.get_torch_device()
-    if current.type == "cuda":
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [current]
 
 
 def trim_window(video: Any) -> tuple[float, float]:

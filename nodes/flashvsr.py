@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import comfy.model_management as mm
 import torch
@@ -11,6 +12,8 @@ from comfy_api.v0_0_2 import Input, InputImpl, io, ui
 from ..models.flashvsr import StreamOptions
 from ..models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
 from ..models.flashvsr.layouts import VERSIONS
+from ..patches.residency import patchers_of
+from ..patches.retention import EJECTABLE, POLICIES, Key, registry
 from . import model_sets
 from .compat import supported, unique_id
 from .loaded import PRECISIONS, LoadedFlashVSR, device_choices, load
@@ -83,6 +86,7 @@ class LoadFlashVSR(io.ComfyNode):
                     tooltip="Fetches the official FlashVSR or FlashVSR-v1.1 into models/flashvsr if it is chosen and "
                     f"not there: {model_sets.OFFICIAL_GB} GB, resumed after a break, checked by sha256.",
                 ),
+                keep_loaded_input(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[FlashVSRType.Output("flashvsr", display_name="FLASHVSR", tooltip="For the upscale nodes.")],
@@ -103,9 +107,33 @@ class LoadFlashVSR(io.ComfyNode):
         attention: str,
         lq_cache_order: str,
         download: bool = False,
+        keep_loaded: str = EJECTABLE,
     ) -> io.NodeOutput:
         path = model_sets.resolve(model_set, download, LOAD, unique_id(cls))
-        return io.NodeOutput(load(model_set, path, version, precision, device, attention, lq_cache_order))
+        options = {
+            "version": version, "precision": precision, "device": device, "lq_cache_order": lq_cache_order,
+        }  # fmt: skip
+        model = registry().obtain(
+            Key.of("flashvsr", model_sets.files_of(path), options),
+            keep_loaded,
+            lambda: load(model_set, path, version, precision, device, attention, lq_cache_order),
+            patchers_of,
+            model_set,
+        )
+        # The backend is a property of the run, not of the weights.
+        return io.NodeOutput(model if model.attention == attention else replace(model, attention=attention))
+
+
+def keep_loaded_input() -> io.Input:
+    return io.Combo.Input(
+        "keep_loaded",
+        options=list(POLICIES),
+        default=EJECTABLE,
+        optional=True,
+        tooltip="Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. "
+        "keep: it stays in RAM and is not read again; it makes room on the card when another model needs it. pin: it "
+        "stays on the card too, even if another model then does not fit.",
+    )
 
 
 def stream_inputs() -> list[io.Input]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..models.flashvsr import FlashVSR, FlashVSRConfig
 from ..models.flashvsr.checkpoint import load_flashvsr
-from .compat import patcher_class, torch_devices
+from ..patches.residency import torch_devices
+from .compat import patcher_class
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -85,11 +85,15 @@ def resolve(name: str, download: bool, node: str, node_id: str | None) -> Path:
     )
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files of weights of a set, which is a folder or one merged file."""
+    return [path] if path.is_file() else _weights(path)
+
+
 def fingerprint(name: str) -> str:
     """Changes when a file of the set is replaced: names, sizes and modification times."""
     path = NANO_FILE if name == NANO else found_sets().get(name)
-    files = [] if path is None else [path] if path.is_file() else _weights(path)
-    stats = [(file.name, file.stat()) for file in files]
+    stats = [(file.name, file.stat()) for file in (files_of(path) if path is not None else ())]
     return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 

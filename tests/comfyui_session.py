@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import traceback
+import weakref
 from fractions import Fraction
 from pathlib import Path
 
@@ -170,6 +171,42 @@ def residency() -> dict:
     seen |= {"freed": listed(), "loaded_sizes_freed": [p.loaded_size() for p in model.patchers()]}
     second, _ = upscale(model, frames)
     return seen | {"again": listed(), "first": digest(first), "second": digest(second), "shape": list(first.shape)}
+
+
+def kept() -> dict:
+    """Load and keep → all users gone → load again → load without keeping → all users gone → load again."""
+    loaded_module, retention = pack("nodes.loaded"), pack("patches.retention")
+    read, reads = loaded_module.load_flashvsr, []
+
+    def counted(*arguments, **keywords):
+        reads.append(1)
+        return read(*arguments, **keywords)
+
+    loaded_module.load_flashvsr = counted
+    try:
+        model = tiny_model(keep_loaded="keep")
+        first, _ = upscale(model, clip())
+        module, counts = weakref.ref(model.transformer.model), {"first": len(reads)}
+        del model
+        mm.unload_all_models()
+        gc.collect()
+        alive = {"kept": module() is not None}
+        policies = [retention.registry().entries()[-1].policy]
+        model = tiny_model(keep_loaded="keep")
+        counts["again"] = len(reads)
+        again, _ = upscale(model, clip())
+        model = tiny_model(keep_loaded="no")
+        counts["after_no"] = len(reads)
+        policies.append(retention.registry().entries()[-1].policy)
+        del model
+        mm.unload_all_models()
+        gc.collect()
+        alive["after_no"] = module() is not None
+        tiny_model()
+        counts["anew"] = len(reads)
+    finally:
+        loaded_module.load_flashvsr = read
+    return {"reads": counts, "alive": alive, "policies": policies, "same_frames": digest(first) == digest(again)}
 
 
 def partial_load() -> dict:
@@ -391,6 +428,7 @@ def main() -> None:
         schema,
         model_folder,
         residency,
+        kept,
         partial_load,
         interrupted,
         images,

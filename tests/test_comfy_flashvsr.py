@@ -97,7 +97,7 @@ def test_schema_ids_are_the_parameters_of_execute_and_each_has_a_tooltip(observe
     assert schema["inputs"] == schema["parameters"]
     assert schema["without_tooltip"] == []
     assert schema["category"].startswith("SteadyVSR/")
-    assert set(schema["info"]) == set(schema["inputs"]) - {"vae", "download"}
+    assert set(schema["info"]) == set(schema["inputs"]) - {"vae", "download", "keep_loaded"}
 
 
 def test_registering_the_model_folder_twice_leaves_one_entry(observed):
@@ -115,6 +115,14 @@ def test_weights_are_loaded_for_a_run_and_gone_after_free_memory(observed):
     assert seen["after"] == networks
     assert seen["freed"] == {} and seen["loaded_sizes_freed"] == [0, 0, 0]
     assert seen["again"] == networks
+
+
+def test_a_kept_model_is_read_once_and_outlives_its_users_until_a_loader_says_no(observed):
+    seen = scenario(observed, "kept")
+    assert seen["reads"] == {"first": 1, "again": 1, "after_no": 1, "anew": 2}
+    assert seen["alive"] == {"kept": True, "after_no": False}
+    assert seen["policies"] == ["keep", "no"]
+    assert seen["same_frames"] is True
 
 
 def test_the_run_after_free_memory_gives_the_same_frames(observed):
