@@ -97,6 +97,10 @@ class Peak:
             _larger(self.driver, reading.driver),
         )
 
+    def __str__(self) -> str:
+        known = [(word, figure) for word, figure in vars(self).items() if figure.bytes is not None]
+        return " · ".join(f"{size_text(figure.bytes)} {word} ({figure.source})" for word, figure in known) or "unknown"
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -242,12 +246,16 @@ class Ledger:
                 f"{name} grows on {device}: {leak.fit(list(self._series[name, device, what]))}"
                 for name, device, what in sorted(self._leaking)
             ]
-            for device, peak in self.take_peaks().items():
-                figures = {"allocated": peak.allocated, "reserved": peak.reserved, "driver": peak.driver}
-                known = [(word, figure) for word, figure in figures.items() if figure.bytes is not None]
-                text = " · ".join(f"{size_text(figure.bytes)} {word} ({figure.source})" for word, figure in known)
-                lines.append(f"peak since the last report on {device}: {text or 'unknown'}")
+            lines += [f"peak since the last report on {device}: {peak}" for device, peak in self.take_peaks().items()]
             return "\n".join(lines)
+
+    def since(self, moment: float) -> Ledger:
+        """A ledger with the phases that ended, and the marks that were made, after a moment of `time.perf_counter`."""
+        with self._lock:
+            later = Ledger(self.reader, self.devices, self.levels, self._clock)
+            later.phases.extend(phase for phase in self.phases if all(item.moment >= moment for item in phase.after))
+            later.marks.extend(mark for mark in self.marks if mark.reading.moment >= moment)
+            return later
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`: all phases and marks that are still in the rings."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from ..patches.residency import read_dynamic_vram
 from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
+from .memory import MemoryReport, PhaseGate
 from .model_sets import register_model_folder
 
 
 class FlashVSRExtension(ComfyExtension):
-    """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it."""
+    """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it, and lets the
+    probe see ComfyUI's dynamic VRAM."""
 
     def __init__(self) -> None:
         register_model_folder()
+        read_dynamic_vram()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadFlashVSR, Upscale, UpscaleVideo]
+        return [LoadFlashVSR, Upscale, UpscaleVideo, PhaseGate, MemoryReport]

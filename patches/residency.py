@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +102,7 @@ def may_load(needed: int, device: torch.device, limit: int | None = None) -> bud
     in_the_way = [
         budget.Resident(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes
     ]
-    return budget.may_load(needed, probe.attempt(probe.current(), device, settled=True), in_the_way, limit)
+    return budget.may_load(needed, probe.read(device, settled=True), in_the_way, limit)
 
 
 def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[offload.Receipt]:
@@ -140,8 +142,25 @@ def subject(patcher: Any) -> offload.Subject:
             "the patcher's backup": lambda: patcher.backup,
             "the patcher's hook backup": lambda: (patcher.hook_backup, patcher.cached_hook_patches),
             "ComfyUI's stream buffers": lambda: getattr(mm, "STREAM_CAST_BUFFERS", {}),
+            "ComfyUI's node cache": node_outputs,
         },
     )
+
+
+def node_outputs() -> list[Any]:
+    """What ComfyUI's caches keep of finished nodes, models left out: these are moved, not held there."""
+    # By name: the class lives in a module that starts the server's side when it is imported.
+    executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
+    kept: list[Any] = []
+    waiting = [cache for executor in executors for cache in getattr(getattr(executor, "caches", None), "all", ())]
+    while waiting:
+        cache = waiting.pop()
+        waiting += getattr(cache, "subcaches", {}).values()
+        for entry in getattr(cache, "cache", {}).values():
+            outputs = getattr(entry, "outputs", entry)
+            flat = [value for slot in outputs for value in slot] if _are_slots(outputs) else [outputs]
+            kept += [value for value in flat if not _is_model(value)]
+    return kept
 
 
 def adopt(patcher: Any) -> None:
@@ -175,6 +194,7 @@ def is_explicit() -> bool:
 
 class _LedgerPrompt:
     id: str | None = None
+    began: float = 0.0
 
 
 def prompt_ledger() -> ledger.Ledger:
@@ -185,9 +205,14 @@ def prompt_ledger() -> ledger.Ledger:
         book.devices = devices
     running, last = prompt.running(), shared("ledger_prompt", _LedgerPrompt)
     if running is not None and running.id != last.id:
-        last.id = running.id
+        last.id, last.began = running.id, time.perf_counter()
         book.begin_sequence()
     return book
+
+
+def prompt_began() -> float:
+    """When the prompt began that `prompt_ledger` was last asked in: seconds of `time.perf_counter`."""
+    return shared("ledger_prompt", _LedgerPrompt).began
 
 
 def read_dynamic_vram() -> None:
@@ -207,6 +232,17 @@ def _dynamic_bytes(device: torch.device) -> int | None:
         if bar is not None:
             bars[id(bar)] = bar.loaded_size()
     return sum(bars.values()) if bars else None
+
+
+def _are_slots(outputs: Any) -> bool:
+    return isinstance(outputs, list | tuple) and all(isinstance(slot, list | tuple) for slot in outputs)
+
+
+def _is_model(value: Any) -> bool:
+    try:
+        return bool(patchers_of(value))
+    except TypeError:
+        return False
 
 
 def _listed(patcher: Any) -> list[Any]:

@@ -28,7 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
 SESSION_SECONDS, SERVER_SECONDS = 300, 120
 CLIP_FRAMES, CLIP_WIDTH, CLIP_HEIGHT, CLIP_RATE, SAMPLE_RATE = 10, 48, 32, 12, 48_000
-NODES = ["SteadyVSR_LoadFlashVSR", "SteadyVSR_Upscale", "SteadyVSR_UpscaleVideo"]
+NODES = [
+    "SteadyVSR_LoadFlashVSR",
+    "SteadyVSR_MemoryReport",
+    "SteadyVSR_PhaseGate",
+    "SteadyVSR_Upscale",
+    "SteadyVSR_UpscaleVideo",
+]
 AAC_FRAME_SAMPLES = 1024
 
 
@@ -87,7 +93,7 @@ def scenario(observed: dict, name: str) -> dict:
     return observed[name]
 
 
-def test_the_pack_loads_with_its_three_nodes(observed):
+def test_the_pack_loads_with_all_its_nodes(observed):
     assert observed["loaded"] == {"ok": True, "nodes": NODES}
 
 
