@@ -11,6 +11,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..memory import plot, probe
 from ..memory.budget import gib
+from ..memory.reading import size_text
 from ..patches import gate, residency
 from .compat import supported
 from .flashvsr import FlashVSRType
@@ -190,12 +191,22 @@ class MemoryReport(io.ComfyNode):
         run, peaks = book.since(residency.prompt_began()), book.take_peaks()
         residents = [resident for resident in residency.residents() if resident.bytes]
         process = probe.read("cpu", settled=True).process
+        measured = run.to_json()
+        # Growth rests on earlier runs too: it is said only where it is a leak, and apart from this run's numbers.
+        growth = [phase.pop("growth") for phase in measured["phases"]]
+        leaks = {
+            f"{phase.name} on {device}": str(phase.growth[device])
+            for phase, by_device in zip(run.phases, growth, strict=True)
+            for device in by_device
+            if phase.growth[device].leaking
+        }
         text = [
             *line.splitlines(),
-            *(str(phase) for phase in run.phases),
+            *map(str, run.phases),
             *(f"peak since the last report on {device}: {peak}" for device, peak in peaks.items()),
             *(f"on {item.device}: {item.name} {gate.exact_text(item.bytes)}" for item in residents),
-            f"this process in RAM: {gate.exact_text(process.bytes or 0)} ({process.source})",
+            f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",
+            *(f"grows from run to run: {phase}, {leak}" for phase, leak in leaks.items()),
         ]
         report = json.dumps(
             {
@@ -208,7 +219,8 @@ class MemoryReport(io.ComfyNode):
                 },
                 "residents": [{**vars(item), "device": str(item.device)} for item in residents],
                 "process": vars(process),
-                **run.to_json(),
+                "growth_over_runs": leaks,
+                **measured,
             },
             indent=2,
             ensure_ascii=False,
