@@ -6,6 +6,8 @@ ComfyUI is imported until ComfyUI itself asks for the nodes.
 
 import logging
 
+WEB_DIRECTORY = "./web"
+
 
 async def comfy_entrypoint():
     """The V3 extension of this pack; ComfyUI's loader calls it once at start-up.

@@ -8,6 +8,7 @@
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 TORCH="torch==2.13.0"
+FRONTENDS="1.27.10 1.58.1"
 SITE_PACKAGES='import sysconfig; print(sysconfig.get_path("platlib"))'
 
 fail() {
@@ -58,6 +59,21 @@ prepare_environment() {
     echo "steadyvsr: installing the project and what it needs" >&2
     python -m pip install --quiet --editable "$project" || fail "the project could not be installed into .venv."
     printf '%s\n' "$key" > "$stamp"
+}
+
+# fetch_frontends: the packaged front ends that the panel is tested in, each in a folder of its own. Without them those
+# tests are skipped, and say so.
+fetch_frontends() {
+    local version folder
+    for version in $FRONTENDS; do
+        folder=".venv/frontends/$version"
+        [ ! -f "$folder/comfyui_frontend_package/static/index.html" ] || continue
+        echo "steadyvsr: fetching the front end $version" >&2
+        rm -rf "$folder" && mkdir -p "$folder"
+        { python -m pip download --quiet --no-deps --dest "$folder" "comfyui-frontend-package==$version" &&
+            python -m zipfile -e "$folder"/*.whl "$folder" && rm "$folder"/*.whl; } >&2 ||
+            echo "steadyvsr: the front end $version could not be fetched; its tests will be skipped." >&2
+    done
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || fail "the project folder cannot be entered."

@@ -3,6 +3,7 @@
 set -eu
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
+fetch_frontends
 python -m ruff check .
 python -m pyright
 exec python -m pytest "$@"
