@@ -312,7 +312,8 @@ def tiny_taesd():
 
 phases_card.take_small_models()
 FILES = phases_card.write_models(BASE)
-asyncio.run(nodes.load_custom_node(str(PACK)))
+if not asyncio.run(nodes.load_custom_node(str(PACK))):
+    raise SystemExit("the pack did not load")
 asyncio.run(
     nodes.load_custom_node(os.path.join("comfy_extras", "nodes_model_advanced.py"), module_parent="comfy_extras")
 )
