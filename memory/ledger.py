@@ -224,6 +224,11 @@ class Ledger:
         with self._lock:
             self._sequence = self._begin("")
 
+    def open_phases(self) -> list[tuple[str, float]]:
+        """Names of the phases that are going on, outermost first, with the moment of their first reading."""
+        with self._lock:
+            return [(opened.name, opened.before[0].moment) for opened in self._open if opened.before]
+
     def take_peaks(self) -> dict[str, Peak]:
         """The most that was read on each device since the last call."""
         with self._lock:

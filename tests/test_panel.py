@@ -135,7 +135,7 @@ def opened_panel(page):
 
 def legend(page) -> dict[str, str]:
     rows = panel(page).locator(".svr-legend-row")
-    return {row.get_attribute("data-part"): row.locator("dd").inner_text() for row in rows.all()}
+    return {row.get_attribute("data-part"): row.locator("dd").inner_text() for row in rows.all() if row.is_visible()}
 
 
 def posted(server: FrontendServer, route: str) -> list:

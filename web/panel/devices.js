@@ -51,6 +51,7 @@ export function deviceCard() {
       const grow = bytes !== null && device.total ? Math.max(0, bytes) / device.total : 0;
       segments[id].style.flexGrow = String(grow);
       segments[id].hidden = grow === 0;
+      legend[id].row.hidden = !(id in device.parts);
       say(legend[id].value, size(bytes));
       legend[id].row.classList.toggle("svr-unknown", bytes === null);
       if (bytes !== null) words.push(`${label} ${size(bytes)}`);

@@ -36,12 +36,13 @@ export function clock(seconds) {
 
 export const POLICIES = { no: "not kept", keep: "kept", pin: "pinned" };
 
-/** The parts of a device's bar, from the bottom up. A part whose bytes are null is not drawn and called unknown. */
+/** The parts of a device's bar, in order. Null bytes are called unknown; a part that a device does not have is left out. */
 export const PARTS = [
   { id: "kept", label: "Kept by us" },
   { id: "models", label: "Other models" },
   { id: "working", label: "In use by runs" },
   { id: "pool", label: "Pool, unused" },
+  { id: "context", label: "Driver's own" },
   { id: "others", label: "Other processes" },
   { id: "free", label: "Free" },
 ];

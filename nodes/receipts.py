@@ -1,0 +1,77 @@
+"""Receipts of what was asked for: kept in a ring, pushed to every open page."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from server import PromptServer
+
+from ..memory.state import shared
+
+RING_RECEIPTS = 64
+EVENT = "steadyvsr.receipt"
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model in a receipt: whether it stayed, and its bytes on the device before and after."""
+
+    name: str
+    policy: str | None
+    stayed: bool
+    before: int
+    after: int
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class ReceiptCard:
+    """What the panel shows for one action.
+
+    Attributes:
+        title: what was asked.
+        line: what was measured.
+        verdict: of memory.offload, or DONE | PENDING | FAILED.
+        models: what became of each.
+        id: the same id replaces an earlier card, such as PENDING by its result.
+        time: seconds of `time.time`.
+    """
+
+    title: str
+    line: str
+    verdict: str
+    models: tuple[Line, ...] = ()
+    id: str = ""
+    time: float = field(default_factory=time.time)
+
+
+def new_id() -> str:
+    return f"r{next(_numbers)}-{time.time_ns():x}"
+
+
+def give(card: ReceiptCard) -> dict[str, Any]:
+    """Keeps a card, pushes it to the pages, and returns it as plain values."""
+    plain = asdict(card) | {"id": card.id or new_id()}
+    ring = _ring()
+    for old in [old for old in ring if old["id"] == plain["id"]]:
+        ring.remove(old)
+    ring.append(plain)
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(EVENT, plain)
+    return plain
+
+
+def newest() -> Sequence[dict[str, Any]]:
+    """All cards in the ring, newest first."""
+    return list(reversed(_ring()))
+
+
+def _ring() -> deque[dict[str, Any]]:
+    return shared("receipts", lambda: deque(maxlen=RING_RECEIPTS))
