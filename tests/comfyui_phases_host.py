@@ -23,6 +23,7 @@ sys.path.insert(0, os.getcwd())
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
 
 import comfy.options  # noqa: E402
+import utils.extra_config  # noqa: E402, F401  first, as in main.py: `nodes` puts a folder with another `utils` in front
 
 comfy.options.enable_args_parsing()
 import comfy.model_management as mm  # noqa: E402
