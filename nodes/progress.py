@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.model_management as mm
 import comfy.utils
 from PIL import Image
 from torch import Tensor
 
+from . import node_status
+
 PREVIEW_PIXELS = 512
 """Longest side of the live preview."""
+STATUS_SECONDS = 0.5
+"""Shortest time between two status lines on the node."""
 
 
 class RunProgress:
@@ -22,6 +28,9 @@ class RunProgress:
         self._total = max(1, total)
         self._bar = comfy.utils.ProgressBar(self._total, node_id=node_id)
         self._newest: Tensor | None = None
+        self._node_id = node_id
+        self._started = time.perf_counter()
+        self._said = 0.0
 
     def __call__(self, phase: str, done: int, total: int | None) -> None:
         mm.throw_exception_if_processing_interrupted()
@@ -30,6 +39,8 @@ class RunProgress:
             preview = ("JPEG", preview_image(self._newest), PREVIEW_PIXELS)
             self._newest = None
         self._bar.update_absolute(self.frames, max(self._total, self.frames), preview)
+        if time.perf_counter() - self._said >= STATUS_SECONDS:
+            self._say(phase)
 
     def frame(self, frame: Tensor) -> None:
         """Counts one finished frame, HWC 0..1, and keeps it for the next preview."""
@@ -38,6 +49,15 @@ class RunProgress:
 
     def finish(self) -> None:
         self._bar.update_absolute(self.frames, self.frames)
+        self._total = self.frames
+        self._say("done")
+
+    def _say(self, phase: str) -> None:
+        self._said = time.perf_counter()
+        fps = self.frames / max(self._said - self._started, 1e-6)
+        eta = max(0, self._total - self.frames) / fps if self.frames else None
+        progress = {"phase": phase, "frames": self.frames, "total": self._total, "fps": fps, "eta": eta}
+        node_status.send(self._node_id, progress=progress)
 
 
 def preview_image(frame: Tensor) -> Image.Image:

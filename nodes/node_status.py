@@ -1,0 +1,22 @@
+"""What a node shows of itself while it runs and afterwards: lines on the node in every open page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server import PromptServer
+
+EVENT = "steadyvsr.node"
+
+
+def send(node_id: str | None, **message: Any) -> None:
+    """Sends parts of a node's status; parts that are left out stay as they are on the page.
+
+    Args:
+        node_id: of the node in its graph; None (outside the executor) sends nothing.
+        message: policy and policy_reason; receipt {line, verdict}; progress {phase, frames, total, fps, eta};
+            memory {predicted, measured, budget, advice} in bytes and words.
+    """
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_sync(EVENT, {"node": node_id, **message}, getattr(server, "client_id", None))
