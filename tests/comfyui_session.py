@@ -29,6 +29,7 @@ sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+importlib.import_module("utils.extra_config")  # first, as in main.py: `nodes` puts a folder with another `utils` in front
 import av  # noqa: E402
 import comfy.ldm.wan.vae as wan  # noqa: E402
 import comfy.model_management as mm  # noqa: E402
