@@ -25,7 +25,7 @@ sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
-importlib.import_module("utils.extra_config")  # first, as in main.py: `nodes` puts a folder with another `utils` in front
+importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
 import comfy.model_management as mm  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
