@@ -27,7 +27,6 @@ sys.path.insert(0, os.getcwd())
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
 
 import comfy.options  # noqa: E402
-import utils.extra_config  # noqa: E402, F401  first, as in main.py: `nodes` puts a folder with another `utils` in front
 
 comfy.options.enable_args_parsing()
 importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
