@@ -11,10 +11,13 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..memory import plot, probe
 from ..memory.budget import gib
-from ..memory.reading import size_text
+from ..memory.offload import Verdict
+from ..memory.reading import Figure, size_text
 from ..patches import gate, residency
-from .compat import supported
+from . import node_status, receipts
+from .compat import supported, unique_id
 from .flashvsr import FlashVSRType
+from .receipts import Line, ReceiptCard
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -25,6 +28,7 @@ ERROR, WARN = "error", "warn"
 MODELS = 4
 NO_LIMIT = -1.0
 LARGEST_GIB = 1024.0
+NOTHING_KNOWN = vars(Figure())
 
 
 def gib_input(name: str, tooltip: str, default: float = NO_LIMIT, **more: Any) -> io.Input:
@@ -126,15 +130,38 @@ class PhaseGate(io.ComfyNode):
             ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb))
         except TypeError as error:
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
-        report = json.dumps({"node": GATE, **ended.to_json()}, indent=2, ensure_ascii=False)
+        report = as_text({"node": GATE, **ended.to_json()})
         for line in ended.lines():
             log.info("%s: %s", phase[0], line)
+        show(ended, unique_id(cls))
         if ended.violations:
             said = "\n".join(f"{GATE}: expected {wanted}; got {got}. {todo}" for wanted, got, todo in ended.violations)
             if on_violation[0] == ERROR:
                 raise RuntimeError(said)
             log.warning("%s", said)
         return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+
+
+def show(ended: gate.Ended, node_id: str | None) -> None:
+    """The result on the node and in the memory panel."""
+    moved = [receipt for receipt in ended.receipts if receipt.verdict is not Verdict.NOT_LOADED]
+    in_order = sorted(moved, key=lambda receipt: receipt.freed)
+    verdict = "FAILED" if ended.violations else in_order[0].verdict.value if in_order else "DONE"
+    line = " · ".join(f"{receipt.name}: {receipt}" for receipt in moved) or ended.lines()[0]
+    models = tuple(Line(r.name, None, bool(r.still_loaded), r.asked, r.still_loaded) for r in moved)
+    receipts.give(ReceiptCard(f"{GATE}: {ended.phase.name}", line, verdict, models))
+    node_status.send(node_id, receipt={"line": line, "verdict": verdict})
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """JSON without the figures that nothing could read and nobody explained."""
+    return json.dumps(_known(report), indent=2, ensure_ascii=False)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(item) for key, item in value.items() if item != NOTHING_KNOWN}
+    return [_known(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def limits_of(budget_gb: list[float], needs_gb: list[float], peak_gb: list[float] | None) -> gate.Limits:
@@ -208,7 +235,7 @@ class MemoryReport(io.ComfyNode):
             f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",
             *(f"grows from run to run: {phase}, {leak}" for phase, leak in leaks.items()),
         ]
-        report = json.dumps(
+        report = as_text(
             {
                 "node": REPORT,
                 "label": label[0],
@@ -221,9 +248,7 @@ class MemoryReport(io.ComfyNode):
                 "process": vars(process),
                 "growth_over_runs": leaks,
                 **measured,
-            },
-            indent=2,
-            ensure_ascii=False,
+            }
         )
         devices = dict.fromkeys(mark.reading.device for mark in run.marks)
         picture = torch.cat([plot.draw(run, device) for device in devices])

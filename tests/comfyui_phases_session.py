@@ -188,8 +188,12 @@ def semantics() -> dict:
         }
     )
     _, ended = RECORD.take()
+    leaf = {"lists": {"class_type": "Test_Lists", "inputs": {"count": 3}}, "gate": workflow.gate("leaf", ["lists", 0])}
+    EXECUTOR.run(leaf)
+    _, ended_as_leaf = RECORD.take()
     return seen | {
         "error": outcome["error"],
+        "leaf": [phase["name"] for phase in ended_as_leaf],
         "through_lists": [image.mean().item() for image in Sink.seen],
         "gates_for_a_list": len(ended),
     }

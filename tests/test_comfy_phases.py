@@ -167,6 +167,10 @@ def test_a_value_passes_as_the_same_object_and_a_list_as_a_whole(observed):
     assert seen["plot"] == [1, 400, 960, 3]
 
 
+def test_a_gate_whose_value_leads_nowhere_runs_all_the_same(observed):
+    assert scenario(observed, "semantics")["leaf"] == ["leaf"]
+
+
 def test_what_is_no_model_is_refused_by_name(observed):
     message = scenario(observed, "semantics")["no_model"]
     assert message.startswith("ValueError: Phase Gate: expected a MODEL, CLIP, VAE or FLASHVSR; got str")
