@@ -221,8 +221,8 @@ class Recorder:
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.latents, self.frames = decoder, [], []
 
-    def __call__(self, latents: Tensor, condition: Tensor, memory: Any) -> Any:
-        frames, memory = self.decoder(latents, condition, memory)
+    def __call__(self, latents: Tensor, condition: Tensor, memory: Any, strip_pixels: int | None = None) -> Any:
+        frames, memory = self.decoder(latents, condition, memory, strip_pixels)
         self.latents.append(latents.transpose(1, 2).clone())
         self.frames.append(frames.transpose(1, 2) * 2 - 1)
         return frames, memory
@@ -232,6 +232,9 @@ class Recorder:
         self.latents.append(latents.clone())
         self.frames.append(frames.clamp(-1, 1))
         return frames, cache
+
+    def copy_cache(self, cache: Any, device: Any = None) -> Any:
+        return self.decoder.copy_cache(cache, device)
 
 
 def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator[Check]:

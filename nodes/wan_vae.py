@@ -57,6 +57,7 @@ class StreamingWanVAE:
         if cache is None:
             slots = sum(isinstance(layer, comfy.ldm.wan.vae.CausalConv3d) for layer in network.decoder.modules())
             cache = [None] * slots
+        cache[:] = self.copy_cache(cache, self.device)
         frames = []
         for step in range(hidden.shape[2]):
             before = list(cache)
@@ -65,6 +66,10 @@ class StreamingWanVAE:
             # Newer versions return the decoded pieces as a list.
             frames += decoded if isinstance(decoded, list) else [decoded]
         return torch.cat(frames, 2).to(latents.device), cache
+
+    def copy_cache(self, cache: list, device: torch.device | None = None) -> list:
+        """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""
+        return [slot.to(device) if isinstance(slot, Tensor) and device is not None else slot for slot in cache]
 
 
 def _keep_two_frames(cache: list, before: list) -> None:

@@ -26,19 +26,22 @@ def axis_angles(start: int, count: int, dim: int) -> Tensor:
     return torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies
 
 
-def rotation(grid: Grid, first_frame: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotation(
+    grid: Grid, first_frame: int, head_dim: int, device: torch.device, corner: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines for the tokens of one process step.
 
     Args:
         grid: tokens of the step.
         first_frame: position of its first latent frame in the whole video.
+        corner: row and column of its first token in the whole frame.
 
     Returns:
         Two fp32 tensors, L × 1 × head_dim/2, in window order.
     """
     angles = [
         axis_angles(start, count, dim)
-        for start, count, dim in zip((first_frame, 0, 0), grid, axis_dims(head_dim), strict=True)
+        for start, count, dim in zip((first_frame, *corner), grid, axis_dims(head_dim), strict=True)
     ]
     blocks = [count // side for count, side in zip(grid, WINDOW, strict=True)]
     parts = []

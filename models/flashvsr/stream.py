@@ -11,26 +11,27 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tiling import Span, Tile, blend_weights, grid_tiles
 from .colour import METHODS
 from .config import LATENT_STRIDE, StreamOptions
-from .lq_projection import LQCache
+from .ladder import MemoryPlan
 from .model import FlashVSR
 from .plan import STEP_FRAMES, output_size, padded_size, step_inputs, step_latents, step_outputs
 from .tc_decoder import FRAMES_PER_LATENT, DecoderMemory
-from .transformer import TransformerState
+from .tiles import RAM, TileState, cut, whole_frame
 
-TILE_OVERLAP_PIXELS = 128
 LATENT_PAIR = 2
 """Latent frames that one draw of the noise generator gives."""
 
 OnStep = Callable[[str, int, "int | None"], Any]
+OnMemoryError = Callable[[str, MemoryPlan, Exception], "MemoryPlan | None"]
+Result = TypeVar("Result")
 
 
 class StreamingVAE(Protocol):
@@ -40,20 +41,9 @@ class StreamingVAE(Protocol):
         """Normalised latents NCTHW → frames NCTHW in -1..1, not clamped: 4T, or 4T - 3 with `cache` None."""
         ...
 
-
-@dataclass
-class TileState:
-    """What one spatial tile remembers; a run without tiling has one, over the whole padded frame.
-
-    Attributes:
-        lq_cache: of the LQ projection.
-        transformer: of the transformer.
-        tokens: of the running step's clips, each one BLD tensor per layer.
-    """
-
-    transformer: TransformerState
-    lq_cache: LQCache | None = None
-    tokens: list[list[Tensor]] = field(default_factory=list)
+    def copy_cache(self, cache: Any, device: torch.device | None = None) -> Any:
+        """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""
+        ...
 
 
 @dataclass
@@ -69,6 +59,7 @@ class StreamState:
         decoder: memory of the TC decoder or cache of the Wan VAE.
         generator: of the latent noise, on the CPU.
         noise, latents: NCTHW fp32, of the running step only.
+        decoded: NCTHW, frames of the newest latent as the decoder made them, without those that are finished.
     """
 
     generator: torch.Generator
@@ -80,12 +71,13 @@ class StreamState:
     decoder: DecoderMemory | Any | None = None
     noise: Tensor | None = None
     latents: Tensor | None = None
+    decoded: Tensor | None = None
 
     def release(self) -> None:
         """Drops every tensor."""
         self.window.clear()
         self.tiles.clear()
-        self.decoder = self.noise = self.latents = None
+        self.decoder = self.noise = self.latents = self.decoded = None
 
 
 def upscale_frames(
@@ -98,6 +90,9 @@ def upscale_frames(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     on_step: OnStep | None = None,
+    plan: MemoryPlan | None = None,
+    memory_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
+    on_memory_error: OnMemoryError | None = None,
 ) -> Generator[Tensor, None, None]:
     """Upscales a clip frame by frame.
 
@@ -116,6 +111,12 @@ def upscale_frames(
         on_step: called as on_step(phase, done, total) before every LQ clip ("project"), transformer tile ("transform")
             and decoded latent ("decode"); done and total count output frames, total is None while unknown. What it
             raises leaves through this generator, with all state released.
+        plan: how to spend memory; default: everything on the device, with `options.tile`, which a given plan replaces.
+        memory_errors: exceptions that mean that memory did not suffice.
+        on_memory_error: called as on_memory_error(phase, plan, error) after one of these, with nothing of the failed
+            work alive. The plan that it returns, the same or a smaller one (see `ladder.smaller`), holds from now on,
+            and the run goes on with the layer or frame that failed: no frame is lost or made twice. None raises the
+            error. A larger tile than that of the plan is not taken.
 
     Yields:
         HWC fp32 frames in 0..1 on the CPU.
@@ -127,7 +128,9 @@ def upscale_frames(
     where = model.prompt.device if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else model.prompt.dtype
-    return _stream(model, frames, options, noise, vae, where, dtype, on_step or (lambda phase, done, total: None))
+    plan = MemoryPlan(tile=options.tile) if plan is None else plan
+    attempts = _Attempts(plan, memory_errors, on_memory_error)
+    return _stream(model, frames, options, noise, vae, where, dtype, on_step or (lambda *_: None), attempts)
 
 
 def _stream(
@@ -139,6 +142,7 @@ def _stream(
     device: torch.device,
     dtype: torch.dtype,
     on_step: OnStep,
+    attempts: _Attempts,
 ) -> Generator[Tensor, None, None]:
     # The caller's mode at the first frame holds for the whole run: a cache made in inference mode cannot be changed
     # outside it, and the caller may resume this generator in another mode.
@@ -153,30 +157,29 @@ def _stream(
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         with _computing(inference):
             run = _Run(model, options, noise, vae, device, dtype, state)
+        attempt = partial(attempts.make, run, inference)
         while not state.ended or done < state.frames:
             if state.ended:
                 total = state.frames
             for clip in _clips(step):
                 on_step("project", done, total)
-                with _computing(inference):
-                    run.project(*clip)
-            with _computing(inference):
-                run.begin(step)
-            for tile in range(len(run.tiles)):
+                attempt("project", partial(run.project, *clip))
+            attempt("transform", partial(run.begin, step))
+            while run.next_tile(step) is not None:
                 on_step("transform", done, total)
-                with _computing(inference):
-                    run.transform(step, tile)
+                attempt("transform", partial(run.transform, step))
             for first, last in _decoded(step):
                 if state.ended and first >= state.frames:
                     break
                 on_step("decode", done, total)
-                with _computing(inference):
-                    decoded = run.decode(first, last)
-                if state.ended:
-                    del decoded[state.frames - first :]
-                while decoded:
-                    done += 1
-                    yield decoded.pop(0)
+                while first < last and not (state.ended and first >= state.frames):
+                    finished = attempt("decode", partial(run.decode, first, last))
+                    first += len(finished)
+                    if state.ended:
+                        del finished[max(0, state.frames - done) :]
+                    while finished:
+                        done += 1
+                        yield finished.pop(0)
             step += 1
             _forget(state, step_outputs(step)[0])
             if not state.ended:
@@ -215,61 +218,105 @@ class _Run:
         self.noise = noise
         self.latent_shape = (1, channels, LATENT_PAIR, rows, columns)
         self.constants = model.transformer.prepare(model.prompt.to(device, dtype))
-        self.tiles = [Tile(Span(0, rows, 0, 0), Span(0, columns, 0, 0))]
-        if options.tile is not None:
-            self.tiles = grid_tiles(rows, columns, options.tile // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
-        self.weights = [weight.to(device) for weight in blend_weights(self.tiles, rows, columns)]
-        # The caches of tiles that rest lie in RAM; with one tile there is nothing to make room for.
-        rest = torch.device("cpu") if len(self.tiles) > 1 else None
-        state.tiles = [TileState(transformer=TransformerState(device=rest)) for _ in self.tiles]
+        state.tiles = [whole_frame(rows, columns, device)]
+        state.decoder = DecoderMemory() if vae is None else None
+        self.plan = MemoryPlan()
+
+    def follow(self, plan: MemoryPlan) -> None:
+        """Rearranges what the run remembers. After an exception in here it can be called again."""
+        state, tiles = self.state, self.state.tiles
+        tiled = len(tiles) > 1 or (plan.tile is not None and plan.tile < max(self.padded))
+        for tile in tiles:
+            tile.transformer.move(RAM if plan.kv_in_ram or tiled else None, self.device)
+        index = 0
+        while plan.tile is not None and index < len(tiles):
+            parts = cut(tiles[index], plan.tile)
+            tiles[index : index + 1] = parts
+            index += len(parts)
+        if isinstance(state.decoder, DecoderMemory):
+            state.decoder.move(RAM if plan.decoder_frames == 1 else None, self.device)
+        elif self.vae is not None and state.decoder is not None and plan.decoder_frames == 1:
+            state.decoder = self.vae.copy_cache(state.decoder, RAM)
+        self.plan = plan
 
     def project(self, first: int, last: int) -> None:
-        """Projects input frames first … last-1, a whole number of clips, for every tile."""
+        """Projects input frames first … last-1, a whole number of clips, for every tile that has not seen them."""
         clip = self._lq(first, last).to(self.dtype)
-        for tile, state in zip(self.tiles, self.state.tiles, strict=True):
-            rows, columns = (slice(span.start * LATENT_STRIDE, span.stop * LATENT_STRIDE) for span in tile)
-            tokens, state.lq_cache = self.model.lq_projection(clip[..., rows, columns], state.lq_cache)
-            if tokens is not None:
-                state.tokens.append(tokens)
+        for tile in self.state.tiles:
+            if tile.projected < last:
+                rows, columns = (slice(span.start * LATENT_STRIDE, span.stop * LATENT_STRIDE) for span in tile.tile)
+                tokens, tile.lq_cache = self.model.lq_projection(clip[..., rows, columns], tile.lq_cache)
+                if tokens is not None:
+                    tile.tokens.append(tokens)
+                tile.projected = last
 
     def begin(self, step: int) -> None:
         """Draws the noise of a process step and clears its latents."""
-        self.state.noise = self._draw_noise(step)
-        self.state.latents = torch.zeros_like(self.state.noise)
+        if self.state.noise is None:
+            self.state.noise = self._draw_noise(step)
+        self.state.latents = torch.zeros(self.state.noise.shape, device=self.device)
 
-    def transform(self, step: int, index: int) -> None:
-        """Runs the transformer on one tile and adds its clean latents to the step's."""
-        state, tile, tile_state = self.state, self.tiles[index], self.state.tiles[index]
-        assert state.noise is not None and state.latents is not None
-        rows, columns = (slice(span.start, span.stop) for span in tile)
-        noise = state.noise[..., rows, columns].to(self.dtype).contiguous()
-        tokens = [torch.cat(layer, 1) for layer in zip(*tile_state.tokens, strict=True)]
-        tile_state.tokens.clear()
-        velocity = self.model.transformer(noise, tokens, step, tile_state.transformer, self.options, self.constants)
-        state.latents[..., rows, columns] += (noise.float() - velocity.float()) * self.weights[index]
+    def next_tile(self, step: int) -> TileState | None:
+        """The first tile whose latents of a process step are missing."""
+        return next((tile for tile in self.state.tiles if tile.steps <= step), None)
+
+    def transform(self, step: int) -> None:
+        """Runs the transformer on the next tile and adds its clean latents to the step's."""
+        state, tile = self.state, self.next_tile(step)
+        assert tile is not None and state.noise is not None and state.latents is not None
+        rows, columns = (slice(span.start, span.stop) for span in tile.tile)
+        noise = state.noise[..., rows, columns].to(self.device, self.dtype).contiguous()
+        if tile.velocity is None:
+            if len(tile.tokens) > 1:
+                tile.tokens = [[torch.cat(layer, 1) for layer in zip(*tile.tokens, strict=True)]]
+            tile.velocity = self.model.transformer(
+                noise, tile.tokens[0], step, tile.transformer, self.options, self.constants, tile.corner
+            )
+            tile.tokens = []
+        clean = (noise.float() - tile.velocity.float()) * tile.weights
+        state.latents[..., rows, columns].add_(clean)
+        tile.velocity, tile.steps = None, step + 1
 
     def decode(self, first: int, last: int) -> list[Tensor]:
-        """Decodes the state's oldest latent to the output frames first … last-1: HWC fp32 in 0..1 on the CPU."""
-        state = self.state
-        assert state.latents is not None
-        latent = state.latents[:, :, :1].to(self.dtype)
-        state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None
-        state.noise = None
-        lq = self._lq(first, last)
-        if self.vae is None:
-            decoded, state.decoder = self.model.decoder(
-                latent.transpose(1, 2), lq.to(self.dtype).transpose(1, 2), state.decoder
-            )
-            frames = decoded.transpose(1, 2).float().mul_(2).sub_(1)
+        """The output frames first … last-1, or as many of them as the plan has at once: HWC fp32 in 0..1 on the CPU.
+
+        They are those of the state's oldest latent, or what is left of them.
+        """
+        state, at_once = self.state, self.plan.decoder_frames >= last - first
+        lq = self._lq(first, last) if at_once else None
+        if state.decoded is None:
+            assert state.latents is not None
+            latent = state.latents[:, :, :1].to(self.dtype)
+            if self.vae is None:
+                parts = [self._lq(i, i + 1).to(self.dtype) for i in range(first, last)] if lq is None else []
+                condition = torch.cat(parts, 2) if lq is None else lq.to(self.dtype)
+                del parts
+                decoded, state.decoder = self.model.decoder(
+                    latent.transpose(1, 2), condition.transpose(1, 2), state.decoder, self.plan.decoder_strip_pixels
+                )
+                decoded = decoded.transpose(1, 2)
+                del condition
+            else:
+                # A copy, because an exception leaves the cache that was given half changed.
+                cache = state.decoder if state.decoder is None else self.vae.copy_cache(state.decoder)
+                decoded, cache = self.vae.decode_stream(latent, cache)
+                state.decoder = self.vae.copy_cache(cache, RAM) if self.plan.decoder_frames == 1 else cache
+            state.decoded, state.noise = decoded, None
+            state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None
             del decoded
-        else:
-            frames, state.decoder = self.vae.decode_stream(latent, state.decoder)
-            # The released pipeline takes colours from the VAE's clamped frames, from the TC decoder's as they are.
-            frames = frames.clamp(-1, 1)
+        if lq is None:
+            last = first + 1
+            lq = self._lq(first, last)
+        frames = state.decoded[:, :, : last - first].float()
+        # The released pipeline takes colours from the VAE's clamped frames, from the TC decoder's as they are.
+        frames = frames.mul(2).sub_(1) if self.vae is None else frames.clamp(-1, 1)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
         frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
-        return [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
+        finished = [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
+        left = state.decoded[:, :, last - first :]
+        state.decoded = left if left.shape[2] else None
+        return finished
 
     def _lq(self, first: int, last: int) -> Tensor:
         """Input frames first … last-1 at the padded output size: NCTHW fp32 in -1..1 on the device.
@@ -291,7 +338,7 @@ class _Run:
         return frames.transpose(0, 1)[None]
 
     def _draw_noise(self, step: int) -> Tensor:
-        """Noise of one step's latent frames, NCTHW fp32 on the device.
+        """Noise of one step's latent frames, NCTHW fp32 on the CPU.
 
         The generator advances by pairs, always in order, so a longer clip has the shorter one's noise as its beginning.
         """
@@ -301,7 +348,40 @@ class _Run:
         if self.noise is not None:
             given = self.noise[:, :, first:last].to("cpu", torch.float32)
             drawn[:, :, : given.shape[2]] = given
-        return drawn.to(self.device)
+        return drawn
+
+
+class _Attempts:
+    """Makes units of work until they succeed, with the plan that holds now.
+
+    A unit changes the run's state at its end or part by part, so that after an exception it can be made again.
+    """
+
+    def __init__(
+        self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None
+    ) -> None:
+        self.plan, self._errors, self._on_error = plan, errors, on_error
+
+    def make(self, run: _Run, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                with _computing(inference):
+                    if run.plan != self.plan:
+                        run.follow(self.plan)
+                    return work()
+            except self._errors as error:
+                if self._on_error is None:
+                    raise
+                # A traceback keeps all tensors of the failed work alive.
+                failure = error.with_traceback(None)
+                failure.__context__ = failure.__cause__ = None
+            plan = self._on_error(phase, self.plan, failure)
+            try:
+                if plan is None:
+                    raise failure
+            finally:
+                del failure
+            self.plan = plan
 
 
 @contextmanager

@@ -25,9 +25,12 @@ CPU_STRIP_PIXELS = 1 << 14
 """The same on a CPU, where a strip that stays in the cache is no slower than a whole frame."""
 LAST_STAGE_HALO = 2
 """Full-resolution rows that the two 3×3 convolutions after the last transition look beyond a strip."""
+BLOCK_HALO = 3
+"""Rows that the three 3×3 convolutions of a memory block look beyond a strip."""
 
 _WORK_BLOCKS = ((5, 6, 7), (11, 12, 13), (17, 18, 19))
 _TRANSITIONS = ((9, 10), (15, 16), (21, 22))
+LAST_STAGE = len(_WORK_BLOCKS) - 1
 
 
 class MemBlock(nn.Module):
@@ -61,13 +64,30 @@ class TimeGrow(nn.Module):
 class DecoderMemory:
     """What one stream's decoder remembers: the inputs of its nine memory blocks at the previous time step.
 
+    It changes only between two layers, so that a latent that an exception left can be taken up at the layer that
+    failed.
+
     Attributes:
         past: block index → NCHW tensor, empty before the first latent.
         kernels: transition index → its phase kernels, derived from the weights once per stream.
+        device: where `past` lies; None: where the decoder computes.
+        waiting: maps of the running latent that are not done, the next one last: (stage, layer of the stage, NCHW).
+        frames: those of the running latent that are done, N3HW.
+        skipped: frames at the start of the stream that are still to be left out.
     """
 
     past: dict[int, Tensor] = field(default_factory=dict)
     kernels: dict[int, list[Tensor]] = field(default_factory=dict)
+    device: torch.device | None = None
+    waiting: list[tuple[int, int, Tensor]] = field(default_factory=list)
+    frames: list[Tensor] = field(default_factory=list)
+    skipped: int = 0
+
+    def move(self, device: torch.device | None, computing: torch.device) -> None:
+        """Brings `past` to `device` (None: `computing`), one by one, and keeps it there from now on."""
+        self.device = device
+        for index, past in self.past.items():
+            self.past[index] = past.to(device or computing)
 
 
 def condition_cells(frames: Tensor) -> Tensor:
@@ -165,14 +185,17 @@ class TCDecoder(nn.Module):
         self.latent_channels = latent_channels
 
     def forward(
-        self, latents: Tensor, condition: Tensor, memory: DecoderMemory | None = None
+        self, latents: Tensor, condition: Tensor, memory: DecoderMemory | None = None, strip_pixels: int | None = None
     ) -> tuple[Tensor, DecoderMemory]:
-        """Decodes the next latents of a stream.
+        """Decodes the next latents of a stream, or the rest of a single one that an exception left.
 
         Args:
             latents: NTCHW.
             condition: NTCHW low-quality frames in -1..1 at output size: 4T frames, or 4T - 3 at the start of a stream.
-            memory: of the latents before, changed in place; None starts a stream.
+                Not read for the rest of a latent.
+            memory: of the latents before, changed in place; None or an empty one starts a stream.
+            strip_pixels: full-resolution pixels of the strips in which the two largest stages are computed; None: only
+                the last stage, in strips of the default size.
 
         Returns:
             Frames NTCHW, nominally 0..1 and not clamped: 4T, or 4T - 3 at the start; and the memory.
@@ -181,12 +204,13 @@ class TCDecoder(nn.Module):
             ValueError: the condition does not fit the latents.
         """
         batch, time, _, height, width = latents.shape
-        start = memory is None
         if memory is None:
             memory = DecoderMemory()
+        resumed = bool(memory.waiting or memory.frames)
+        start = not memory.past and not resumed
         frames = FRAMES_PER_LATENT * time - 3 * start
         expected = (batch, frames, 3, height * CONDITION_CELL[1], width * CONDITION_CELL[2])
-        if condition.shape != expected:
+        if not resumed and condition.shape != expected:
             raise ValueError(
                 f"TCDecoder: expected a condition of shape {expected} for latents {tuple(latents.shape)} "
                 f"{'at the start' if start else 'inside'} of a stream; got {tuple(condition.shape)}."
@@ -194,13 +218,20 @@ class TCDecoder(nn.Module):
         decoded = []
         position = 0
         for step in range(time):
-            skipped = 3 if start and step == 0 else 0
-            taken = condition[:, position : position + FRAMES_PER_LATENT - skipped]
-            position += FRAMES_PER_LATENT - skipped
-            if skipped:
-                taken = torch.cat([taken[:, :1].expand(-1, skipped, -1, -1, -1), taken], 1)
-            x = self._enter(latents[:, step], taken)
-            decoded += self._work(x, memory, skipped)
+            if not resumed:
+                skipped = 3 if start and step == 0 else 0
+                taken = condition[:, position : position + FRAMES_PER_LATENT - skipped]
+                position += FRAMES_PER_LATENT - skipped
+                if skipped:
+                    taken = torch.cat([taken[:, :1].expand(-1, skipped, -1, -1, -1), taken], 1)
+                x = self._enter(latents[:, step], taken)
+                memory.waiting, memory.skipped = [(0, 0, x)], skipped
+                del taken, x
+            resumed = False
+            while memory.waiting:
+                self._advance(memory, strip_pixels)
+            decoded += memory.frames
+            memory.frames = []
         return torch.stack(decoded, 1), memory
 
     def _enter(self, latent: Tensor, condition: Tensor) -> Tensor:
@@ -211,31 +242,47 @@ class TCDecoder(nn.Module):
         x = 3 * torch.tanh(x.div_(3))
         return F.relu_(self.decoder[3](F.relu_(self.decoder[1](x))))
 
-    def _work(self, x: Tensor, memory: DecoderMemory, skipped: int) -> list[Tensor]:
-        """One latent's features N,C,h,w → its frames N,3,8h,8w, without the first `skipped`."""
-        steps = [x]
-        for indices, transition in zip(_WORK_BLOCKS[:2], _TRANSITIONS[:2], strict=True):
-            worked = [self._remember(x, indices, memory) for x in steps]
-            kernels = self._kernels(transition, worked[0], memory)
-            steps = [upsample_phases(F.pad(x, (1, 1, 1, 1)), kernel) for x in worked for kernel in kernels]
-        del worked
-        frames = []
-        while steps:
-            x = self._remember(steps.pop(0), _WORK_BLOCKS[2], memory)
-            for kernel in self._kernels(_TRANSITIONS[2], x, memory):
-                # The last stage has no memory, so the frames that a fresh stream drops need not be made.
-                if skipped:
-                    skipped -= 1
-                else:
-                    frames.append(self._finish(x, kernel))
-        return frames
+    def _advance(self, memory: DecoderMemory, strip_pixels: int | None) -> None:
+        """Takes the next map of the running latent through one layer: a memory block, or one time step of a transition.
 
-    def _remember(self, x: Tensor, indices: tuple[int, ...], memory: DecoderMemory) -> Tensor:
-        for index in indices:
-            past = memory.past.get(index)
-            memory.past[index] = x
-            x = self.decoder[index](x, torch.zeros_like(x) if past is None else past)
-        return x
+        One map goes down to its frames before the next one is made.
+        """
+        stage, layer, x = memory.waiting[-1]
+        blocks = _WORK_BLOCKS[stage]
+        if layer < len(blocks):
+            past = memory.past.get(blocks[layer])
+            y = self._remember(self.decoder[blocks[layer]], x, past, strip_pixels if stage == LAST_STAGE else None)
+            memory.past[blocks[layer]] = x if memory.device is None else x.to(memory.device)
+            memory.waiting[-1] = (stage, layer + 1, y)
+            return
+        time = layer - len(blocks)
+        kernels = self._kernels(_TRANSITIONS[stage], x, memory)
+        made: list[tuple[int, int, Tensor]] = []
+        if stage < LAST_STAGE:
+            made = [(stage + 1, 0, upsample_phases(F.pad(x, (1, 1, 1, 1)), kernels[time]))]
+        elif memory.skipped:
+            # The last stage has no memory, so the frames that a fresh stream drops need not be made.
+            memory.skipped -= 1
+        else:
+            memory.frames.append(self._finish(x, kernels[time], strip_pixels))
+        left = [(stage, layer + 1, x)] if time + 1 < len(kernels) else []
+        memory.waiting[-1:] = [*left, *made]
+
+    def _remember(self, block: nn.Module, x: Tensor, past: Tensor | None, strip_pixels: int | None) -> Tensor:
+        """A memory block, whole or in strips of rows."""
+        batch, _, height, width = x.shape
+        # One pixel of these maps is two by two of a frame.
+        rows = height if strip_pixels is None else max(1, strip_pixels // (4 * width))
+        if rows >= height:
+            return block(x, torch.zeros_like(x) if past is None else past.to(x.device))
+        y = torch.empty_like(x)
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            low, high = max(0, top - BLOCK_HALO), min(height, bottom + BLOCK_HALO)
+            strip = x[:, :, low:high]
+            before = torch.zeros_like(strip) if past is None else past[:, :, low:high].to(x.device)
+            y[:, :, top:bottom] = block(strip, before)[:, :, top - low : bottom - low]
+        return y
 
     def _kernels(self, transition: tuple[int, int], like: Tensor, memory: DecoderMemory) -> list[Tensor]:
         grow, conv = transition
@@ -245,10 +292,11 @@ class TCDecoder(nn.Module):
             memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
         return memory.kernels[conv]
 
-    def _finish(self, x: Tensor, kernel: Tensor) -> Tensor:
+    def _finish(self, x: Tensor, kernel: Tensor, strip_pixels: int | None) -> Tensor:
         """Last transition and the two 3×3 convolutions, in strips of rows: N,C,h,w → N,3,2h,2w."""
         batch, _, height, width = x.shape
         pixels = CPU_STRIP_PIXELS if x.device.type == "cpu" else STRIP_PIXELS
+        pixels = pixels if strip_pixels is None else min(pixels, strip_pixels)
         rows = max(1, pixels // (4 * width))
         frame = x.new_empty(batch, 3, 2 * height, 2 * width)
         halo = LAST_STAGE_HALO // 2

@@ -27,6 +27,8 @@ TIMESTEP = 1000.0
 """The only noise level: one step from pure noise (sigma = 1)."""
 FEED_FORWARD_TOKENS = 1 << 14
 """Tokens whose feed-forward activations exist at once; they are nearly six times as wide as a token."""
+LAYER_PARTS = 3
+"""Of a layer: LQ tokens added, self-attention, the rest. Each is done or not done, never half."""
 
 
 @dataclass
@@ -47,21 +49,35 @@ class LayerCache:
 class TransformerState:
     """What the transformer remembers of one stream. Frame pair g lies in ring slot g modulo `slots`.
 
+    It changes only between the parts of a layer, so that a step that an exception left goes on from the part that
+    failed when `Transformer.forward` is called with the same arguments again.
+
     Attributes:
         layers: one cache for each transformer layer; empty before the first step.
         pairs: frame pairs seen so far.
         slots: frame pairs that the caches hold.
         device: where the caches lie; None: where the transformer computes.
+        part: how many parts of the running step are done, `LAYER_PARTS` for each layer.
+        x: BLD, what they made; None between two steps.
     """
 
     layers: list[LayerCache] = field(default_factory=list)
     pairs: int = 0
     slots: int = 0
     device: torch.device | None = None
+    part: int = 0
+    x: Tensor | None = None
 
     @property
     def cached_pairs(self) -> int:
         return min(self.pairs, self.slots)
+
+    def move(self, device: torch.device | None, computing: torch.device) -> None:
+        """Brings the caches to `device` (None: `computing`), layer by layer, and keeps them there from now on."""
+        self.device = device
+        for index, cache in enumerate(self.layers):
+            self.layers[index] = LayerCache(*(tensor.to(device or computing) for tensor in vars(cache).values()))
+            del cache
 
 
 @dataclass(frozen=True)
@@ -128,29 +144,32 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        step: _Step,
-        constants: Constants,
-        state: TransformerState,
-        layer: int,
-    ) -> Tensor:
-        """x BLD of one step → the same shape; writes the step's keys and values into the layer's cache."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            to_like(self.modulation, x) + constants.modulation
-        ).unbind(1)
-        attended = self._attend(_modulate(x, shift, scale), step, state, layer)
+    def attend(self, x: Tensor, step: _Step, constants: Constants, state: TransformerState, layer: int) -> Tensor:
+        """x BLD of one step plus its self-attention; the step's keys and values go into the layer's cache."""
+        shift, scale, gate = self._modulation(x, constants)[:3]
+        attended, new = self._attend(_modulate(x, shift, scale), step, state, layer)
         x = x + gate * self.self_attn.o(attended)
+        # At the very end: an exception before this leaves the cache as it was.
+        _remember(state, layer, new, step.grid.blocks)
+        return x
+
+    def feed(self, x: Tensor, constants: Constants) -> Tensor:
+        """x BLD plus its attention to the prompt, through the feed-forward network."""
+        shift, scale, gate = self._modulation(x, constants)[3:]
         x = x + self.cross_attn.o(self._attend_prompt(self.norm3(x), constants.text))
         parts = x.split(FEED_FORWARD_TOKENS, 1)
-        return torch.cat([part + ffn_gate * self.ffn(_modulate(part, ffn_shift, ffn_scale)) for part in parts], 1)
+        return torch.cat([part + gate * self.ffn(_modulate(part, shift, scale)) for part in parts], 1)
+
+    def _modulation(self, x: Tensor, constants: Constants) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward network."""
+        return (to_like(self.modulation, x) + constants.modulation).unbind(1)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """L × heads × head dim → HBTD."""
         return x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3).contiguous()
 
-    def _attend(self, x: Tensor, step: _Step, state: TransformerState, layer: int) -> Tensor:
+    def _attend(self, x: Tensor, step: _Step, state: TransformerState, layer: int) -> tuple[Tensor, LayerCache]:
+        """What x attends to, BLD, and the step's own keys and values."""
         attn, heads = self.self_attn, (self.num_heads, -1)
         queries = self._blocks(rotate(attn.norm_q(attn.q(x))[0].unflatten(-1, heads), step.cos, step.sin))
         keys = self._blocks(rotate(attn.norm_k(attn.k(x))[0].unflatten(-1, heads), step.cos, step.sin))
@@ -161,8 +180,7 @@ class Block(nn.Module):
         if layer == 0 and state.pairs == 0:
             log.info("attention: %s selects %.1f %% of the block pairs", step.backend, 100 * mask.float().mean().item())
         attended = sparse_attention(queries, seen.keys, seen.values, mask, step.backend)
-        _remember(state, layer, new, step.grid.blocks)
-        return attended.permute(1, 2, 0, 3).reshape(x.shape)
+        return attended.permute(1, 2, 0, 3).reshape(x.shape), new
 
     def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values BLD of the prompt."""
@@ -233,8 +251,9 @@ class Transformer(nn.Module):
         state: TransformerState,
         options: StreamOptions,
         constants: Constants,
+        corner: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """One process step.
+        """One process step, or the rest of one that an exception left.
 
         Args:
             latent: NCTHW noise of the step, N = 1, T = 6 in step 0 and 2 after that, H and W multiples of 16.
@@ -243,6 +262,7 @@ class Transformer(nn.Module):
             state: changed in place.
             options: top-k, local range, cache length and attention backend.
             constants: of `prepare`, in latent's device and dtype.
+            corner: row and column, in tokens, of the latent's first token in the whole frame.
 
         Returns:
             The velocity, NCTHW like `latent`.
@@ -260,20 +280,28 @@ class Transformer(nn.Module):
             )
         shared = _Step(
             grid,
-            *rotation(grid, first, self.config.head_dim, latent.device),
+            *rotation(grid, first, self.config.head_dim, latent.device, corner),
             local_window(grid, options.local_range, latent.device),
             options.block_pair_ratio(height * LATENT_STRIDE, width * LATENT_STRIDE),
             choose_backend(options.attention, latent.device, latent.dtype),
         )
         state.slots = options.cached_pairs
-        weight, bias = weight_and_bias(self.patch_embedding, latent)
-        x = F.linear(patchify(latent, grid), weight.flatten(1), bias)
-        for layer, block in enumerate(self.blocks):
-            if lq_tokens is not None and layer < len(lq_tokens):
-                x = x + to_windows(lq_tokens[layer], grid)
-            x = block(x, shared, constants, state, layer)
+        if state.x is None:
+            weight, bias = weight_and_bias(self.patch_embedding, latent)
+            state.part, state.x = 0, F.linear(patchify(latent, grid), weight.flatten(1), bias)
+        while state.part < LAYER_PARTS * len(self.blocks):
+            layer, part = divmod(state.part, LAYER_PARTS)
+            if part == 0 and lq_tokens is not None and layer < len(lq_tokens):
+                state.x = state.x + to_windows(lq_tokens[layer], grid)
+            elif part == 1:
+                state.x = self.blocks[layer].attend(state.x, shared, constants, state, layer)
+            elif part == 2:
+                state.x = self.blocks[layer].feed(state.x, constants)
+            state.part += 1
+        velocity = unpatchify(self.head(state.x, constants.time), grid)
         state.pairs += grid.groups
-        return unpatchify(self.head(x, constants.time), grid)
+        state.x = None
+        return velocity
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -302,9 +330,11 @@ def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int)
         shapes = ((heads, room, tokens, head_dim),) * 2 + ((heads, room, head_dim),)
         state.layers.append(LayerCache(*(new.keys.new_empty(shape, device=where) for shape in shapes)))
     cache = state.layers[layer]
-    pairs = count // blocks
+    pairs, where = count // blocks, cache.keys.device
     for pair in range(max(0, pairs - state.slots), pairs):
         slot = (state.pairs + pair) % state.slots * blocks
-        for name in ("keys", "values", "pooled"):
-            source = getattr(new, name)[:, pair * blocks : (pair + 1) * blocks]
-            getattr(cache, name)[:, slot : slot + blocks].copy_(source.detach())
+        span = slice(pair * blocks, (pair + 1) * blocks)
+        # Moved first, written last: only the first can fail.
+        moved = {name: tensor[:, span].detach().to(where) for name, tensor in vars(new).items()}
+        for name, tensor in moved.items():
+            getattr(cache, name)[:, slot : slot + blocks].copy_(tensor)

@@ -35,6 +35,13 @@ class CausalCache:
         self._usable = True
         self._last = False
 
+    def copy(self, device: torch.device | None = None) -> CausalCache:
+        """A cache of its own over the same tensors, or over tensors on `device`."""
+        copied = CausalCache()
+        copied.frames.extend(frames if device is None else frames.to(device) for frames in self.frames)
+        copied.started, copied._usable, copied._last = self.started, self._usable, self._last
+        return copied
+
     @contextmanager
     def chunk(self, last: bool = False) -> Iterator[None]:
         """One pass of the network over one chunk. With `last` nothing is kept of it and the cache is used up.
@@ -73,7 +80,7 @@ def with_past(x: Tensor, cache: CausalCache) -> Tensor:
     resolution every name that outlives its use is hundreds of megabytes.
     """
     past = cache.take()
-    x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past, x], dim=2)
+    x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past.to(x.device), x], dim=2)
     del past
     cache.put(x[:, :, -2:])
     return x

@@ -1,0 +1,230 @@
+"""Memory that does not suffice in the middle of a run: which plan comes next, and that nothing is lost or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from steadyvsr.benchmarks.tiny_model import tiny_model
+from steadyvsr.memory.tracker import live_tensors
+from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
+from steadyvsr.models.flashvsr.ladder import HELPS, MemoryPlan, plans, smaller
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+OPTIONS = StreamOptions(scale=4.0)
+FRAMES, WIDTH, HEIGHT = 30, 96, 64
+SIZE = (384, 256)
+PHASES = ("project", "transform", "decode")
+TILE_DB = 30.0
+
+
+def clip(frames: int = FRAMES) -> Tensor:
+    return torch.rand(frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(frames))
+
+
+def psnr(first: Tensor, second: Tensor) -> float:
+    return -10 * (first - second).square().mean().log10().item()
+
+
+class Failing(TorchDispatchMode):
+    """Raises an out-of-memory error at chosen allocations: operators that make a new storage, counted from 0.
+
+    Only what the networks compute counts, which is what is made without gradients.
+    """
+
+    def __init__(self, fails: Callable[[int], bool] = lambda index: False) -> None:
+        super().__init__()
+        self.fails, self.count, self.raised = fails, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_iter(result) if isinstance(x, Tensor)]
+        if not torch.is_grad_enabled() and any(x.untyped_storage()._cdata not in given for x in made):
+            self.count += 1
+            if self.fails(self.count - 1):
+                self.raised += 1
+                raise torch.OutOfMemoryError("scripted")
+        return result
+
+
+class Card:
+    """A card on which a phase fits only with some plans: what does not fit fails at a chosen allocation of the unit.
+
+    It stands on the two callbacks of a run, as a device stands under it.
+    """
+
+    def __init__(self, fits: Callable[[str, MemoryPlan], bool], allocation: int = 3, plan: MemoryPlan | None = None):
+        self.plan = plan or MemoryPlan()
+        self.fits, self.allocation = fits, allocation
+        self.phase, self.attempts, self.frames_at_failure = "", [], []
+        self.mode = Failing(self._fails)
+
+    def _fails(self, index: int) -> bool:
+        return index >= self.allocation and not self.fits(self.phase, self.plan)
+
+    def on_step(self, phase: str, done: int, total: int | None) -> None:
+        self.phase, self.mode.count, self.done = phase, 0, done
+
+    def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
+        assert phase == self.phase and plan == self.plan and error.__traceback__ is None
+        found = smaller(plan, phase, SIZE)
+        self.attempts.append((phase, found and found[0]))
+        self.frames_at_failure.append(self.done)
+        self.mode.count = 0
+        if found is not None:
+            self.plan = found[1]
+        return found and found[1]
+
+    def run(self, frames: Tensor, **keywords) -> Tensor:
+        kept = []
+        with self.mode:
+            for frame in upscale_frames(
+                MODEL, frames, OPTIONS, plan=self.plan, on_step=self.on_step,
+                on_memory_error=self.on_memory_error, **keywords,
+            ):  # fmt: skip
+                kept.append(frame)
+        return torch.stack(kept)
+
+
+MODEL = tiny_model()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Tensor:
+    return torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS)))
+
+
+def test_the_rungs_come_in_the_documented_order() -> None:
+    names = [name for name, _ in plans(MemoryPlan(), (1920, 1080))]
+    assert names == [
+        "as planned", "KV cache in RAM", "decoder in smaller chunks", "decoder strips", "decoder strips",
+        *["spatial tiles"] * 5,
+    ]  # fmt: skip
+    assert list(HELPS) == list(dict.fromkeys(names[1:]))
+    tiles = [plan.tile for _, plan in plans(MemoryPlan(), (1920, 1080))]
+    assert tiles == [None] * 5 + [1024, 768, 512, 384, 256]
+
+
+def test_tiles_that_are_not_smaller_than_the_frame_are_no_rung() -> None:
+    assert [plan.tile for name, plan in plans(MemoryPlan(), SIZE) if name == "spatial tiles"] == [256]
+    assert [plan.tile for name, plan in plans(MemoryPlan(tile=512), (1920, 1080)) if name == "spatial tiles"] == [
+        384,
+        256,
+    ]
+    assert not [name for name, _ in plans(MemoryPlan(), (256, 256)) if name == "spatial tiles"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_phase_passes_over_the_rungs_that_cannot_help_it(phase: str) -> None:
+    plan, order = MemoryPlan(), []
+    while (found := smaller(plan, phase, SIZE)) is not None:
+        order.append(found[0])
+        plan = found[1]
+    assert list(dict.fromkeys(order)) == [rung for rung, phases in HELPS.items() if phase in phases]
+
+
+@pytest.mark.parametrize("field", [{"decoder_frames": 2}, {"decoder_strip_pixels": 0}, {"tile": 200}, {"tile": 128}])
+def test_a_plan_out_of_range_names_its_field(field: dict) -> None:
+    with pytest.raises(ValueError, match=f"MemoryPlan.{next(iter(field))}: expected"):
+        MemoryPlan(**field)
+
+
+NEUTRAL = [
+    MemoryPlan(kv_in_ram=True),
+    MemoryPlan(kv_in_ram=True, decoder_frames=1),
+    MemoryPlan(kv_in_ram=True, decoder_frames=1, decoder_strip_pixels=1 << 12),
+]
+
+
+@pytest.mark.parametrize("plan", NEUTRAL, ids=str)
+def test_a_plan_without_tiles_gives_the_same_frames(plan: MemoryPlan, undisturbed: Tensor) -> None:
+    frames = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan)))
+    torch.testing.assert_close(frames, undisturbed, rtol=0, atol=1e-5)
+
+
+def allocations(plan: MemoryPlan) -> tuple[int, int]:
+    """How many come before the first unit of work, which are not made again, and how many a run has."""
+    before: list[int] = []
+    with Failing() as mode:
+        list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan, on_step=lambda *_: before.append(mode.count)))
+    return before[0], mode.count
+
+
+def test_an_error_at_any_allocation_loses_and_changes_nothing(undisturbed: Tensor) -> None:
+    """The callback frees something elsewhere and keeps the plan, as after unloading another model."""
+    first, total = allocations(MemoryPlan())
+    assert total > 1000
+    for index in range(first, total, total // 41):
+        failures: list[str] = []
+
+        def again(phase: str, plan: MemoryPlan, error: Exception, failures: list[str] = failures) -> MemoryPlan:
+            failures.append(phase)
+            return plan
+
+        with Failing(lambda count, index=index: count == index) as mode:
+            frames = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, on_memory_error=again)))
+        assert mode.raised == len(failures) == 1, index
+        assert torch.equal(frames, undisturbed), (index, failures)
+
+
+@pytest.mark.parametrize("plan", NEUTRAL[-1:], ids=str)
+def test_an_error_at_any_allocation_of_a_small_plan_loses_nothing(plan: MemoryPlan) -> None:
+    wanted = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan)))
+    first, total = allocations(plan)
+    for index in range(first, total, total // 17):
+        with Failing(lambda count, index=index: count == index) as mode:
+            frames = upscale_frames(MODEL, clip(), OPTIONS, plan=plan, on_memory_error=lambda phase, plan, error: plan)
+            assert torch.equal(torch.stack(list(frames)), wanted), index
+        assert mode.raised == 1
+
+
+def rung_of(plan: MemoryPlan) -> int:
+    """How far down the ladder a plan is."""
+    return sum([plan.kv_in_ram, plan.decoder_frames == 1, plan.decoder_strip_pixels is not None, plan.tile is not None])
+
+
+@pytest.mark.parametrize("allocation", [0, 5, 12])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("rung", list(HELPS))
+def test_a_phase_goes_down_to_the_first_plan_that_fits(
+    rung: str, phase: str, allocation: int, undisturbed: Tensor
+) -> None:
+    if phase not in HELPS[rung]:
+        pytest.skip("this rung cannot help this phase")
+    needed = {
+        "KV cache in RAM": lambda plan: plan.kv_in_ram,
+        "decoder in smaller chunks": lambda plan: plan.decoder_frames == 1,
+        "decoder strips": lambda plan: plan.decoder_strip_pixels == 1 << 16,
+        "spatial tiles": lambda plan: plan.tile == 256,
+    }[rung]
+    # Only from the second process step on: then there are finished frames and full caches to lose.
+    card = Card(lambda running, plan: running != phase or card.done < 21 or needed(plan), allocation)
+    frames = card.run(clip())
+    helping = [name for name, phases in HELPS.items() if phase in phases]
+    expected = helping[: helping.index(rung) + 1]
+    if rung == "decoder strips":
+        expected.append(rung)
+    assert card.attempts == [(phase, name) for name in expected]
+    assert set(card.frames_at_failure) == {21}
+    assert frames.shape == undisturbed.shape
+    if rung == "spatial tiles":
+        assert torch.equal(frames[:21], undisturbed[:21])
+        assert TILE_DB < psnr(frames, undisturbed) < 120
+    else:
+        torch.testing.assert_close(frames, undisturbed, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_at_the_bottom_the_error_leaves_and_nothing_is_held(phase: str) -> None:
+    frames = clip()
+    before = {id(tensor) for tensor in live_tensors()}
+    card = Card(lambda running, plan: running != phase or card.done < 21)
+    with pytest.raises(torch.OutOfMemoryError, match="scripted"):
+        card.run(frames)
+    assert card.attempts[-1] == (phase, None) and len(card.attempts) >= 4
+    assert [tuple(tensor.shape) for tensor in live_tensors(before)] == []
