@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 OPTIONS = StreamOptions(scale=4.0)
-FRAMES, WIDTH, HEIGHT = 30, 96, 64
+FRAMES, WIDTH, HEIGHT = 25, 96, 64
 SIZE = (384, 256)
 PHASES = ("project", "transform", "decode")
 TILE_DB = 30.0
@@ -159,7 +159,7 @@ def test_an_error_at_any_allocation_loses_and_changes_nothing(undisturbed: Tenso
     """The callback frees something elsewhere and keeps the plan, as after unloading another model."""
     first, total = allocations(MemoryPlan())
     assert total > 1000
-    for index in range(first, total, total // 41):
+    for index in range(first, total, total // 29):
         failures: list[str] = []
 
         def again(phase: str, plan: MemoryPlan, error: Exception, failures: list[str] = failures) -> MemoryPlan:
@@ -176,7 +176,7 @@ def test_an_error_at_any_allocation_loses_and_changes_nothing(undisturbed: Tenso
 def test_an_error_at_any_allocation_of_a_small_plan_loses_nothing(plan: MemoryPlan) -> None:
     wanted = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan)))
     first, total = allocations(plan)
-    for index in range(first, total, total // 17):
+    for index in range(first, total, total // 11):
         with Failing(lambda count, index=index: count == index) as mode:
             frames = upscale_frames(MODEL, clip(), OPTIONS, plan=plan, on_memory_error=lambda phase, plan, error: plan)
             assert torch.equal(torch.stack(list(frames)), wanted), index
@@ -188,7 +188,7 @@ def rung_of(plan: MemoryPlan) -> int:
     return sum([plan.kv_in_ram, plan.decoder_frames == 1, plan.decoder_strip_pixels is not None, plan.tile is not None])
 
 
-@pytest.mark.parametrize("allocation", [0, 5, 12])
+@pytest.mark.parametrize("allocation", [0, 12])
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("rung", list(HELPS))
 def test_a_phase_goes_down_to_the_first_plan_that_fits(

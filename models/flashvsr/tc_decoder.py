@@ -230,9 +230,9 @@ class TCDecoder(nn.Module):
             resumed = False
             while memory.waiting:
                 self._advance(memory, strip_pixels)
-            decoded += memory.frames
+            decoded.append(torch.stack(memory.frames, 1))
             memory.frames = []
-        return torch.stack(decoded, 1), memory
+        return decoded[0] if time == 1 else torch.cat(decoded, 1), memory
 
     def _enter(self, latent: Tensor, condition: Tensor) -> Tensor:
         """One latent N,16,h,w and its four low-quality frames → N,C,h,w."""
