@@ -239,6 +239,12 @@ def _violations(
                 f"{exact_text(there)} still there: {receipt}",
                 "Remove what holds it, or press Free model and node cache, and queue again.",
             )
+        if receipt.verdict is Verdict.CANNOT_OFFLOAD and torch.device(receipt.device) != CPU:
+            yield (
+                f'{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} at the end of phase "{phase}"',
+                "a model that rests where it computes",
+                "Start ComfyUI without --gpu-only and --highvram.",
+            )
     for card in cards:
         if limits.resident is not None and card.resident > limits.resident:
             yield (

@@ -216,6 +216,9 @@ def limits() -> dict:
         "warned": json.loads(gate(1, budget_gb=0.0, on_violation="warn")[1])["violations"],
         "still_there": resident(),
     }
+    rests, taesd.patcher.offload_device = taesd.patcher.offload_device, CARD.device
+    seen["rests_there"] = error_of(gate, 1, model_1=taesd)
+    taesd.patcher.offload_device = rests
     registry = pack("patches.retention").registry()
     for policy in ("keep", "pin"):
         key = pack("patches.retention").Key("test", ())
@@ -305,6 +308,13 @@ def dying() -> dict:
         "notes": list(last.notes),
         "allocated": last.phase.after[0].allocated.bytes,
     }
+    EXECUTOR.forget()
+    taesd = tiny_taesd()
+    mm.load_models_gpu([taesd.patcher])
+    WITNESS.dies_after = 0
+    seen["budget"] = error_of(gate, 1, budget_gb=0.0)
+    WITNESS.dies_after = None
+    del taesd
     EXECUTOR.forget()
     return seen | {"then": EXECUTOR.run(workflow.seven_phases(FILES))["error"]}
 

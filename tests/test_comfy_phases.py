@@ -195,6 +195,11 @@ def test_a_peak_above_its_limit_is_told_with_its_phase(observed):
     assert f'phase "peaky"; got a peak of 9.33 MiB ({seen["size"]:,} B)' in seen["peak"]
 
 
+def test_a_model_that_rests_on_the_card_is_told_and_not_called_gone(observed):
+    message = scenario(observed, "limits")["rests_there"]
+    assert "Phase Gate: expected TAESD (9.33 MiB" in message and "rests where it computes" in message
+
+
 @pytest.mark.parametrize("policy", ["keep", "pin"])
 def test_a_gate_moves_a_model_that_is_kept_or_pinned_and_it_stays_kept(observed, policy):
     seen = scenario(observed, "limits")[policy]
@@ -228,7 +233,10 @@ def test_a_planted_leak_is_named_in_the_gate_s_receipt_and_error(observed, kind,
     assert seen["verdict"] == "STILL_HELD" and seen["unnamed"] == 0
     ((holder, size),) = seen["held"]
     assert holder.startswith(name) and size == seen["largest"] > 1 << 20
-    assert name in seen["error"] and f"{size:,} B" in seen["error"] and '"leak"' in seen["error"]
+    held, budget = seen["error"].splitlines()
+    assert name in held and f"{size:,} B" in held and '"leak"' in held
+    # The books are empty: only the device's own count shows what is left.
+    assert "at most 0.00 MiB" in budget and f"{size:,} B) by books: 2.00 MiB ({size:,} B) of other tensors" in budget
 
 
 def test_a_probe_that_dies_in_a_run_leaves_marked_reports_and_a_working_queue(observed):
@@ -238,6 +246,11 @@ def test_a_probe_that_dies_in_a_run_leaves_marked_reports_and_a_working_queue(ob
     assert seen["after"] == [{}] * len(PHASES) and set(seen["verdicts"]) == {"UNVERIFIABLE", "NOT_LOADED"}
     assert seen["allocated"] is None and any("GPU is lost" in note for note in seen["notes"])
     assert any("books alone" in note for note in seen["notes"])
+
+
+def test_with_a_dead_probe_a_budget_is_held_by_the_books(observed):
+    message = scenario(observed, "dying")["budget"]
+    assert "at most 0.00 MiB" in message and "by ComfyUI's books: TAESD 9.33 MiB (9,780,260 B)" in message
 
 
 def test_without_an_accelerator_a_gate_says_so_and_lets_pass(observed):
