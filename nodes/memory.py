@@ -165,12 +165,15 @@ def _known(value: Any) -> Any:
 
 
 def limits_of(budget_gb: list[float], needs_gb: list[float], peak_gb: list[float] | None) -> gate.Limits:
-    """Widgets in GiB as limits in bytes. They are lists because the gate takes lists; each has one value."""
-    resident, free, peak = budget_gb[0], needs_gb[0], (peak_gb or [NO_LIMIT])[0]
+    """Widgets in GiB as limits in bytes.
+
+    They are lists because the gate takes lists. One that another node computes is None while fingerprints are taken.
+    """
+    resident, free, peak = (values[0] if values else None for values in (budget_gb, needs_gb, peak_gb))
     return gate.Limits(
-        resident=gib(resident) if resident >= 0 else None,
-        peak=gib(peak) if peak >= 0 else None,
-        free=gib(free) if free > 0 else None,
+        resident=gib(resident) if resident is not None and resident >= 0 else None,
+        peak=gib(peak) if peak is not None and peak >= 0 else None,
+        free=gib(free) if free is not None and free > 0 else None,
     )
 
 

@@ -315,12 +315,12 @@ phases_card.take_small_models()
 FILES = phases_card.write_models(BASE)
 if not asyncio.run(nodes.load_custom_node(str(PACK))):
     raise SystemExit("the pack did not load")
-asyncio.run(
-    nodes.load_custom_node(os.path.join("comfy_extras", "nodes_model_advanced.py"), module_parent="comfy_extras")
-)
+for extra in ("nodes_model_advanced", "nodes_primitive"):
+    asyncio.run(nodes.load_custom_node(os.path.join("comfy_extras", f"{extra}.py"), module_parent="comfy_extras"))
 nodes.NODE_CLASS_MAPPINGS.update(
     {"Test_PutOnCard": PutOnCard, "Test_Keep": Keep, "Test_Lists": Lists, "Test_Sink": Sink}
 )
+DYNAMIC_READER = pack("memory.probe").current().dynamic
 CARD = phases_card.SimulatedCard(CAPACITY)
 CARD.install()
 WITNESS = Witness(CARD)

@@ -20,6 +20,7 @@ WANTED = sys.argv[3:]
 import phases_workflow as workflow  # noqa: E402
 from comfyui_phases_host import (  # noqa: E402
     CARD,
+    DYNAMIC_READER,
     EXECUTOR,
     FILES,
     FLASHVSR,
@@ -188,11 +189,18 @@ def semantics() -> dict:
         }
     )
     _, ended = RECORD.take()
+    # A limit that another node computes is unknown when the prompt begins.
+    number = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.5}}
+    wired = {"lists": {"class_type": "Test_Lists", "inputs": {"count": 1}}, "number": number}
+    wired["gate"] = workflow.gate("wired", ["lists", 0], budget_gb=["number", 0])
+    limits = [EXECUTOR.run(wired)["reports"]["gate"]["limits_bytes"] for _ in range(2)]
+    _, ended_when_wired = RECORD.take()
     leaf = {"lists": {"class_type": "Test_Lists", "inputs": {"count": 3}}, "gate": workflow.gate("leaf", ["lists", 0])}
     EXECUTOR.run(leaf)
     _, ended_as_leaf = RECORD.take()
     return seen | {
         "error": outcome["error"],
+        "wired": [limits, len(ended_when_wired)],
         "leaf": [phase["name"] for phase in ended_as_leaf],
         "through_lists": [image.mean().item() for image in Sink.seen],
         "gates_for_a_list": len(ended),
@@ -344,7 +352,7 @@ def on_the_cpu() -> dict:
 
 
 def schema() -> dict:
-    seen = {}
+    seen: dict = {"dynamic_reader": DYNAMIC_READER is pack("patches.residency")._dynamic_bytes}
     for name in ("PhaseGate", "MemoryReport"):
         kind = nodes.NODE_CLASS_MAPPINGS[f"SteadyVSR_{name}"]
         declared = kind.define_schema()

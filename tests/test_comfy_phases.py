@@ -65,6 +65,10 @@ def test_a_gate_takes_models_text_encoders_vaes_and_flashvsr_in_any_mixture(obse
     assert scenario(observed, "schema")["PhaseGate"]["model_types"] == "MODEL,CLIP,VAE,FLASHVSR"
 
 
+def test_loading_the_pack_lets_the_probe_see_dynamic_vram(observed):
+    assert scenario(observed, "schema")["dynamic_reader"] is True
+
+
 def test_the_card_holds_each_model_and_no_two(observed):
     capacity = scenario(observed, "phases")["capacity"]
     sizes = {}
@@ -169,6 +173,11 @@ def test_a_value_passes_as_the_same_object_and_a_list_as_a_whole(observed):
 
 def test_a_gate_whose_value_leads_nowhere_runs_all_the_same(observed):
     assert scenario(observed, "semantics")["leaf"] == ["leaf"]
+
+
+def test_a_limit_that_another_node_computes_holds_and_keeps_the_cache(observed):
+    limits, ran = scenario(observed, "semantics")["wired"]
+    assert [limit["resident"] for limit in limits] == [1 << 29, 1 << 29] and ran == 1
 
 
 def test_what_is_no_model_is_refused_by_name(observed):
