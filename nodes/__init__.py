@@ -6,6 +6,9 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from ..patches.residency import read_dynamic_vram
 from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
+from .guidance import GuidanceMemory, LeanSampling
+from .loaders import LoadCheckpoint, LoadCLIP, LoadDiffusionModel, LoadVAE
+from .lora import ApplyLoRA
 from .memory import MemoryReport, PhaseGate
 from .model_sets import register_model_folder
 from .panel import register_routes
@@ -21,4 +24,8 @@ class FlashVSRExtension(ComfyExtension):
         register_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadFlashVSR, Upscale, UpscaleVideo, PhaseGate, MemoryReport]
+        return [
+            LoadFlashVSR, Upscale, UpscaleVideo,
+            LoadDiffusionModel, LoadCLIP, LoadVAE, LoadCheckpoint, ApplyLoRA,
+            PhaseGate, MemoryReport, GuidanceMemory, LeanSampling,
+        ]  # fmt: skip

@@ -146,10 +146,10 @@ class Entry:
         self._weak = None if policy != EJECTABLE else _weak_reference(value)
 
     def intact(self) -> bool:
-        """Whether its networks still have weights with memory behind them."""
-        patchers = self.patchers
-        if not patchers:
+        """Whether it is alive, and its networks (a LoRA file has none) have weights with memory behind them."""
+        if self.value is None:
             return False
+        patchers = self.patchers
         first = [next(patcher.model.parameters(), None) for patcher in patchers]
         return all(weight is not None and weight.device.type != "meta" for weight in first)
 
@@ -189,6 +189,7 @@ class Registry:
         patchers_of: Callable[[Any], Sequence[Any]],
         name: str,
         before_load: Callable[[], None] = lambda: None,
+        size_of: Callable[[Any], int] | None = None,
     ) -> Any:
         """The model of that key: the one that is there, else a new one from `load()`.
 
@@ -201,6 +202,7 @@ class Registry:
             patchers_of: the ModelPatchers inside the value.
             name: for reports.
             before_load: called when files will be read, such as an admission check.
+            size_of: bytes of the value; None is the sum over its patchers.
 
         Returns:
             the owner's object: hand out a clone where its type has one.
@@ -225,7 +227,7 @@ class Registry:
                 self.keep_within_budget()
                 before_load()
                 value = load()
-                size = sum(patcher.model_size() for patcher in patchers_of(value))
+                size = size_of(value) if size_of else sum(patcher.model_size() for patcher in patchers_of(value))
                 entry = Entry(key, name, policy, size, patchers_of)
             else:
                 entry.hits += 1
@@ -249,6 +251,10 @@ class Registry:
     def owned(self, *policies: str) -> list[Entry]:
         """Entries that are kept (all of them, or those of these policies), least recently used first."""
         return [entry for entry in self.entries() if entry.policy in (policies or (KEPT, PINNED))]
+
+    def find(self, key: Key) -> Entry | None:
+        """The entry of that key, if its value is alive."""
+        return next((entry for entry in self.entries() if entry.key == key), None)
 
     def owner_of(self, patcher: Any) -> Entry | None:
         """The entry whose module a patcher patches: the same module, or a copy of it for another device."""

@@ -1,0 +1,186 @@
+"""Sampling in less memory: guidance without its doubled batch, and an allocator that is emptied between steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.v0_0_2 import io
+from torch import Tensor
+
+from ..memory import ledger, probe
+from . import node_status, receipts
+from .compat import supported, unique_id
+from .receipts import ReceiptCard
+
+log = logging.getLogger("steadyvsr.nodes")
+
+CATEGORY = "SteadyVSR/Memory"
+GUIDANCE, LEAN = "Guidance Memory (CFG)", "Lean Sampling"
+OFF, SEQUENTIAL, BATCHED = "off", "sequential", "batched"
+NEVER, PRESSURE, EVERY_STEP = "never", "pressure", "every step"
+GUIDANCE_KEY, LEAN_KEY = "steadyvsr_guidance", "steadyvsr_lean"
+PLAIN_CONDS = 2
+"""Positive and negative. Guiders of other kinds compute more, each in an order of its own."""
+
+
+class GuidanceMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_GuidanceMemory",
+            display_name=GUIDANCE,
+            category=CATEGORY,
+            description="Chooses how classifier-free guidance is computed. Positive and negative prompt in one batch "
+            "need about twice the activations of one of them.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
+                io.Combo.Input(
+                    "mode",
+                    options=[OFF, SEQUENTIAL, BATCHED],
+                    default=OFF,
+                    tooltip="off: the negative prompt is not computed: half the memory and half the time, but the cfg "
+                    "value and the negative prompt have no effect. Only for models that need no guidance. sequential: "
+                    "positive, then negative: half the memory, same result. batched: both at once, as ComfyUI does.",
+                ),
+            ],
+            outputs=[io.Model.Output("guided_model", display_name="MODEL", tooltip="The model with that guidance.")],
+            **supported(io.Schema, search_aliases=["cfg", "classifier-free guidance", "negative prompt"]),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, mode: str) -> io.NodeOutput:
+        return io.NodeOutput(with_guidance(model, mode))
+
+
+def with_guidance(model: Any, mode: str) -> Any:
+    """A clone of a MODEL patcher that computes guidance in that way; an earlier choice on it is replaced.
+
+    The wrapper stands around ComfyUI's own evaluation of the conditions, so functions of other nodes, before and after
+    the guidance and around the model, see what they always see.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    wrappers = {OFF: _positive_only, SEQUENTIAL: _one_after_another, BATCHED: None}
+    if mode not in wrappers:
+        raise ValueError(f"{GUIDANCE}: expected a mode of {', '.join(wrappers)}; got {mode!r}. Choose one of them.")
+    patched = model.clone()
+    patched.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, GUIDANCE_KEY)
+    wrapper = wrappers[mode]
+    if wrapper is not None:
+        patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, GUIDANCE_KEY, wrapper)
+    return patched
+
+
+def _one_after_another(
+    executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict
+) -> list[Tensor]:
+    """Each condition in a call of its own. A condition that is None gives zeros, as in ComfyUI."""
+    return [
+        torch.zeros_like(x) if cond is None else executor(model, [cond], x, timestep, model_options)[0]
+        for cond in conds
+    ]
+
+
+def _positive_only(
+    executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict
+) -> list[Tensor]:
+    """The positive condition alone, in the negative's place too: then guidance of any strength gives the positive."""
+    if len(conds) != PLAIN_CONDS:
+        log.warning("%s off: this guider computes %d conditions at once; nothing is left out.", GUIDANCE, len(conds))
+        return _one_after_another(executor, model, conds, x, timestep, model_options)
+    (positive,) = executor(model, conds[:1], x, timestep, model_options)
+    return [positive, torch.zeros_like(x) if conds[1] is None else positive]
+
+
+class LeanSampling(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_LeanSampling",
+            display_name=LEAN,
+            category=CATEGORY,
+            description="Gives unused memory of torch's allocator back to the driver between sampler steps. What it "
+            "cost in seconds stands on this node, in the memory panel and in the log when sampling is over.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
+                io.Combo.Input(
+                    "clean",
+                    options=[NEVER, PRESSURE, EVERY_STEP],
+                    default=PRESSURE,
+                    tooltip="never: measure nothing, clean nothing. pressure: after a step at which the card is fuller "
+                    "than the warning level (a setting, 80 % by default). every step: always; the slowest.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Model.Output("lean_model", display_name="MODEL", tooltip="The model that cleans up.")],
+            **supported(io.Schema, search_aliases=["empty cache", "vram", "clean"]),
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clean: str) -> io.NodeOutput:
+        if clean not in (NEVER, PRESSURE, EVERY_STEP):
+            raise ValueError(f"{LEAN}: expected never, pressure or every step; got {clean!r}. Choose one of them.")
+        patched = model.clone()
+        patched.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, LEAN_KEY)
+        if clean != NEVER:
+            patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, LEAN_KEY, Cleaning(clean, unique_id(cls)))
+        return io.NodeOutput(patched)
+
+
+class Cleaning:
+    """Stands around the sampler: cleans after its steps and says at the end what that cost.
+
+    Args:
+        when: pressure | every step.
+        node_id: of the node that shows the result.
+    """
+
+    def __init__(self, when: str, node_id: str | None) -> None:
+        self.when, self.node_id = when, node_id
+
+    def __call__(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Any:
+        steps = cleanings = 0
+        seconds = 0.0
+        device = guider.model_patcher.load_device
+
+        def after_step(step: int, denoised: Tensor, x: Tensor, total_steps: int) -> None:
+            nonlocal steps, cleanings, seconds
+            if callback is not None:
+                callback(step, denoised, x, total_steps)
+            steps += 1
+            started = time.perf_counter()
+            if self.when == EVERY_STEP or under_pressure(device):
+                mm.soft_empty_cache()
+                cleanings += 1
+            seconds += time.perf_counter() - started
+
+        try:
+            return executor(guider, sigmas, extra_args, after_step, noise, latent_image, denoise_mask, disable_pbar)
+        finally:
+            line = f"{cleanings} cleanings in {steps} steps, {seconds:.2f} s in all ({self.when})"
+            log.info("%s: %s", LEAN, line)
+            receipts.give(ReceiptCard(LEAN, line, "DONE"))
+            node_status.send(self.node_id, receipt={"line": line, "verdict": "DONE"})
+
+
+def under_pressure(device: torch.device) -> bool:
+    """Whether a device is fuller than the warning level, by measurement; False where that cannot be read."""
+    reading = probe.attempt(probe.current(), device)
+    return ledger.current().levels.of(reading) in ("warn", "critical")
