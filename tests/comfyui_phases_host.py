@@ -295,10 +295,11 @@ def texts_of(value) -> Iterator[str]:
 
 
 def gate_models(node: str) -> list:
-    """What a node of the last prompt gave, from ComfyUI's cache."""
+    """The models that a node of the last prompt gave, from ComfyUI's cache."""
     cache = EXECUTOR.executor.caches.outputs
     found = cache.get(node) if not hasattr(cache, "get_local") else cache.get_local(node)
-    return [value for slot in getattr(found, "outputs", found) for value in slot]
+    values = [value for slot in getattr(found, "outputs", found) for value in slot]
+    return [value for value in values if hasattr(value, "model_size")]
 
 
 def allocated() -> int | None:

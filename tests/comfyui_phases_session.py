@@ -19,6 +19,7 @@ WANTED = sys.argv[3:]
 
 import phases_workflow as workflow  # noqa: E402
 from comfyui_phases_host import (  # noqa: E402
+    BASE,
     CARD,
     DYNAMIC_READER,
     EXECUTOR,
@@ -43,7 +44,8 @@ from comfyui_phases_host import (  # noqa: E402
     texts_of,
     tiny_taesd,
     torch,
-)  # fmt: skip
+)
+from safetensors.torch import load_file  # noqa: E402
 
 
 def phases() -> dict:
@@ -113,7 +115,7 @@ def reports() -> dict:
         books = {size for phase in ended for side in ("before", "after") for size in phase[side].values()}
         books |= {item.model.model_size() for item in mm.current_loaded_models if item.model is not None}
         limits = {int(0.001 * GIB), int(0.004 * GIB), 0}
-        read = answers | books | limits
+        read = answers | books | limits | read_by_loaders()
         parameters = {
             size for phase in ended for receipt in phase["ended"].receipts for size in receipt.parameters.values()
         }
@@ -137,6 +139,16 @@ def reports() -> dict:
         )
         del ended, loads
     return {"runs": seen}
+
+
+def read_by_loaders() -> set[int]:
+    """What the loaders' reports are made of, counted here: sizes of files, tensors of the LoRA, uses of an entry."""
+    files = {path.stat().st_size for path in (BASE / "models").rglob("*.safetensors")}
+    lora = load_file(BASE / "models" / "loras" / FILES["lora"])
+    counts = {
+        number for entry in pack("patches.retention").registry().entries() for number in (entry.loads, entry.hits)
+    }
+    return files | counts | {sum(tensor.nbytes for tensor in lora.values()), len(lora) // 2}
 
 
 def caching() -> dict:

@@ -32,17 +32,17 @@ def seven_phases(files: dict[str, str], seed: int = 1, **limits: float) -> dict[
     """
     return {
         "unet": {
-            "class_type": "UNETLoader",
+            "class_type": "SteadyVSR_LoadDiffusionModel",
             "inputs": {"unet_name": files["diffusion_model"], "weight_dtype": "default"},
         },
-        "clip": {"class_type": "CLIPLoader", "inputs": {"clip_name": files["clip"], "type": "wan"}},
-        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": files["vae"]}},
+        "clip": {"class_type": "SteadyVSR_LoadCLIP", "inputs": {"clip_name1": files["clip"], "type": "wan"}},
+        "vae": {"class_type": "SteadyVSR_LoadVAE", "inputs": {"vae_name": files["vae"]}},
         "unet on card": put_on_card(["unet", 0]),
         "gate load": gate(
             "load", ["unet on card", 0], model_1=["unet on card", 0], model_2=["clip", 0], model_3=["vae", 0], **limits
         ),
         "lora": {
-            "class_type": "LoraLoaderModelOnly",
+            "class_type": "SteadyVSR_ApplyLoRA",
             "inputs": {"model": ["gate load", 0], "lora_name": files["lora"], "strength_model": 1.0},
         },
         "lora on card": put_on_card(["lora", 0]),

@@ -54,10 +54,10 @@ Card(0).install()
 NODE_CLASS_MAPPINGS = {{}}
 """
 FILES = {
-    "UNETLoader": {"unet_name": "tiny_wan.safetensors"},
-    "LoraLoaderModelOnly": {"lora_name": "tiny_lora.safetensors"},
-    "CLIPLoader": {"clip_name": "tiny_umt5.safetensors"},
-    "VAELoader": {"vae_name": "tiny_wan_vae.safetensors"},
+    "SteadyVSR_LoadDiffusionModel": {"unet_name": "tiny_wan.safetensors"},
+    "SteadyVSR_ApplyLoRA": {"lora_name": "tiny_lora.safetensors"},
+    "SteadyVSR_LoadCLIP": {"clip_name1": "tiny_umt5.safetensors"},
+    "SteadyVSR_LoadVAE": {"vae_name": "tiny_wan_vae.safetensors"},
     "ImageFromBatch": {"length": 5},
     "ImageScale": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
