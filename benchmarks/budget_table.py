@@ -23,7 +23,8 @@ from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.budget import History
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
-from steadyvsr.models.flashvsr.footprint import activation_bytes
+from steadyvsr.models.flashvsr.footprint import OWN_WAN, activation_bytes
+from steadyvsr.models.flashvsr.ladder import MemoryPlan
 from steadyvsr.models.flashvsr.lq_projection import CausalLQ4xProjection
 from steadyvsr.models.flashvsr.tc_decoder import TCDecoder
 from steadyvsr.models.wan_vae import WanVAE
@@ -35,10 +36,17 @@ NANO = FlashVSRConfig(
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KV_RATIOS = (2.0, 3.0, 4.0)
-ON_CPU = [((256, 256), None), ((300, 200), None), ((384, 256), None), ((512, 256), None),
-          ((384, 256), 256), ((512, 384), 256)]  # fmt: skip
-BY_SHAPES = [((768, 1280), None, False), ((1920, 1080), None, False), ((640, 360), None, False),
-             ((640, 360), 384, False), ((768, 1280), None, True)]  # fmt: skip
+AS_IT_IS, TILES_OF_256, TILES_OF_384 = MemoryPlan(), MemoryPlan(tile=256), MemoryPlan(tile=384)
+KV_IN_RAM = MemoryPlan(kv_in_ram=True)
+CHUNKS = MemoryPlan(kv_in_ram=True, decoder_frames=1)
+STRIPS = MemoryPlan(kv_in_ram=True, decoder_frames=1, decoder_strip_pixels=1 << 18)
+BOTTOM = MemoryPlan(kv_in_ram=True, decoder_frames=1, decoder_strip_pixels=1 << 16, tile=384)
+ON_CPU = [((256, 256), AS_IT_IS), ((300, 200), AS_IT_IS), ((384, 256), AS_IT_IS), ((512, 256), AS_IT_IS),
+          ((384, 256), TILES_OF_256), ((512, 384), TILES_OF_256), ((384, 256), CHUNKS)]  # fmt: skip
+BY_SHAPES = [((768, 1280), AS_IT_IS, False), ((1920, 1080), AS_IT_IS, False), ((640, 360), AS_IT_IS, False),
+             ((640, 360), TILES_OF_384, False), ((768, 1280), AS_IT_IS, True), ((1920, 1080), KV_IN_RAM, False),
+             ((1920, 1080), CHUNKS, False), ((1920, 1080), STRIPS, False), ((1920, 1080), BOTTOM, False),
+             ((3840, 2160), STRIPS, False), ((768, 1280), CHUNKS, True)]  # fmt: skip
 
 
 def clip_of(size: tuple[int, int], scale: float) -> list[torch.Tensor]:
@@ -56,15 +64,15 @@ def on_cpu(history: History) -> None:
         model = tiny_model(config=NANO, dtype=dtype)
         # The attention's self-check runs once for each dtype.
         run(model, clip_of((128, 128), 1.0), StreamOptions(scale=1.0), dtype=dtype)
-        for size, tile in ON_CPU:
+        for size, plan in ON_CPU:
             for kv_ratio in KV_RATIOS:
-                clip, options = clip_of(size, 2.0), StreamOptions(scale=2.0, kv_ratio=kv_ratio, tile=tile)
+                clip, options = clip_of(size, 2.0), StreamOptions(scale=2.0, kv_ratio=kv_ratio)
                 with StorageTracker(exclude=[*parameters(model), *clip]) as tracker:
-                    run(model, clip, options, dtype=dtype)
+                    run(model, clip, options, dtype=dtype, plan=plan)
                 predicted = activation_bytes(
-                    NANO, size, kv_ratio, dtype.itemsize, model.prompt.shape[1], on_cpu=True, tile=tile
+                    NANO, size, kv_ratio, dtype.itemsize, model.prompt.shape[1], on_cpu=True, plan=plan
                 )
-                label = f"nano {size[0]}×{size[1]} {name} kv {kv_ratio:g} tc tile {tile}"
+                label = f"nano {size[0]}×{size[1]} {name} kv {kv_ratio:g} tc, {plan}"
                 history.add(label, predicted, tracker.peak, "tracker")
 
 
@@ -83,14 +91,14 @@ def by_shapes(history: History) -> None:
             network.requires_grad_(False).to(dtype)
         model = FlashVSR(*networks, prompt, "v1.1", "flashvsr")
         weights = [*parameters(model), *vae.parameters()]
-        for size, tile, wan in BY_SHAPES:
+        for size, plan, wan in BY_SHAPES:
             for kv_ratio in KV_RATIOS:
-                clip, options = clip_of(size, 4.0), StreamOptions(kv_ratio=kv_ratio, tile=tile)
+                clip, options = clip_of(size, 4.0), StreamOptions(kv_ratio=kv_ratio)
                 with ShapeTracker(weights) as tracker:
-                    run(model, clip, options, device="meta", dtype=dtype, vae=vae if wan else None)
-                predicted = activation_bytes(config, size, kv_ratio, dtype.itemsize, tile=tile, wan_decoder=wan)
-                decoder = "wan" if wan else "tc"
-                label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {decoder} tile {tile}"
+                    run(model, clip, options, device="meta", dtype=dtype, vae=vae if wan else None, plan=plan)
+                costs, decoder = (OWN_WAN, "wan") if wan else (None, "tc")
+                predicted = activation_bytes(config, size, kv_ratio, dtype.itemsize, plan=plan, wan_decoder=costs)
+                label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {decoder}, {plan}"
                 history.add(label, predicted, tracker.peak, "shapes")
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+LARGE = 1 << 14
+
 
 class ShapeTracker(TorchDispatchMode):
-    """Peak bytes of live meta storages; a meta tensor that is brought to the CPU becomes zeros there.
+    """Peak bytes of live meta storages; a meta tensor that is brought to the CPU has no values there.
 
     Args:
         exclude: tensors (weights, say) whose storages never count.
@@ -34,8 +36,10 @@ class ShapeTracker(TorchDispatchMode):
         if on_meta and func is torch.ops.aten._local_scalar_dense.default:
             return 0.5
         if on_meta and func is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu":
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu" and args[1].device.type == "meta":
+            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        # Caches in RAM are only mapped, never written: at full size they would not fit here.
+        large = func is torch.ops.aten.copy_.default and args[0].numel() >= LARGE
+        if large and args[0].device.type == "cpu":
             return args[0]
         result = func(*args, **kwargs)
         for tensor in tree_iter(result):

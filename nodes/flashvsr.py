@@ -16,6 +16,7 @@ from ..patches.residency import patchers_of
 from ..patches.retention import EJECTABLE, POLICIES, Key, registry
 from . import model_sets
 from .compat import supported, unique_id
+from .ladder import CLEAN, Limits
 from .loaded import PRECISIONS, LoadedFlashVSR, device_choices, load
 from .run import Run, checked_frames, upscale_video
 from .wan_vae import StreamingWanVAE
@@ -124,15 +125,20 @@ class LoadFlashVSR(io.ComfyNode):
         return io.NodeOutput(model if model.attention == attention else replace(model, attention=attention))
 
 
-def keep_loaded_input() -> io.Input:
+KEEP_TOOLTIP = (
+    "Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. keep: it stays "
+    "in RAM and is not read again; it makes room on the card when another model needs it. pin: it stays on the card "
+    "too, even if another model then does not fit."
+)
+
+
+def keep_loaded_input(tooltip: str = KEEP_TOOLTIP) -> io.Input:
     return io.Combo.Input(
         "keep_loaded",
         options=list(POLICIES),
         default=EJECTABLE,
         optional=True,
-        tooltip="Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. "
-        "keep: it stays in RAM and is not read again; it makes room on the card when another model needs it. pin: it "
-        "stays on the card too, even if another model then does not fit.",
+        tooltip=tooltip,
     )
 
 
@@ -198,6 +204,44 @@ def stream_inputs() -> list[io.Input]:
             tooltip="tc: the small decoder that comes with the model. vae: the Wan 2.1 VAE connected to vae; slower.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="A Wan 2.1 VAE; read only with decoder vae."),
+        io.Float.Input(
+            "budget_gb",
+            default=0.0,
+            min=0.0,
+            max=1024.0,
+            step=0.5,
+            optional=True,
+            tooltip="GiB that the run may take on the device, its weights included: the first plan predicted to fit is "
+            "taken, tiles last. 0: what is free. Too little for every plan is an error before the run.",
+            **advanced,
+        ),
+        io.Int.Input(
+            "tile",
+            default=0,
+            min=0,
+            max=4096,
+            step=128,
+            optional=True,
+            tooltip="Side of spatial tiles in output pixels, at least 256. 0: whole frames; tiles only as the last "
+            "resort where memory runs out. Tiles need less memory and show at their borders.",
+            **advanced,
+        ),
+        io.Combo.Input(
+            "clean",
+            options=list(CLEAN),
+            default=CLEAN[0],
+            optional=True,
+            tooltip="When memory that torch keeps for reuse is given back, between two steps of 8 frames. pressure: "
+            "only on a card that is nearly full; never; every step: slower, for a card shared with other programs.",
+            **advanced,
+        ),
+        io.Boolean.Input(
+            "log_steps",
+            default=False,
+            optional=True,
+            tooltip="One line about memory in the log for each step of 8 frames. The report always holds the summary.",
+            **advanced,
+        ),
     ]
 
 
@@ -217,6 +261,7 @@ def prepared_run(
     colour: str,
     decoder: str,
     vae: object,
+    limits: Limits,
 ) -> Run:
     """The run that the shared inputs describe.
 
@@ -233,10 +278,10 @@ def prepared_run(
         attention=flashvsr.attention,
     )
     if decoder == "tc":
-        return Run(node, flashvsr, options, None, node_id)
+        return Run(node, flashvsr, options, None, node_id, limits)
     if vae is None:
         raise ValueError(f"{node}: expected a Wan 2.1 VAE on vae for the decoder vae; got none. Connect Load VAE.")
-    return Run(node, flashvsr, options, StreamingWanVAE(vae, node), node_id)
+    return Run(node, flashvsr, options, StreamingWanVAE(vae, node), node_id, limits)
 
 
 class Upscale(io.ComfyNode):
@@ -274,6 +319,10 @@ class Upscale(io.ComfyNode):
         colour: str,
         decoder: str,
         vae: object = None,
+        budget_gb: float = 0.0,
+        tile: int = 0,
+        clean: str = CLEAN[0],
+        log_steps: bool = False,
     ) -> io.NodeOutput:
         count, height, width, channels = image.shape
         if count == 0:
@@ -282,8 +331,9 @@ class Upscale(io.ComfyNode):
             raise ValueError(f"{UPSCALE}: expected 1, 3 or 4 channels; got {channels}. Convert the image to RGB.")
         node_id = unique_id(cls)
         run = prepared_run(
-            UPSCALE, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae
-        )
+            UPSCALE, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
+            Limits(budget_gb, tile, clean, log_steps),
+        )  # fmt: skip
         if channels == 4:
             run.note("The alpha channel was dropped.")
         elif channels == 1:
@@ -334,11 +384,16 @@ class UpscaleVideo(io.ComfyNode):
         colour: str,
         decoder: str,
         vae: object = None,
+        budget_gb: float = 0.0,
+        tile: int = 0,
+        clean: str = CLEAN[0],
+        log_steps: bool = False,
     ) -> io.NodeOutput:
         node_id = unique_id(cls)
         run = prepared_run(
-            UPSCALE_VIDEO, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae
-        )
+            UPSCALE_VIDEO, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
+            Limits(budget_gb, tile, clean, log_steps),
+        )  # fmt: skip
         path = upscale_video(run, video)
         report = run.report()
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), report, ui=ui.PreviewText(report))

@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-import comfy.model_management as mm
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import Input, InputImpl
 from torch import Tensor
 
 from ..models.flashvsr import StreamOptions, output_size, upscale_frames
-from ..models.flashvsr.footprint import activation_bytes, wan_decoder_bytes
 from ..models.video import Clip, ClipWriter, Waveform, open_clip
 from .compat import trim_window
+from .ladder import Limits, RunMemory, memory_errors
 from .loaded import LoadedFlashVSR
 from .progress import RunProgress
 from .wan_vae import StreamingWanVAE
@@ -37,6 +36,7 @@ class Run:
         options: of the engine.
         vae: replaces the model's own decoder; None keeps it.
         node_id: of the node in the graph, for the progress bar.
+        limits: what it may do with memory.
     """
 
     node: str
@@ -44,6 +44,7 @@ class Run:
     options: StreamOptions
     vae: StreamingWanVAE | None
     node_id: str | None
+    limits: Limits = Limits()
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
@@ -71,37 +72,36 @@ class Run:
             count: how many there are, as far as is known; for the progress bar.
         """
         model, size = self.flashvsr, self.output_size(width, height)
-        required = activation_bytes(
-            model.config,
-            size,
-            self.options.kv_ratio,
-            model.dtype.itemsize,
-            prompt_tokens=model.prompt.shape[1],
-            on_cpu=model.device.type == "cpu",
-        )
         patchers = model.patchers(decoder=self.vae is None)
         if self.vae is not None:
             patchers.append(self.vae.patcher)
-            required += wan_decoder_bytes(size, self.vae.dtype.itemsize)
-        mm.load_models_gpu(patchers, memory_required=required)
+        memory = RunMemory(self.node, model, patchers, self.vae, size, self.options.kv_ratio, self.limits)
         progress = RunProgress(count, self.node_id)
-        measured = _DevicePeak(model.device)
-        started = time.perf_counter()
-        stream = upscale_frames(
-            model.networks(),
-            frames,
-            self.options,
-            vae=self.vae,
-            device=model.device,
-            dtype=model.dtype,
-            on_step=progress,
-        )
-        with closing(stream):
-            for frame in stream:
-                progress.frame(frame)
-                yield frame
-        progress.finish()
-        seconds = time.perf_counter() - started
+
+        def step(phase: str, done: int, total: int | None) -> None:
+            progress(phase, done, total)
+            memory.on_step(phase, done, total)
+
+        with memory.running():
+            started = time.perf_counter()
+            stream = upscale_frames(
+                model.networks(),
+                frames,
+                self.options,
+                vae=self.vae,
+                device=model.device,
+                dtype=model.dtype,
+                on_step=step,
+                plan=memory.plan,
+                memory_errors=memory_errors(),
+                on_memory_error=memory.on_memory_error,
+            )
+            with closing(stream):
+                for frame in stream:
+                    progress.frame(frame)
+                    yield frame
+            progress.finish()
+            seconds = time.perf_counter() - started
         self._report |= {
             "node": self.node,
             "model": model.name,
@@ -117,26 +117,11 @@ class Run:
             "seconds": round(seconds, 3),
             "frames_per_second": round(progress.frames / seconds, 3),
             "weights_loaded_bytes": sum(patcher.loaded_size() for patcher in patchers),
-            "activations_estimated_bytes": required,
-            **measured.peak(),
+            "memory": memory.report(),
         }
 
     def report(self) -> str:
         return json.dumps(self._report, indent=2, ensure_ascii=False)
-
-
-class _DevicePeak:
-    """The most that torch's allocator held in tensors on one device; nothing where no allocator counts."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        if self._device is not None:
-            torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak(self) -> dict[str, int]:
-        if self._device is None:
-            return {}
-        return {"peak_allocated_bytes": torch.cuda.max_memory_allocated(self._device)}
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.latent_formats
 import comfy.ldm.wan.vae
 import torch
 from torch import Tensor
+
+from ..models.flashvsr.footprint import COMFYUI_WAN, WanCosts
 
 LATENT_CHANNELS = 16
 
@@ -66,6 +70,10 @@ class StreamingWanVAE:
             # Newer versions return the decoded pieces as a list.
             frames += decoded if isinstance(decoded, list) else [decoded]
         return torch.cat(frames, 2).to(latents.device), cache
+
+    def costs(self) -> WanCosts:
+        """What it needs beside its weights."""
+        return replace(COMFYUI_WAN, itemsize=self.dtype.itemsize)
 
     def copy_cache(self, cache: list, device: torch.device | None = None) -> list:
         """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""

@@ -293,7 +293,7 @@ def growth() -> dict:
         peaks[str(count)] = {
             "peak": tracker.peak,
             "output": result.numel() * result.element_size(),
-            "estimate": report["activations_estimated_bytes"],
+            "estimate": report["memory"]["predicted"]["activations_bytes"],
         }
     return peaks
 

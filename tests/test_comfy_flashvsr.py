@@ -29,13 +29,21 @@ pytestmark = pytest.mark.comfy
 
 SESSION_SECONDS = 300
 NODES = [
+    "SteadyVSR_ApplyLoRA",
+    "SteadyVSR_GuidanceMemory",
+    "SteadyVSR_LeanSampling",
+    "SteadyVSR_LoadCLIP",
+    "SteadyVSR_LoadCheckpoint",
+    "SteadyVSR_LoadDiffusionModel",
     "SteadyVSR_LoadFlashVSR",
+    "SteadyVSR_LoadVAE",
     "SteadyVSR_MemoryReport",
     "SteadyVSR_PhaseGate",
     "SteadyVSR_Upscale",
     "SteadyVSR_UpscaleVideo",
 ]
 AAC_FRAME_SAMPLES = 1024
+OPTIONAL = {"vae", "download", "keep_loaded", "budget_gb", "tile", "clean", "log_steps"}
 
 
 SESSIONS: dict[Path, dict] = {}
@@ -74,7 +82,7 @@ def test_schema_ids_are_the_parameters_of_execute_and_each_has_a_tooltip(observe
     assert schema["inputs"] == schema["parameters"]
     assert schema["without_tooltip"] == []
     assert schema["category"].startswith("SteadyVSR/")
-    assert set(schema["info"]) == set(schema["inputs"]) - {"vae", "download", "keep_loaded"}
+    assert set(schema["info"]) == set(schema["inputs"]) - OPTIONAL
 
 
 def test_registering_the_model_folder_twice_leaves_one_entry(observed):

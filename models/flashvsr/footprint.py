@@ -8,10 +8,14 @@ kernels, and what an allocator keeps beyond live tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..tiling import grid_tiles
 from .config import LATENT_STRIDE, FlashVSRConfig
+from .ladder import MemoryPlan
 from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
 from .tc_decoder import CPU_STRIP_PIXELS, STRIP_PIXELS
+from .tiles import TILE_OVERLAP_PIXELS
 from .transformer import FEED_FORWARD_TOKENS
 from .windows import BLOCK_TOKENS
 
@@ -23,8 +27,11 @@ LATENT_FRAMES = 4
 CONDITION_CHANNELS = 768
 TOKEN_PIXELS = 256
 
-ATTENTION_TENSORS = 12
-"""Token tensors alive at the worst moment of self-attention, among them the fp32 copies of rotary and RMS norm."""
+ATTENTION_TENSORS = {2: 10.2, 4: 7.2}
+"""Token tensors alive at the worst moment of self-attention, with the fp32 copies of rotary and RMS norm: by bytes
+of a number."""
+CPU_ATTENTION_TENSORS = 12
+"""The same with the work space of the gathered attention."""
 JOINED_ATTENTION_TENSORS = 8
 """The same where cached keys and values were joined to the new ones, which are counted apart."""
 FEED_FORWARD_TENSORS = 5
@@ -36,19 +43,33 @@ NORM_TENSORS = 3
 """A convolution's result while it is normalised."""
 ENTRY_TENSORS = 3
 """Condition maps at latent resolution at the entrance of the decoder."""
-HALF_STAGE_TENSORS = 7
-"""Maps at half resolution inside a memory block of the decoder's last working stage."""
+BLOCK_TENSORS = 5
+"""Maps inside a memory block of the decoder, beside those that it remembers."""
 LAST_STAGE_TENSORS = 2
-"""Maps at full resolution, of one strip, and at half resolution, of the frame, at the decoder's end."""
+"""Maps at full resolution, of one strip, at the decoder's end."""
+@dataclass(frozen=True)
+class WanCosts:
+    """What a streamed Wan 2.1 decoder of full width (dim 96) needs, in elements per output pixel.
 
-TILE_OVERLAP_PIXELS = 128
-"""As in `stream`."""
-WAN_STATE_ELEMENTS_PER_PIXEL, WAN_WORK_ELEMENTS_PER_PIXEL = 2364, 1360
-"""Feature cache and activations of this project's own streamed Wan 2.1 decoder (dim 96), in elements per output pixel:
-counted from shapes (benchmarks/budget_table.py), the same at every size."""
-WAN_DECODER_ELEMENTS_PER_PIXEL = 5650
-"""Feature cache (2,364) and activations of ComfyUI's Wan 2.1 decoder (dim 96), one latent at a time, in elements per
-output pixel; counted with the same tracker, the same at every size."""
+    Counted from shapes with the tracker of benchmarks/budget_table.py; the same at every size.
+
+    Attributes:
+        state: its feature cache.
+        work: activations beside it.
+        resting_work: activations and cache at work where the cache rests in RAM.
+        itemsize: bytes of one number; None: those of the compute dtype.
+    """
+
+    state: int
+    work: int
+    resting_work: int
+    itemsize: int | None = None
+
+
+OWN_WAN = WanCosts(state=2364, work=1360, resting_work=2760)
+"""`models.wan_vae` in a run that nothing takes up again after an error."""
+COMFYUI_WAN = WanCosts(state=2364, work=3286 + 2364, resting_work=5650)
+"""ComfyUI's own layers in a run that can be taken up again, which keeps the old cache until the new one is complete."""
 
 
 def activation_bytes(
@@ -58,8 +79,8 @@ def activation_bytes(
     itemsize: int,
     prompt_tokens: int = 512,
     on_cpu: bool = False,
-    tile: int | None = None,
-    wan_decoder: bool = False,
+    plan: MemoryPlan = MemoryPlan(),  # noqa: B008  frozen, so one shared default is safe
+    wan_decoder: WanCosts | None = None,
 ) -> int:
     """Peak bytes of activations and state of a run.
 
@@ -70,40 +91,40 @@ def activation_bytes(
         itemsize: bytes of one number of the compute dtype.
         prompt_tokens: length of the prompt context.
         on_cpu: whether it runs on the CPU, where convolutions take other forms, decoder strips are smaller, the caches
-            of resting tiles lie in the same memory, and so does the output.
-        tile: side of spatial transformer tiles, see `StreamOptions`.
-        wan_decoder: decoding with `models.wan_vae` (dim 96) in place of the TC decoder.
+            that rest in RAM lie in the same memory, and so does the output.
+        plan: what lies in RAM, strips and tiles.
+        wan_decoder: of the Wan decoder that takes the place of the TC decoder.
     """
     padded = width, height = padded_size(*size)
     pixels, cached = width * height, int(kv_ratio) * STEP_LATENTS
-    tiles = _tile_sizes(padded, tile)
+    tiles = _tile_sizes(padded, plan.tile)
     largest = max(tiles, key=lambda side: side[0] * side[1])
     tiled = [columns * rows for columns, rows in tiles]
-    # Without tiles the caches stay where they are used.
-    own = tiled if on_cpu or len(tiled) == 1 else []
+    own = [] if (plan.kv_in_ram or len(tiled) > 1) and not on_cpu else tiled
     state = sum(lq_state_bytes(config, part, itemsize) for part in tiled)
     state += sum(cache_bytes(config, part, kv_ratio, itemsize) for part in own)
     state += prompt_tokens * config.dim * itemsize
-    decoder = decoder_state_bytes(config, pixels, itemsize)
-    decode = _decode_bytes(config, pixels, itemsize, on_cpu)
-    if wan_decoder:
-        decoder = WAN_STATE_ELEMENTS_PER_PIXEL * pixels * itemsize
-        decode = WAN_WORK_ELEMENTS_PER_PIXEL * pixels * itemsize
+    resting = plan.decoder_frames == 1 and not on_cpu
+    decoder = decoder_state_bytes(config, 0 if resting else pixels, itemsize)
+    decode = _decode_bytes(config, pixels, itemsize, on_cpu, plan)
+    if wan_decoder is not None:
+        of_wan = pixels * (wan_decoder.itemsize or itemsize)
+        decoder = 0 if resting else wan_decoder.state * of_wan
+        decode = (wan_decoder.resting_work if resting else wan_decoder.work) * of_wan
     # The tokens of a step wait for the tile whose turn it is.
-    waiting = config.lq_layers * (sum(tiled) - max(tiled)) // TOKEN_PIXELS * config.dim * itemsize
+    waiting = _lq_tokens_bytes(config, sum(tiled) - max(tiled), itemsize)
+    projecting = _project_bytes(config, size, largest, itemsize, on_cpu)
     # Before the first frame the decoder remembers nothing, but that step is three times as long.
-    first = _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize)
-    transform = _transform_bytes(config, max(tiled), pixels, STEP_LATENTS, cached, itemsize)
-    if on_cpu:
-        transform += _gather_bytes(config, max(tiled), cached, itemsize)
-    later = max(
-        _project_bytes(config, size, largest, itemsize, on_cpu) + STEP_LATENTS * waiting,
-        transform + STEP_LATENTS * waiting,
-        decode,
+    first = max(
+        _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize, on_cpu)
+        + FIRST_STEP_LATENTS * waiting,
+        projecting + (FIRST_STEP_LATENTS - STEP_LATENTS) * _lq_tokens_bytes(config, sum(tiled), itemsize),
     )
+    transform = _transform_bytes(config, max(tiled), pixels, STEP_LATENTS, cached, itemsize, on_cpu)
+    later = max(projecting + STEP_LATENTS * waiting, transform + STEP_LATENTS * waiting, decode)
     # The newest output frame is the caller's; on the CPU it lies in the same memory.
     output = 3 * size[0] * size[1] * FP32_BYTES if on_cpu else 0
-    return state + max(first + FIRST_STEP_LATENTS * waiting, decoder + later) + output
+    return state + max(first, decoder + later) + output
 
 
 def _tile_sizes(padded: tuple[int, int], tile: int | None) -> list[tuple[int, int]]:
@@ -127,6 +148,11 @@ def lq_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
     return 2 * (pixels // TOKEN_PIXELS) * (CONDITION_CHANNELS + config.lq_hidden[0]) * itemsize
 
 
+def _lq_tokens_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
+    """Tokens of the LQ projection for one latent frame."""
+    return config.lq_layers * (pixels // TOKEN_PIXELS) * config.dim * itemsize
+
+
 def state_bytes(
     config: FlashVSRConfig, padded: tuple[int, int], kv_ratio: float, itemsize: int, prompt_tokens: int = 512
 ) -> int:
@@ -142,12 +168,6 @@ def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> i
     maps = 3 * (c0 * pixels // 64 + c1 * pixels // 16 + c2 * pixels // 4)
     kernels = 16 * (c0 * c1 + 2 * c1 * c2 + 2 * c2 * c3)
     return (maps + kernels) * itemsize
-
-
-def wan_decoder_bytes(size: tuple[int, int], itemsize: int) -> int:
-    """Peak bytes of ComfyUI's Wan 2.1 decoder of full width (dim 96), streamed, state included, at an output size."""
-    width, height = padded_size(*size)
-    return width * height * WAN_DECODER_ELEMENTS_PER_PIXEL * itemsize
 
 
 def _project_bytes(
@@ -186,26 +206,40 @@ def _gather_bytes(config: FlashVSRConfig, pixels: int, cached_latents: int, item
 
 
 def _transform_bytes(
-    config: FlashVSRConfig, pixels: int, frame_pixels: int, latents: int, cached_latents: int, itemsize: int
+    config: FlashVSRConfig,
+    pixels: int,
+    frame_pixels: int,
+    latents: int,
+    cached_latents: int,
+    itemsize: int,
+    on_cpu: bool,
 ) -> int:
     """One process step of the transformer on a tile: self-attention of all tokens, or the feed-forward of a part."""
     tokens = latents * pixels // TOKEN_PIXELS
-    attention = ATTENTION_TENSORS * tokens * config.dim
+    attention = int((CPU_ATTENTION_TENSORS if on_cpu else ATTENTION_TENSORS[itemsize]) * tokens * config.dim)
     if cached_latents:
         joined = 2 * (cached_latents + latents) * pixels // TOKEN_PIXELS * config.dim
         attention = joined + JOINED_ATTENTION_TENSORS * tokens * config.dim
     feed_forward = FEED_FORWARD_TENSORS * tokens * config.dim + 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     lq_tokens = config.lq_layers * tokens * config.dim
     noise = 3 * config.in_dim * latents * frame_pixels // LATENT_STRIDE**2 * FP32_BYTES
-    return (max(attention, feed_forward) + lq_tokens) * itemsize + noise
+    work = max(attention, feed_forward) * itemsize + lq_tokens * itemsize + noise
+    return work + _gather_bytes(config, pixels, cached_latents, itemsize) * (on_cpu and cached_latents > 0)
 
 
-def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bool) -> int:
-    """One latent in the TC decoder: the condition of 4 frames, then maps of growing size, at last strip by strip."""
-    _, _, c2, c3 = config.decoder_channels
+def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bool, plan: MemoryPlan) -> int:
+    """One latent in the TC decoder: the condition of 4 frames, then maps of growing size, one at a time."""
+    _, c1, c2, c3 = config.decoder_channels
     frames = 3 * LATENT_FRAMES * pixels
-    strip = min(pixels, CPU_STRIP_PIXELS if on_cpu else STRIP_PIXELS)
+    quarter, half = c1 * pixels // 16, c2 * pixels // 4
+    strip = min(pixels, CPU_STRIP_PIXELS if on_cpu else STRIP_PIXELS, plan.decoder_strip_pixels or pixels)
     entry = ENTRY_TENSORS * (CONDITION_CHANNELS + config.in_dim) * pixels // LATENT_STRIDE**2
-    half = HALF_STAGE_TENSORS * c2 * pixels // 4
-    last = LAST_STAGE_TENSORS * (c2 * pixels // 4 + c3 * strip) + 2 * frames
-    return frames * FP32_BYTES + max(entry, half, last) * itemsize
+    resting = plan.decoder_frames == 1 and not on_cpu
+    blocks = BLOCK_TENSORS + resting
+    if plan.decoder_strip_pixels is None:
+        working = blocks * half
+    else:
+        working = 2 * half + blocks * c2 * min(pixels, plan.decoder_strip_pixels) // 4
+    last = half + (c2 // 4 + LAST_STAGE_TENSORS * c3) * strip + frames
+    inputs = frames * (itemsize if plan.decoder_frames == 1 else itemsize + FP32_BYTES)
+    return inputs + max(entry, blocks * quarter, quarter + max(working, last)) * itemsize

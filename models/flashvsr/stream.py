@@ -116,7 +116,8 @@ def upscale_frames(
         on_memory_error: called as on_memory_error(phase, plan, error) after one of these, with nothing of the failed
             work alive. The plan that it returns, the same or a smaller one (see `ladder.smaller`), holds from now on,
             and the run goes on with the layer or frame that failed: no frame is lost or made twice. None raises the
-            error. A larger tile than that of the plan is not taken.
+            error. A larger tile than that of the plan is not taken. With `vae` the decoder's cache is kept twice while
+            it works, so that it can begin a latent anew.
 
     Yields:
         HWC fp32 frames in 0..1 on the CPU.
@@ -156,7 +157,7 @@ def _stream(
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         with _computing(inference):
-            run = _Run(model, options, noise, vae, device, dtype, state)
+            run = _Run(model, options, noise, vae, device, dtype, state, attempts.recoverable)
         attempt = partial(attempts.make, run, inference)
         while not state.ended or done < state.frames:
             if state.ended:
@@ -200,6 +201,7 @@ class _Run:
         device: torch.device,
         dtype: torch.dtype,
         state: StreamState,
+        recoverable: bool,
     ) -> None:
         height, width, _ = state.window[0].shape
         self.model, self.options, self.vae, self.state = model, options, vae, state
@@ -220,7 +222,7 @@ class _Run:
         self.constants = model.transformer.prepare(model.prompt.to(device, dtype))
         state.tiles = [whole_frame(rows, columns, device)]
         state.decoder = DecoderMemory() if vae is None else None
-        self.plan = MemoryPlan()
+        self.plan, self.recoverable = MemoryPlan(), recoverable
 
     def follow(self, plan: MemoryPlan) -> None:
         """Rearranges what the run remembers. After an exception in here it can be called again."""
@@ -297,10 +299,13 @@ class _Run:
                 decoded = decoded.transpose(1, 2)
                 del condition
             else:
-                # A copy, because an exception leaves the cache that was given half changed.
-                cache = state.decoder if state.decoder is None else self.vae.copy_cache(state.decoder)
+                cache = state.decoder
+                if cache is not None and self.recoverable:
+                    # An exception leaves the cache that was given half changed.
+                    cache = self.vae.copy_cache(cache)
                 decoded, cache = self.vae.decode_stream(latent, cache)
                 state.decoder = self.vae.copy_cache(cache, RAM) if self.plan.decoder_frames == 1 else cache
+                del cache
             state.decoded, state.noise = decoded, None
             state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None
             del decoded
@@ -361,6 +366,11 @@ class _Attempts:
         self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None
     ) -> None:
         self.plan, self._errors, self._on_error = plan, errors, on_error
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether a unit of work may be made again."""
+        return self._on_error is not None
 
     def make(self, run: _Run, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
         while True:

@@ -26,18 +26,19 @@ class CausalCache:
 
     `frames` is a queue: in a chunk every convolution takes its past from the front and puts its new past at the end, so
     that after the chunk the queue stands as before. It changes in place, which lets the old past of a layer be released
-    as soon as that layer has run. Every tensor owns its storage exactly.
+    as soon as that layer has run. Every tensor owns its storage exactly, on `device` (None: where it is made).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.frames: deque[Tensor] = deque()
+        self.device = device
         self.started = False
         self._usable = True
         self._last = False
 
     def copy(self, device: torch.device | None = None) -> CausalCache:
-        """A cache of its own over the same tensors, or over tensors on `device`."""
-        copied = CausalCache()
+        """A cache of its own over the same tensors; with `device`, over tensors that lie there, now and later."""
+        copied = CausalCache(device or self.device)
         copied.frames.extend(frames if device is None else frames.to(device) for frames in self.frames)
         copied.started, copied._usable, copied._last = self.started, self._usable, self._last
         return copied
@@ -70,7 +71,8 @@ class CausalCache:
 
     def put(self, past: Tensor) -> None:
         if not self._last:
-            self.frames.append(past.clone(memory_format=torch.contiguous_format))
+            kept = past.clone(memory_format=torch.contiguous_format)
+            self.frames.append(kept if self.device is None else kept.to(self.device))
 
 
 def with_past(x: Tensor, cache: CausalCache) -> Tensor:
