@@ -1,4 +1,4 @@
-"""The command line: upscale, inspect, demo. Results go to stdout, progress and notes to stderr.
+"""The command line: upscale, inspect, demo, doctor. Results go to stdout, progress and notes to stderr.
 
 Exit codes: 0 done · 1 the machine could not (out of memory, no download) · 2 bad input, said in one line · 130 Ctrl-C.
 """
@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from .demo import run_demo
+from .doctor import examine
 from .memory.host import fix_heap_growth
 from .models.flashvsr import FlashVSR, StreamOptions
 from .models.flashvsr.checkpoint import load_flashvsr
@@ -96,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print a machine-readable report")
     demo.set_defaults(run=_run_demo)
+    doctor = commands.add_parser("doctor", help="what can be measured here, and whether memory comes back (≤ 60 s)")
+    doctor.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: %(default)s)")
+    doctor.add_argument("--json", action="store_true", help="print a machine-readable report")
+    doctor.set_defaults(run=_run_doctor)
     return parser
 
 
@@ -302,3 +307,14 @@ def _run_demo(args: argparse.Namespace) -> int:
     print(f"bicubic: PSNR {report.bicubic_psnr:.2f} dB, SSIM {report.bicubic_ssim:.4f}")
     print(f"output:  PSNR {report.output_psnr:.2f} dB, SSIM {report.output_ssim:.4f}")
     return 0
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    """0: nothing is held and nothing grows. 1: something is, and the report says what."""
+    device = choose_device(args.device)
+    findings = examine(lambda: load_flashvsr(NANO, dtype=choose_dtype("auto", device), device="cpu"), device)
+    if args.json:
+        print(json.dumps(findings.to_json(), indent=2))
+    else:
+        print("\n".join(findings.lines()))
+    return EXIT_MACHINE if findings.problems else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from ..patches.residency import read_dynamic_vram
+from .doctor import Doctor
 from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
 from .guidance import GuidanceMemory, LeanSampling
 from .loaders import LoadCheckpoint, LoadCLIP, LoadDiffusionModel, LoadVAE
@@ -27,5 +28,5 @@ class FlashVSRExtension(ComfyExtension):
         return [
             LoadFlashVSR, Upscale, UpscaleVideo,
             LoadDiffusionModel, LoadCLIP, LoadVAE, LoadCheckpoint, ApplyLoRA,
-            PhaseGate, MemoryReport, GuidanceMemory, LeanSampling,
+            PhaseGate, MemoryReport, GuidanceMemory, LeanSampling, Doctor,
         ]  # fmt: skip

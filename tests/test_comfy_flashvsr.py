@@ -30,6 +30,7 @@ pytestmark = pytest.mark.comfy
 SESSION_SECONDS = 300
 NODES = [
     "SteadyVSR_ApplyLoRA",
+    "SteadyVSR_Doctor",
     "SteadyVSR_GuidanceMemory",
     "SteadyVSR_LeanSampling",
     "SteadyVSR_LoadCLIP",
