@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from ..patches import wrappers
 from ..patches.residency import read_dynamic_vram
 from .doctor import Doctor
 from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
+from .free import FreeMemory, ReleaseKept
 from .guidance import GuidanceMemory, LeanSampling
 from .loaders import LoadCheckpoint, LoadCLIP, LoadDiffusionModel, LoadVAE
 from .lora import ApplyLoRA
@@ -17,16 +19,18 @@ from .panel import register_routes
 
 class FlashVSRExtension(ComfyExtension):
     """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it, lets the
-    probe see ComfyUI's dynamic VRAM, and opens the routes of the memory panel."""
+    probe see ComfyUI's dynamic VRAM, opens the routes of the
+    memory panel, and puts the wrappers in place that let kept models stay."""
 
     def __init__(self) -> None:
         register_model_folder()
         read_dynamic_vram()
         register_routes()
+        wrappers.install()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             LoadFlashVSR, Upscale, UpscaleVideo,
             LoadDiffusionModel, LoadCLIP, LoadVAE, LoadCheckpoint, ApplyLoRA,
-            PhaseGate, MemoryReport, GuidanceMemory, LeanSampling, Doctor,
+            PhaseGate, MemoryReport, FreeMemory, ReleaseKept, GuidanceMemory, LeanSampling, Doctor,
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..memory import budget, probe
 from ..memory.offload import Receipt
-from ..patches import residency
+from ..patches import residency, wrappers
 from ..patches.retention import Entry, Key, registry
 from . import node_status
 from .compat import supported
@@ -160,6 +160,7 @@ class Loading:
             self._report["source"] = "disk"
             return load()
 
+        wrappers.install()  # again: a pack that was imported after us may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
             value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(key))

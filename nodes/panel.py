@@ -18,7 +18,7 @@ from ..memory import ledger
 from ..memory.offload import Verdict
 from ..memory.reading import GIB, size_text
 from ..memory.state import shared
-from ..patches import prompt, residency, worker
+from ..patches import prompt, residency, snapshots, worker
 from ..patches.retention import POLICIES, registry
 from . import panel_state, receipts
 from .receipts import Line, ReceiptCard
@@ -42,6 +42,7 @@ def register_routes() -> None:
     if instance is None or shared("panel_routes", lambda: [False])[0]:
         return
     shared("panel_routes", lambda: [False])[0] = True
+    snapshots.listen(_press_receipt)
     for name, answer in GETS.items():
         instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
     for name, handler in POSTS.items():
@@ -145,14 +146,14 @@ def policy(body: dict[str, Any]) -> dict[str, Any]:
 def offload(body: dict[str, Any]) -> dict[str, Any]:
     """Moves one network off its device, after the running prompt, and measures. {handle}"""
     handle = _taken(body, "handle", str)
-    patcher = panel_state.handles().patcher(handle)
+    patcher = panel_state.patcher_of(handle)
     if patcher is None:
         raise NotFound(f"no model {handle[:40]!r} is loaded or kept any more.")
     name, id = type(patcher.model).__name__, receipts.new_id()
     del patcher
 
     def move() -> None:
-        found = panel_state.handles().patcher(handle)
+        found = panel_state.patcher_of(handle)
         if found is None:
             receipts.give(
                 ReceiptCard(f"Offload {name}", "it was gone before its turn came", Verdict.NOT_LOADED.value, id=id)
@@ -183,9 +184,23 @@ def settings(body: dict[str, Any]) -> dict[str, Any]:
     return {"levels": asdict(book.levels), "kept_budget_bytes": kept.budget_bytes()}
 
 
+def _press_receipt(press: snapshots.Press) -> None:
+    """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
+    after = {item.handle: item.bytes for item in press.after.residents}
+    lines = tuple(
+        Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
+        for item in press.before.residents
+        if item.bytes
+    )
+    titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
+    verdict = "FAILED" if press.lost else "DONE"
+    receipts.give(ReceiptCard(titles[press.before.caller], press.line, verdict, lines))
+
+
 GETS: dict[str, Callable[[], dict[str, Any]]] = {
     "state": panel_state.state,
     "receipts": lambda: {"receipts": receipts.newest()},
+    "snapshots": lambda: {"snapshots": snapshots.to_json()},
     "ledger": lambda: ledger.current().to_json(),
 }
 POSTS: dict[str, Handler] = {

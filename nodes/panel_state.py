@@ -5,9 +5,7 @@ Read on a thread of its own twice a second, so it only looks: no device is start
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 from typing import Any
 
 import comfy.model_base
@@ -17,38 +15,17 @@ import torch
 
 from ..memory import ledger, probe
 from ..memory.reading import WHOLE_DEVICE, Figure, Reading, exact
-from ..memory.state import shared
 from ..patches import prompt
-from ..patches.residency import torch_devices
+from ..patches.residency import handle_of, torch_devices
 from ..patches.retention import Entry, registry
 
 PHASE_SECONDS = 120
 """How far back the timeline of the panel goes."""
 
 
-class Handles:
-    """Short names for networks, valid as long as the network lives; no address can be read from them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-        self._count = 0
-
-    def of(self, module: Any) -> str:
-        with self._lock:
-            if module not in self._names:
-                self._count += 1
-                self._names[module] = f"m{self._count}"
-            return self._names[module]
-
-    def patcher(self, handle: str) -> Any | None:
-        """The patcher of the network with that name: a loaded one, or one that is kept."""
-        found = [patcher for patcher in _all_patchers() if self.of(patcher.model) == handle]
-        return found[0] if found else None
-
-
-def handles() -> Handles:
-    return shared("panel_handles", Handles)
+def patcher_of(handle: str) -> Any | None:
+    """The patcher of the network with that name (`residency.handle_of`): a loaded one, or one that is kept."""
+    return next((patcher for patcher in _all_patchers() if handle_of(patcher.model) == handle), None)
 
 
 def state() -> dict[str, Any]:
@@ -80,7 +57,7 @@ def _model(patcher: Any) -> dict[str, Any]:
     weight = next(patcher.model.parameters(), None)
     loaded = patcher.loaded_size()
     return {
-        "handle": handles().of(patcher.model),
+        "handle": handle_of(patcher.model),
         "id": entry and entry.id,
         "name": type(patcher.model).__name__,
         "kind": _kind(patcher, entry),

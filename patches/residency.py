@@ -33,6 +33,7 @@ class Resident:
         policy: keep | pin | no, or None for a model that the registry does not know.
         id: of the registry's entry, or None.
         dead: its patcher is gone while somebody holds its module: ComfyUI can no longer move it.
+        handle: names the network as long as it lives; see `handle_of`.
     """
 
     name: str
@@ -42,6 +43,24 @@ class Resident:
     policy: str | None
     id: str | None
     dead: bool
+    handle: str
+
+
+class _Handles:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self.count = 0
+
+
+def handle_of(module: Any) -> str:
+    """A short name for a network, valid as long as it lives and never given again; no address can be read from it."""
+    handles = shared("handles", _Handles)
+    with handles.lock:
+        if module not in handles.names:
+            handles.count += 1
+            handles.names[module] = f"m{handles.count}"
+        return handles.names[module]
 
 
 def torch_devices() -> list[torch.device]:
@@ -80,7 +99,9 @@ def residents(device: torch.device | None = None) -> list[Resident]:
             module = loaded.real_model() if loaded.real_model is not None else None
             if module is not None:
                 size = getattr(module, "model_loaded_weight_memory", 0)
-                found.append(Resident(type(module).__name__, loaded.device, size, size, None, None, True))
+                found.append(
+                    Resident(type(module).__name__, loaded.device, size, size, None, None, True, handle_of(module))
+                )
             continue
         entry = registry().owner_of(patcher)
         found.append(
@@ -92,6 +113,7 @@ def residents(device: torch.device | None = None) -> list[Resident]:
                 entry and entry.policy,
                 entry and entry.id,
                 False,
+                handle_of(patcher.model),
             )
         )
     return sorted(found, key=lambda resident: -resident.bytes)

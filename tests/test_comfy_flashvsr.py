@@ -31,6 +31,7 @@ SESSION_SECONDS = 300
 NODES = [
     "SteadyVSR_ApplyLoRA",
     "SteadyVSR_Doctor",
+    "SteadyVSR_FreeMemory",
     "SteadyVSR_GuidanceMemory",
     "SteadyVSR_LeanSampling",
     "SteadyVSR_LoadCLIP",
@@ -40,6 +41,7 @@ NODES = [
     "SteadyVSR_LoadVAE",
     "SteadyVSR_MemoryReport",
     "SteadyVSR_PhaseGate",
+    "SteadyVSR_ReleaseKept",
     "SteadyVSR_Upscale",
     "SteadyVSR_UpscaleVideo",
 ]

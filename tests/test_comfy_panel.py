@@ -63,8 +63,15 @@ def test_a_kept_model_stays_through_both_buttons_and_goes_after_release(server):
     assert sorted(loaded) == NETWORKS and all(m["bytes"] == m["size"] > 0 for m in loaded.values())
     assert {m["policy"] for m in loaded.values()} == {"keep"}
     assert server.post("/free", {"unload_models": True, "free_memory": True})[0] == 200
-    time.sleep(3)
-    assert sorted(models(server)) == NETWORKS
+    settled(lambda: len(server.get("/steadyvsr/snapshots")["snapshots"]) >= 4, "the four looks at a press")
+    time.sleep(2)
+    assert {name: m["bytes"] for name, m in models(server).items()} == {n: m["bytes"] for n, m in loaded.items()}
+    press = server.get("/steadyvsr/snapshots")["snapshots"][-4:]
+    assert [look["stage"] for look in press] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    assert {look["caller"] for look in press} == {"button"}
+    assert all(look["kept"][0]["listed"] == 3 and look["kept"][0]["dead"] == 0 for look in press)
+    card = server.get("/steadyvsr/receipts")["receipts"][0]
+    assert card["title"] == "Free memory" and [line["stayed"] for line in card["models"]] == [True] * 3
     status, answer = server.post("/steadyvsr/release", {})
     assert status == 200 and answer["receipt"]["verdict"] == "DONE"
     assert server.post("/steadyvsr/free", {"unload_models": True, "free_memory": True})[0] == 200

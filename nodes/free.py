@@ -1,0 +1,121 @@
+"""The free-memory buttons as nodes: free what nobody keeps, or give up what is kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.v0_0_2 import io, ui
+from server import PromptServer
+
+from ..memory.reading import size_text
+from ..patches import snapshots, wrappers
+from ..patches.residency import residents
+from ..patches.retention import registry
+from .compat import supported
+
+CATEGORY = "SteadyVSR/Memory"
+FREE, RELEASE = "Free Memory", "Release Kept Models"
+
+
+def passed_output() -> io.Output:
+    return io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.")
+
+
+def report_output() -> io.Output:
+    return io.String.Output("report", display_name="report", tooltip="What was asked and what is there now, as JSON.")
+
+
+def now() -> list[dict[str, Any]]:
+    """What ComfyUI's list says is loaded at this moment."""
+    return [{**vars(item), "device": str(item.device)} for item in residents()]
+
+
+class FreeMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_FreeMemory",
+            display_name=FREE,
+            category=CATEGORY,
+            description="Presses ComfyUI's free-memory button at the end of this workflow. Kept models stay. What came "
+            "of it stands in the memory panel and in the log; to free a model within a workflow use a Phase Gate.",
+            inputs=[
+                io.AnyType.Input("value", tooltip="Anything; the wish is noted when it is there. It is passed on."),
+                io.Boolean.Input(
+                    "unload_models", default=True, tooltip="Take every model that is not kept off its device."
+                ),
+                io.Boolean.Input(
+                    "free_memory",
+                    default=False,
+                    tooltip="Also drop the results of nodes, and with them models in RAM that nobody keeps. ComfyUI "
+                    "unloads models with this alone, too.",
+                ),
+                io.String.Input("reason", default="", tooltip="Words that stand beside the result."),
+            ],
+            outputs=[passed_output(), report_output()],
+            is_output_node=True,
+            **supported(io.Schema, search_aliases=["unload models", "clean vram", "purge"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, value: Any, unload_models: bool, free_memory: bool, reason: str) -> io.NodeOutput:
+        queue = PromptServer.instance.prompt_queue
+        for name, wanted in (("unload_models", unload_models), ("free_memory", free_memory)):
+            if wanted:
+                queue.set_flag(name, True)
+        snapshots.set_reason(reason)
+        report = json.dumps(
+            {
+                "node": FREE,
+                "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
+                "when": "after this workflow",
+                "loaded_now": now(),
+                "kept": [entry.name for entry in registry().owned()],
+                "wrappers": wrappers.status(),
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+
+
+class ReleaseKept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_ReleaseKept",
+            display_name=RELEASE,
+            category=CATEGORY,
+            description="Gives up every kept model: from then on ComfyUI treats it like any other, and the free-memory "
+            "buttons take it. Nothing is moved by this node itself.",
+            inputs=[io.AnyType.Input("value", tooltip="Anything; models are given up when it is there. It goes on.")],
+            outputs=[passed_output(), report_output()],
+            is_output_node=True,
+            **supported(io.Schema, search_aliases=["unpin", "forget models"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return float("nan")
+
+    @classmethod
+    def execute(cls, value: Any) -> io.NodeOutput:
+        given_up = registry().release()
+        report = json.dumps(
+            {
+                "node": RELEASE,
+                "released": [
+                    {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
+                    for entry in given_up
+                ],
+                "loaded_now": now(),
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+        return io.NodeOutput(value, report, ui=ui.PreviewText(report))

@@ -1,0 +1,253 @@
+"""What a press of "free memory" did: four looks at every kept model and every device, in a ring.
+
+before unloading → after unloading → after the reset of the node caches → after the collection that follows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+
+from ..memory import probe
+from ..memory.reading import Reading, size_text
+from ..memory.state import shared
+from .residency import Resident, residents, torch_devices
+from .retention import registry
+
+log = logging.getLogger("steadyvsr.patches")
+
+RING_SNAPSHOTS = 64
+PRE_UNLOAD, POST_UNLOAD, POST_RESET, POST_COLLECT = "pre-unload", "post-unload", "post-reset", "post-collect"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One owned model in a snapshot.
+
+    Attributes:
+        id, name, kind, policy: of the registry's entry.
+        networks: classes of its networks.
+        listed: how many of its networks are in ComfyUI's list.
+        dead: how many of those have lost their patcher.
+        resident: bytes on the device.
+        size: of all its weights.
+    """
+
+    id: str
+    name: str
+    kind: str
+    policy: str
+    networks: tuple[str, ...]
+    listed: int
+    dead: int
+    resident: int
+    size: int
+    hits: int
+    loads: int
+    yields: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One look.
+
+    Attributes:
+        press: number of the press that it belongs to.
+        stage: pre-unload | post-unload | post-reset | post-collect.
+        caller: button | OOM | housekeeping.
+        reason: what the Free Memory node was given, or "".
+        kept: every owned model.
+        residents: everything in ComfyUI's list.
+        devices: one reading each.
+        time: seconds of `time.time`.
+    """
+
+    press: int
+    stage: str
+    caller: str
+    reason: str
+    kept: tuple[Kept, ...]
+    residents: tuple[Resident, ...]
+    devices: tuple[Reading, ...]
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {
+            **{name: getattr(self, name) for name in ("press", "stage", "caller", "reason", "time")},
+            "kept": [asdict(entry) for entry in self.kept],
+            "residents": [{**vars(item), "device": str(item.device)} for item in self.residents],
+            "devices": [reading.to_json() for reading in self.devices],
+        }
+
+
+@dataclass(frozen=True)
+class Press:
+    """A press and what it came to.
+
+    Attributes:
+        before, after: the first and the last snapshot.
+        lost: kept models that were resident before and are gone or off the device now, though nobody asked for that.
+        left: bytes that left the devices, by ComfyUI's books.
+    """
+
+    before: Snapshot
+    after: Snapshot
+    lost: tuple[Kept, ...]
+    left: int
+
+    @property
+    def line(self) -> str:
+        gone = [item for item in self.before.residents if _bytes_now(self.after, item) < item.bytes]
+        stayed = [entry for entry in self.after.kept if entry.resident]
+        names = ", ".join(f"{item.name} {size_text(item.bytes)}" for item in gone if item.bytes) or "nothing"
+        kept = ", ".join(f"{entry.name} {size_text(entry.resident)}" for entry in stayed) or "none"
+        why = f" · {self.before.reason}" if self.before.reason else ""
+        return f"{size_text(self.left)} left the devices: {names} · kept: {kept}{why}"
+
+
+class _Presses:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.ring: deque[Snapshot] = deque(maxlen=RING_SNAPSHOTS)
+        self.count = 0
+        self.reason = ""
+        self.open: Snapshot | None = None
+        self.listeners: list[Callable[[Press], None]] = []
+
+
+def _presses() -> _Presses:
+    return shared("presses", _Presses)
+
+
+def set_reason(text: str) -> None:
+    """Why the next press is asked for."""
+    _presses().reason = text
+
+
+def listen(listener: Callable[[Press], None]) -> None:
+    """Calls `listener` after every press by a button or a node."""
+    _presses().listeners.append(listener)
+
+
+def latest() -> list[Snapshot]:
+    """All snapshots in the ring, oldest first."""
+    with _presses().lock:
+        return list(_presses().ring)
+
+
+def to_json() -> list[dict[str, Any]]:
+    return [snapshot.to_json() for snapshot in latest()]
+
+
+def begin(caller: str) -> Snapshot:
+    """Before unloading."""
+    presses = _presses()
+    with presses.lock:
+        presses.count += 1
+        presses.open = None
+        reason, presses.reason = presses.reason, ""
+        return _take(presses.count, PRE_UNLOAD, caller, reason)
+
+
+def unloaded(before: Snapshot | None) -> None:
+    """After unloading. What follows a press by a button is looked at as well; an OOM or housekeeping ends here."""
+    if before is None:
+        return
+    after = _take(before.press, POST_UNLOAD, before.caller, before.reason)
+    if before.caller == "button":
+        _presses().open = before
+    else:
+        _judge(before, after)
+
+
+def press_open() -> bool:
+    return _presses().open is not None
+
+
+def was_reset() -> None:
+    """When ComfyUI empties caches for the first time after a press, which is after the reset and the collection."""
+    before = _presses().open
+    if before is not None:
+        _take(before.press, POST_RESET, before.caller, before.reason)
+
+
+def collected() -> None:
+    """When it has emptied them: the press is over."""
+    presses = _presses()
+    with presses.lock:
+        before, presses.open = presses.open, None
+    if before is not None:
+        _judge(before, _take(before.press, POST_COLLECT, before.caller, before.reason))
+
+
+def _judge(before: Snapshot, after: Snapshot) -> None:
+    left = sum(max(0, item.bytes - _bytes_now(after, item)) for item in before.residents)
+    now = {entry.id: entry for entry in after.kept}
+    lost = tuple(
+        entry
+        for entry in before.kept
+        if entry.resident
+        and (entry.id not in now or (now[entry.id].resident < entry.resident and before.caller != "OOM"))
+    )
+    press = Press(before, after, lost, left)
+    log.info("%s: %s", before.caller, press.line)
+    for entry in lost:
+        log.error(
+            "a kept model was lost: %s of %s (%s, %s), %s on the device before",
+            "+".join(entry.networks), entry.name, entry.id, entry.policy, size_text(entry.resident),
+        )  # fmt: skip
+    for listener in list(_presses().listeners):
+        listener(press)
+
+
+def _bytes_now(after: Snapshot, item: Resident) -> int:
+    """Bytes of that network in a later snapshot."""
+    return sum(other.bytes for other in after.residents if other.handle == item.handle)
+
+
+def _take(press: int, stage: str, caller: str, reason: str) -> Snapshot:
+    snapshot = Snapshot(
+        press,
+        stage,
+        caller,
+        reason,
+        tuple(_kept(entry) for entry in registry().owned()),
+        tuple(residents()),
+        tuple(probe.attempt(probe.current(), device) for device in torch_devices()),
+    )
+    _presses().ring.append(snapshot)
+    log.debug("%s %d: kept %s", stage, press, [(entry.name, entry.resident) for entry in snapshot.kept])
+    return snapshot
+
+
+def _kept(entry: Any) -> Kept:
+    patchers = entry.patchers
+    modules = {id(patcher.model) for patcher in patchers}
+    listed = dead = 0
+    for loaded in list(mm.current_loaded_models):
+        module = loaded.real_model() if loaded.real_model is not None else None
+        if module is not None and id(module) in modules:
+            listed += 1
+            dead += loaded.model is None
+    return Kept(
+        id=entry.id,
+        name=entry.name,
+        kind=entry.key.kind,
+        policy=entry.policy,
+        networks=tuple(type(patcher.model).__name__ for patcher in patchers),
+        listed=listed,
+        dead=dead,
+        resident=sum(patcher.loaded_size() for patcher in patchers),
+        size=entry.size_bytes,
+        hits=entry.hits,
+        loads=entry.loads,
+        yields=entry.yields,
+    )
