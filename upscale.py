@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .memory.host import trim
 from .models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
+from .models.flashvsr.ladder import MemoryPlan, smaller
 from .models.video import Clip, ClipWriter, DamagedVideoError, ImageSequenceWriter, VideoError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +63,28 @@ class RunReport:
 @dataclass
 class _Damage:
     error: DamagedVideoError | None = None
+
+
+class Ladder:
+    """Goes down the engine's memory plans when an accelerator runs out of memory, and tells what it did.
+
+    Attributes:
+        notes: one sentence for each error that the run survived.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.notes: list[str] = []
+        self._size = size
+
+    def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
+        """For `upscale_frames`."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        found = smaller(plan, phase, self._size)
+        if found is None:
+            return None
+        self.notes.append(f"Out of memory in {phase}; the run went on with less: {found[1]}.")
+        return found[1]
 
 
 def choose_device(name: str) -> torch.device:
@@ -138,7 +161,12 @@ def upscale_clip(
     started = time.perf_counter()
     try:
         source = _source(clip, times, damage)
-        outputs = upscale_frames(model, source, options, vae=vae, device=device, dtype=dtype, on_step=step)
+        ladder = Ladder((writer.width, writer.height))
+        # Not for the CPU: there the system ends the process, and the Wan decoder's cache would be kept twice.
+        down = None if device.type == "cpu" else ladder.on_memory_error
+        outputs = upscale_frames(
+            model, source, options, vae=vae, device=device, dtype=dtype, on_step=step, on_memory_error=down
+        )
         # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
         with contextlib.closing(source), contextlib.closing(cast("Generator[Tensor, None, None]", outputs)):
             for frame in outputs:
@@ -151,7 +179,7 @@ def upscale_clip(
         writer.abort()
         raise
     seconds = time.perf_counter() - started
-    notes = (*clip.notes, *getattr(writer, "notes", ()))
+    notes = (*clip.notes, *getattr(writer, "notes", ()), *ladder.notes)
     return RunReport(
         output=str(path),
         frames=writer.frames_written,

@@ -11,6 +11,8 @@ from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.memory.tracker import live_tensors
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.ladder import HELPS, MemoryPlan, plans, smaller
+from steadyvsr.models.wan_vae import WanVAE
+from steadyvsr.upscale import Ladder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -228,3 +230,49 @@ def test_at_the_bottom_the_error_leaves_and_nothing_is_held(phase: str) -> None:
         card.run(frames)
     assert card.attempts[-1] == (phase, None) and len(card.attempts) >= 4
     assert [tuple(tensor.shape) for tensor in live_tensors(before)] == []
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(kv_in_ram=True, decoder_frames=1)], ids=str)
+def test_a_wan_decoder_that_runs_out_of_memory_begins_the_latent_anew(plan: MemoryPlan) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = WanVAE(dim=8, with_encoder=False).requires_grad_(False)
+    frames, options = clip(2)[:, :16, :16].repeat(5, 1, 1, 1), StreamOptions(scale=4.0)
+    wanted = torch.stack(list(upscale_frames(MODEL, frames, options, vae=vae)))
+    failed: list[str] = []
+
+    def again(phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan:
+        failed.append(phase)
+        return plan
+
+    def fail_once(*_: object) -> None:
+        if len(failed) < 2 and started[0] >= 5:
+            raise torch.OutOfMemoryError("scripted")
+
+    started = [0]
+    layers = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.Conv3d)]
+    layers[-2].register_forward_pre_hook(fail_once)  # when nearly all of the cache has been replaced
+    run = upscale_frames(
+        MODEL, frames, options, vae=vae, plan=plan, on_memory_error=again,
+        on_step=lambda phase, done, total: started.__setitem__(0, done),
+    )  # fmt: skip
+    result = torch.stack(list(run))
+    assert failed == ["decode", "decode"]
+    assert torch.equal(result, wanted)
+
+
+def test_the_command_line_goes_down_the_ladder_and_says_so(undisturbed: Tensor) -> None:
+    ladder = Ladder(SIZE)
+    card = Card(lambda running, plan: running != "decode" or plan.kv_in_ram)
+    down = ladder.on_memory_error
+
+    def watched(phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
+        card.plan = down(phase, plan, error) or plan
+        return card.plan
+
+    with card.mode:
+        frames = list(upscale_frames(MODEL, clip(), OPTIONS, on_step=card.on_step, on_memory_error=watched))
+    assert torch.equal(torch.stack(frames), undisturbed)
+    assert ladder.notes == ["Out of memory in decode; the run went on with less: KV cache in RAM."]
+    bottom = MemoryPlan(kv_in_ram=True, decoder_frames=1, decoder_strip_pixels=1 << 16, tile=256)
+    assert down("transform", bottom, torch.OutOfMemoryError()) is None and len(ladder.notes) == 1

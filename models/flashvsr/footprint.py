@@ -34,7 +34,7 @@ CPU_ATTENTION_TENSORS = 12
 """The same with the work space of the gathered attention."""
 JOINED_ATTENTION_TENSORS = 8
 """The same where cached keys and values were joined to the new ones, which are counted apart."""
-FEED_FORWARD_TENSORS = 5
+FEED_FORWARD_TENSORS = 3.5
 """Token tensors alive beside the feed-forward's own."""
 GATHER_ELEMENTS_PER_PIXEL, GATHER_ELEMENTS_PER_HEAD_CHANNEL = 7.4, 0.0635
 """Work space of the gathered attention on the CPU, one head at a time, in fp32 elements per pixel: measured at head
@@ -45,6 +45,8 @@ ENTRY_TENSORS = 3
 """Condition maps at latent resolution at the entrance of the decoder."""
 BLOCK_TENSORS = 5
 """Maps inside a memory block of the decoder, beside those that it remembers."""
+COLOUR_TENSORS = 3
+"""Sets of frames in fp32 while they get their colours."""
 LAST_STAGE_TENSORS = 2
 """Maps at full resolution, of one strip, at the decoder's end."""
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def activation_bytes(
     tiled = [columns * rows for columns, rows in tiles]
     own = [] if (plan.kv_in_ram or len(tiled) > 1) and not on_cpu else tiled
     state = sum(lq_state_bytes(config, part, itemsize) for part in tiled)
-    state += sum(cache_bytes(config, part, kv_ratio, itemsize) for part in own)
+    key_values = sum(cache_bytes(config, part, kv_ratio, itemsize) for part in own)
     state += prompt_tokens * config.dim * itemsize
     resting = plan.decoder_frames == 1 and not on_cpu
     decoder = decoder_state_bytes(config, 0 if resting else pixels, itemsize)
@@ -116,7 +118,8 @@ def activation_bytes(
     projecting = _project_bytes(config, size, largest, itemsize, on_cpu)
     # Before the first frame the decoder remembers nothing, but that step is three times as long.
     first = max(
-        _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize, on_cpu)
+        key_values
+        + _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize, on_cpu)
         + FIRST_STEP_LATENTS * waiting,
         projecting + (FIRST_STEP_LATENTS - STEP_LATENTS) * _lq_tokens_bytes(config, sum(tiled), itemsize),
     )
@@ -124,7 +127,7 @@ def activation_bytes(
     later = max(projecting + STEP_LATENTS * waiting, transform + STEP_LATENTS * waiting, decode)
     # The newest output frame is the caller's; on the CPU it lies in the same memory.
     output = 3 * size[0] * size[1] * FP32_BYTES if on_cpu else 0
-    return state + max(first, decoder + later) + output
+    return state + max(first, key_values + decoder + later) + output
 
 
 def _tile_sizes(padded: tuple[int, int], tile: int | None) -> list[tuple[int, int]]:
@@ -220,7 +223,8 @@ def _transform_bytes(
     if cached_latents:
         joined = 2 * (cached_latents + latents) * pixels // TOKEN_PIXELS * config.dim
         attention = joined + JOINED_ATTENTION_TENSORS * tokens * config.dim
-    feed_forward = FEED_FORWARD_TENSORS * tokens * config.dim + 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
+    feed_forward = int(FEED_FORWARD_TENSORS * tokens * config.dim)
+    feed_forward += 2 * min(tokens, FEED_FORWARD_TOKENS) * config.ffn_dim
     lq_tokens = config.lq_layers * tokens * config.dim
     noise = 3 * config.in_dim * latents * frame_pixels // LATENT_STRIDE**2 * FP32_BYTES
     work = max(attention, feed_forward) * itemsize + lq_tokens * itemsize + noise
@@ -241,5 +245,8 @@ def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bo
     else:
         working = 2 * half + blocks * c2 * min(pixels, plan.decoder_strip_pixels) // 4
     last = half + (c2 // 4 + LAST_STAGE_TENSORS * c3) * strip + frames
-    inputs = frames * (itemsize if plan.decoder_frames == 1 else itemsize + FP32_BYTES)
-    return inputs + max(entry, blocks * quarter, quarter + max(working, last)) * itemsize
+    kept_twice = plan.decoder_frames > 1 and itemsize != FP32_BYTES
+    inputs = frames * (itemsize + FP32_BYTES * kept_twice)
+    # At the end the frames, their inputs and two steps of the colour transfer in fp32.
+    colour = COLOUR_TENSORS * 3 * plan.decoder_frames * pixels * FP32_BYTES + frames * itemsize
+    return max(colour, inputs + max(entry, blocks * quarter, quarter + max(working, last)) * itemsize)
