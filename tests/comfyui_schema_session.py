@@ -2,8 +2,8 @@
 
     python comfyui_schema_session.py PACK_FOLDER BASE_FOLDER
 
-Choices that list files, devices or what this version of ComfyUI knows are named by what they list, and keywords that only
-newer versions have are left out, so that all versions print the same.
+Choices that list files, devices or what this version of ComfyUI knows are named by what they list, and keywords that
+only newer versions have are left out, so that all versions print the same.
 """
 
 from __future__ import annotations

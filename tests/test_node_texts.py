@@ -40,9 +40,10 @@ def test_a_help_page_names_every_input_and_shows_the_node(name):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_no_help_page_explains_an_input_that_is_not_there(name):
-    known = {item["id"] for item in SCHEMAS[name]["inputs"]} | {o["name"] for o in SCHEMAS[name]["outputs"]}
-    rows = re.findall(r"^\| ([a-z][a-z_0-9]*) \|", page(name), re.MULTILINE)
-    assert [row for row in rows if row not in known | {"input", "output", "verdict", "part", "text"}] == []
+    table = page(name).partition("| input | meaning |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([a-z][a-z_0-9]*) \|", table, re.MULTILINE)
+    assert len(rows) >= len(SCHEMAS[name]["inputs"]) - 4
+    assert set(rows) <= {item["id"] for item in SCHEMAS[name]["inputs"]}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
