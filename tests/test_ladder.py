@@ -82,12 +82,11 @@ class Card:
             self.plan = found[1]
         return found and found[1]
 
-    def run(self, frames: Tensor, **keywords) -> Tensor:
+    def run(self, frames: Tensor, options: StreamOptions = OPTIONS) -> Tensor:
         kept = []
         with self.mode:
             for frame in upscale_frames(
-                MODEL, frames, OPTIONS, plan=self.plan, on_step=self.on_step,
-                on_memory_error=self.on_memory_error, **keywords,
+                MODEL, frames, options, plan=self.plan, on_step=self.on_step, on_memory_error=self.on_memory_error
             ):  # fmt: skip
                 kept.append(frame)
         return torch.stack(kept)
@@ -149,19 +148,28 @@ def test_a_plan_without_tiles_gives_the_same_frames(plan: MemoryPlan, undisturbe
     torch.testing.assert_close(frames, undisturbed, rtol=0, atol=1e-5)
 
 
-def allocations(plan: MemoryPlan) -> tuple[int, int]:
-    """How many come before the first unit of work, which are not made again, and how many a run has."""
-    before: list[int] = []
+def small_clip() -> Tensor:
+    return clip()[:, :32, :32]
+
+
+def allocations(plan: MemoryPlan, samples: int) -> list[int]:
+    """Some allocations of a whole run, without what comes before its first unit of work and is not made again; and many
+    of the last step of the transformer, whose caches are full."""
+    units: list[tuple[str, int]] = []
     with Failing() as mode:
-        list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan, on_step=lambda *_: before.append(mode.count)))
-    return before[0], mode.count
+        on_step = lambda *unit: units.append((unit[0], mode.count))  # noqa: E731
+        list(upscale_frames(MODEL, small_clip(), OPTIONS, plan=plan, on_step=on_step))
+    assert mode.count > 1000
+    last = max(index for index, unit in enumerate(units) if unit[0] == "transform")
+    first, end = units[last][1], units[last + 1][1]
+    everywhere = range(units[0][1], mode.count, mode.count // samples)
+    return [*everywhere, *range(first, end, max(1, (end - first) // (2 * samples)))]
 
 
-def test_an_error_at_any_allocation_loses_and_changes_nothing(undisturbed: Tensor) -> None:
+def test_an_error_at_any_allocation_loses_and_changes_nothing() -> None:
     """The callback frees something elsewhere and keeps the plan, as after unloading another model."""
-    first, total = allocations(MemoryPlan())
-    assert total > 1000
-    for index in range(first, total, total // 29):
+    wanted = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS)))
+    for index in allocations(MemoryPlan(), 10):
         failures: list[str] = []
 
         def again(phase: str, plan: MemoryPlan, error: Exception, failures: list[str] = failures) -> MemoryPlan:
@@ -169,25 +177,20 @@ def test_an_error_at_any_allocation_loses_and_changes_nothing(undisturbed: Tenso
             return plan
 
         with Failing(lambda count, index=index: count == index) as mode:
-            frames = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, on_memory_error=again)))
+            frames = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS, on_memory_error=again)))
         assert mode.raised == len(failures) == 1, index
-        assert torch.equal(frames, undisturbed), (index, failures)
+        assert torch.equal(frames, wanted), (index, failures)
 
 
 @pytest.mark.parametrize("plan", NEUTRAL[-1:], ids=str)
 def test_an_error_at_any_allocation_of_a_small_plan_loses_nothing(plan: MemoryPlan) -> None:
-    wanted = torch.stack(list(upscale_frames(MODEL, clip(), OPTIONS, plan=plan)))
-    first, total = allocations(plan)
-    for index in range(first, total, total // 11):
+    wanted = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS, plan=plan)))
+    for index in allocations(plan, 4):
         with Failing(lambda count, index=index: count == index) as mode:
-            frames = upscale_frames(MODEL, clip(), OPTIONS, plan=plan, on_memory_error=lambda phase, plan, error: plan)
+            again = lambda phase, plan, error: plan  # noqa: E731
+            frames = upscale_frames(MODEL, small_clip(), OPTIONS, plan=plan, on_memory_error=again)
             assert torch.equal(torch.stack(list(frames)), wanted), index
         assert mode.raised == 1
-
-
-def rung_of(plan: MemoryPlan) -> int:
-    """How far down the ladder a plan is."""
-    return sum([plan.kv_in_ram, plan.decoder_frames == 1, plan.decoder_strip_pixels is not None, plan.tile is not None])
 
 
 @pytest.mark.parametrize("allocation", [0, 12])
@@ -276,3 +279,14 @@ def test_the_command_line_goes_down_the_ladder_and_says_so(undisturbed: Tensor) 
     assert ladder.notes == ["Out of memory in decode; the run went on with less: KV cache in RAM."]
     bottom = MemoryPlan(kv_in_ram=True, decoder_frames=1, decoder_strip_pixels=1 << 16, tile=256)
     assert down("transform", bottom, torch.OutOfMemoryError()) is None and len(ladder.notes) == 1
+
+
+@pytest.mark.parametrize("allocation", [0, 60])
+def test_a_cut_into_tiles_loses_nothing_that_a_tile_can_see(allocation: int) -> None:
+    """Where each attention block sees itself alone, in time, tiles that a running step is cut into change nothing."""
+    alone = StreamOptions(scale=4.0, local_range=1, topk_ratio=100.0)
+    wanted = torch.stack(list(upscale_frames(MODEL, clip(), alone)))
+    card = Card(lambda running, plan: running != "transform" or card.done < 21 or plan.tile is not None, allocation)
+    frames = card.run(clip(), alone)
+    assert card.attempts[-1] == ("transform", "spatial tiles") and card.plan.tile == 256
+    torch.testing.assert_close(frames, wanted, rtol=0, atol=1e-4)
