@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .batch import Manifest, Night, WorkerSettings, find_jobs, folder_settings, holds_videos, run_night
 from .demo import run_demo
 from .doctor import examine
 from .memory.host import fix_heap_growth
@@ -106,8 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_upscale(parser: argparse.ArgumentParser) -> None:
     defaults = StreamOptions()
-    parser.add_argument("input", metavar="IN", help="a video, an image, a folder of images, shot_%%04d.png or '*.png'")
-    parser.add_argument("output", metavar="OUT", help=".mp4, .mkv, .mov or .webm; a folder with --image-sequence")
+    parser.add_argument(
+        "input", metavar="IN", help="a video, an image, a folder of videos or of images, shot_%%04d.png or '*.png'"
+    )
+    parser.add_argument(
+        "output", metavar="OUT", help=".mp4, .mkv, .mov or .webm; a folder for --image-sequence or a folder of videos"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="PATH", help="a folder or file of weights (default: the embedded one)")
     model.add_argument("--version", choices=("auto", "v1", "v1.1"), default="auto", help="of the weights")
@@ -135,8 +140,15 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (default: %(default)s)")
     run.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: fp32 on the CPU")
+    run.add_argument(
+        "--workers", type=_workers, metavar="N", default=None,
+        help="for a folder of videos: auto (as many as the first clip's measured memory allows) or a number",
+    )  # fmt: skip
     files = parser.add_argument_group("files")
-    files.add_argument("--force", action="store_true", help="overwrite OUT")
+    files.add_argument(
+        "--force", action="store_true",
+        help="overwrite OUT; for a folder of videos: take --workers N although they do not fit",
+    )  # fmt: skip
     files.add_argument("--codec", help="FFmpeg encoder: libx264, libx265, libsvtav1, libvpx-vp9, prores_ks, ffv1, …")
     files.add_argument("--crf", type=int, help="quality of the encoder; lower is better")
     files.add_argument("--ten-bit", action="store_true", help="ten bits per colour (16 with --image-sequence)")
@@ -152,6 +164,15 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0; got {text}")
     return value
+
+
+def _workers(text: str) -> int:
+    """0 stands for auto."""
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected auto or a number from 1; got {text}")
+    return int(text)
 
 
 def _rate(text: str) -> Fraction:
@@ -173,6 +194,11 @@ def _run_upscale(args: argparse.Namespace) -> int:
         raise ValueError("--vae: expected together with --decoder vae, and only there.")
     if args.download and args.model is None:
         raise ValueError("--download: expected --model FOLDER, where the weights shall lie; got none.")
+    source = Path(args.input)
+    if source.is_dir() and (args.workers is not None or holds_videos(source)):
+        return _run_folder(args, options)
+    if args.workers is not None:
+        raise ValueError("--workers: expected a folder of videos as IN; got a single clip.")
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
     damaged = "keep" if args.keep_damaged else "raise"
@@ -203,6 +229,60 @@ def _run_upscale(args: argparse.Namespace) -> int:
         _say(f"Error: {report.notes[-1]} The frames read before that are in {report.output}.")
         return EXIT_BAD_INPUT
     return 0
+
+
+def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
+    """0: every clip is done. 1: some are not, and the table says why."""
+    if args.vae is not None or args.image_sequence or args.keep_damaged:
+        raise ValueError("a folder of videos: expected neither --vae nor --image-sequence nor --keep-damaged.")
+    if args.download:
+        _download(args)
+    jobs = find_jobs(Path(args.input), Path(args.output))
+    output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
+    settings = [
+        WorkerSettings(
+            str(device), str(args.model or NANO), options, output, args.version, args.lq_cache_order, args.precision,
+            threads=max(1, (os.cpu_count() or 1) // max(1, args.workers or os.cpu_count() or 1)),
+        )
+        for device in _all_devices(args.device)
+    ]  # fmt: skip
+    manifest = Manifest(Path(args.output), folder_settings(settings[0]))
+    bars: dict[int, tqdm] = {}
+    with tqdm(total=len(jobs), unit="clip", file=sys.stderr, disable=None, desc="all", position=0) as total:
+
+        def say(line: str) -> None:
+            tqdm.write(line, file=sys.stderr)
+
+        def show(worker: int, name: str, done: int, frames: int | None) -> None:
+            if worker not in bars:
+                bars[worker] = tqdm(unit="frame", file=sys.stderr, disable=None, leave=False, position=worker + 1)
+            bar = bars[worker]
+            bar.total = frames
+            bar.set_description(f"worker {worker}: {name}", refresh=False)
+            bar.n = done
+            bar.refresh()
+
+        def finished(line: str) -> None:
+            total.n = sum(manifest.finished(job) for job in jobs)
+            total.refresh()
+            say(line)
+
+        night = Night(tuple(jobs), tuple(settings), args.workers or None, args.force)
+        report = run_night(night, manifest, finished, show)
+        for bar in bars.values():
+            bar.close()
+    if args.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print(report.table())
+    return EXIT_MACHINE if report.failed or report.stopped else 0
+
+
+def _all_devices(name: str) -> list[torch.device]:
+    """auto: every CUDA device, else the CPU."""
+    if name == "auto" and torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [choose_device(name)]
 
 
 def _cuda_text(device: torch.device) -> str:

@@ -136,6 +136,7 @@ def upscale_clip(
     dtype: torch.dtype,
     on_frame: Callable[[Tensor], object] = lambda frame: None,
     on_step: Callable[[str, int, int | None], object] = lambda phase, done, total: None,
+    plan: MemoryPlan | None = None,
 ) -> RunReport:
     """Runs the clip through the model into the writer and finishes it.
 
@@ -146,6 +147,7 @@ def upscale_clip(
     Args:
         on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
         on_step: see `upscale_frames`.
+        plan: where the run begins on the ladder; None at its top.
     """
     times: deque[Fraction] = deque()
     damage = _Damage()
@@ -165,7 +167,8 @@ def upscale_clip(
         # Not for the CPU: there the system ends the process, and the Wan decoder's cache would be kept twice.
         down = None if device.type == "cpu" else ladder.on_memory_error
         outputs = upscale_frames(
-            model, source, options, vae=vae, device=device, dtype=dtype, on_step=step, on_memory_error=down
+            model, source, options, vae=vae, device=device, dtype=dtype, on_step=step, on_memory_error=down,
+            plan=plan,
         )
         # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
         with contextlib.closing(source), contextlib.closing(cast("Generator[Tensor, None, None]", outputs)):

@@ -24,7 +24,8 @@ ARROWS = {
     "patches": {"memory"},
     "nodes": {"patches", "memory", "models"},
     "training": {"models"},
-    "": {"models", "memory", "training"},
+    "batch": {"models", "memory"},
+    "": {"models", "memory", "training", "batch"},
 }
 LOGGING_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".json", ".js", ".css", ".yml", ".yaml"}
