@@ -254,9 +254,9 @@ class _Run:
 
     def begin(self, step: int) -> None:
         """Draws the noise of a process step and clears its latents."""
-        if self.state.noise is None:
-            self.state.noise = self._draw_noise(step)
-        self.state.latents = torch.zeros(self.state.noise.shape, device=self.device)
+        noise = self._draw_noise(step) if self.state.noise is None else self.state.noise
+        self.state.noise = noise
+        self.state.latents = torch.zeros(noise.shape, device=self.device)
 
     def next_tile(self, step: int) -> TileState | None:
         """The first tile whose latents of a process step are missing."""
@@ -275,7 +275,9 @@ class _Run:
                 noise, tile.tokens[0], step, tile.transformer, self.options, self.constants, tile.corner
             )
             tile.tokens = []
-        clean = (noise.float() - tile.velocity.float()) * tile.weights
+        velocity = tile.velocity
+        assert velocity is not None
+        clean = (noise.float() - velocity.float()) * tile.weights
         state.latents[..., rows, columns].add_(clean)
         tile.velocity, tile.steps = None, step + 1
 
@@ -312,14 +314,16 @@ class _Run:
         if lq is None:
             last = first + 1
             lq = self._lq(first, last)
-        frames = state.decoded[:, :, : last - first].float()
+        waiting = state.decoded
+        assert waiting is not None
+        frames = waiting[:, :, : last - first].float()
         # The released pipeline takes colours from the VAE's clamped frames, from the TC decoder's as they are.
         frames = frames.mul(2).sub_(1) if self.vae is None else frames.clamp(-1, 1)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
         frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
         finished = [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
-        left = state.decoded[:, :, last - first :]
+        left = waiting[:, :, last - first :]
         state.decoded = left if left.shape[2] else None
         return finished
 
