@@ -11,9 +11,13 @@ import psutil
 
 from .reading import EXACT, WHOLE_DEVICE, Figure, exact
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 MMAP_THRESHOLD_BYTES = 4 << 20
 """As fast as glibc's own choice on 512 × 512 video; with 1 MiB the run took a third more CPU time."""
+
+ARENAS = 2
+"""Heaps that threads share. With glibc's choice, eight for each core, every encoder thread may get one of its own, which
+stays: a worker's 184 MiB became 210 over fifty clips on a busy machine (benchmarks/night.py)."""
 
 
 @cache
@@ -41,14 +45,16 @@ def trim() -> bool:
 
 
 def fix_heap_growth() -> bool:
-    """Keeps glibc from moving the size above which memory is mapped apart and given back when it is freed.
+    """Keeps glibc from moving the size above which memory is mapped apart and given back when it is freed, and from
+    making ever more heaps.
 
     glibc raises that size up to 32 MiB as large blocks are freed; after that, freed frames stay in a heap that gets
     holes, and resident memory creeps up though nothing leaks. For a process of our own: it is a setting of the whole
     process. Returns whether the C library took it.
     """
     try:
-        return bool(ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(mallopt(_M_ARENA_MAX, ARENAS))
     except (OSError, AttributeError):
         return False
 
