@@ -16,8 +16,8 @@ MMAP_THRESHOLD_BYTES = 4 << 20
 """As fast as glibc's own choice on 512 × 512 video; with 1 MiB the run took a third more CPU time."""
 
 ARENAS = 2
-"""Heaps that threads share. With glibc's choice, eight for each core, every thread of an encoder may get one of its own,
-which stays: a worker's 184 MiB became 210 over fifty clips on a busy machine (benchmarks/night.py)."""
+"""Heaps that threads share. With glibc's choice, eight for each core, every thread of an encoder may get its own, which
+stays: a worker's 184 MiB became 210 over fifty clips on a busy machine (benchmarks/night.py)."""
 
 
 @cache
