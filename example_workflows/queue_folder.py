@@ -65,7 +65,7 @@ def process_bytes(server: str) -> int | None:
     ram = [device for device in call(f"{server}/steadyvsr/state")["devices"] if device["device"] == "RAM"]
     parts = ram[0]["parts"] if ram else {}
     known = [parts.get(name) for name in ("kept", "models", "working")]
-    return sum(known) if all(value is not None for value in known) else None
+    return None if None in known else sum(value or 0 for value in known)
 
 
 def main() -> int:

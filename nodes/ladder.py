@@ -174,6 +174,17 @@ class RunMemory:
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
+    def summary(self) -> dict[str, Any]:
+        """For the line on the node: bytes predicted and read, the budget, and what to change if it did not fit."""
+        peak = self._report["peak"]
+        known = next((peak[name]["bytes"] for name in ("allocated", "driver") if peak[name]["bytes"] is not None), None)
+        return {
+            "predicted": self._report["predicted"]["bytes"],
+            "measured": known,
+            "budget": self._report["budget_bytes"] if self.limits.budget_gb > 0 else None,
+            "advice": "it did not fit at first: see the attempts in the report" if self.attempts else "",
+        }
+
     def report(self) -> dict[str, Any]:
         """What was predicted, what was read, and what became of the plan; bytes with their sources."""
         return self._report

@@ -8,7 +8,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.v0_0_2 import io
 
-import nodes as comfyui_nodes
+import nodes
 
 from ..patches.residency import patchers_of
 from ..patches.retention import EJECTABLE, Key
@@ -28,6 +28,9 @@ from .loading import (
     put,
     report_output,
 )
+
+comfyui_nodes: Any = nodes
+"""ComfyUI's own module: this package is never on `sys.path`, where its `nodes` would be found first."""
 
 MODEL_NODE, CLIP_NODE = "Load Diffusion Model (Verified)", "Load CLIP (Verified)"
 VAE_NODE, CHECKPOINT_NODE = "Load VAE (Verified)", "Load Checkpoint (Verified)"

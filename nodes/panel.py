@@ -20,7 +20,7 @@ from ..memory.reading import GIB, size_text
 from ..memory.state import shared
 from ..patches import prompt, residency, snapshots, worker
 from ..patches.retention import POLICIES, registry
-from . import panel_state, receipts
+from . import panel_state, prediction, receipts
 from .receipts import Line, ReceiptCard
 from .sampler import sampler
 
@@ -184,6 +184,23 @@ def settings(body: dict[str, Any]) -> dict[str, Any]:
     return {"levels": asdict(book.levels), "kept_budget_bytes": kept.budget_bytes()}
 
 
+def predict(body: dict[str, Any]) -> dict[str, Any]:
+    """What a FlashVSR run of these settings will need; see `prediction.predict`."""
+    number = (int, float)
+    try:
+        return prediction.predict(
+            _taken(body, "model_set", str, ""),
+            _taken(body, "precision", str, "auto"),
+            _taken(body, "width", int),
+            _taken(body, "height", int),
+            float(_taken(body, "scale", number)),
+            float(_taken(body, "kv_ratio", number, 3.0)),
+            float(_taken(body, "budget_gb", number, 0)),
+        )
+    except (ValueError, OverflowError) as error:
+        raise BadRequest(str(error)) from error
+
+
 def _press_receipt(press: snapshots.Press) -> None:
     """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
     after = {item.handle: item.bytes for item in press.after.residents}
@@ -210,4 +227,5 @@ POSTS: dict[str, Handler] = {
     "policy": policy,
     "offload": offload,
     "settings": settings,
+    "predict": predict,
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..models.flashvsr import StreamOptions, output_size, upscale_frames
 from ..models.video import Clip, ClipWriter, Waveform, open_clip
+from . import node_status
 from .compat import trim_window
 from .ladder import Limits, RunMemory, memory_errors
 from .loaded import LoadedFlashVSR
@@ -119,6 +120,7 @@ class Run:
             "weights_loaded_bytes": sum(patcher.loaded_size() for patcher in patchers),
             "memory": memory.report(),
         }
+        node_status.send(self.node_id, memory=memory.summary())
 
     def report(self) -> str:
         return json.dumps(self._report, indent=2, ensure_ascii=False)

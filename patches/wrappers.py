@@ -169,8 +169,9 @@ def _means_ours(kept: list[Any], device: Any, keep_loaded: Any) -> bool:
 def _count_yields(kept: list[Any], before: dict[int, int]) -> None:
     for loaded in kept:
         # Unloaded entries keep their patcher as long as its owner lives.
-        entry = registry().owner_of(loaded.model) if loaded.model is not None else None
-        if entry is not None and loaded.model.loaded_size() < before.get(id(loaded), 0):
+        patcher = loaded.model
+        entry = None if patcher is None else registry().owner_of(patcher)
+        if entry is not None and patcher.loaded_size() < before.get(id(loaded), 0):
             entry.yields += 1
 
 

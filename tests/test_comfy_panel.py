@@ -41,9 +41,24 @@ def server(servers, comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory
         servers[comfyui_path].wait()
     running = servers[comfyui_path]
     running.post("/steadyvsr/release", {})
-    running.post("/free", {"unload_models": True, "free_memory": True})
-    settled(lambda: models(running) == {}, "an empty start")
+    pressed(running)
+    assert models(running) == {}
     return running
+
+
+def pressed(server: Server) -> None:
+    """Presses ComfyUI's button and waits until the worker has acted on both flags."""
+
+    def last() -> tuple[int, str]:
+        looks = server.get("/steadyvsr/snapshots")["snapshots"]
+        return (looks[-1]["press"], looks[-1]["stage"]) if looks else (0, "")
+
+    before, _ = last()
+    assert server.post("/free", {"unload_models": True, "free_memory": True})[0] == 200
+    settled(lambda: last()[0] > before and last()[1] == "post-collect", "the end of the press")
+    # The two flags are set one after the other: the worker may wake between them, and acts twice then.
+    time.sleep(0.5)
+    settled(lambda: last()[1] == "post-collect", "the end of a second press")
 
 
 def settled(condition, what: str) -> None:
@@ -62,9 +77,7 @@ def test_a_kept_model_stays_through_both_buttons_and_goes_after_release(server):
     loaded = models(server)
     assert sorted(loaded) == NETWORKS and all(m["bytes"] == m["size"] > 0 for m in loaded.values())
     assert {m["policy"] for m in loaded.values()} == {"keep"}
-    assert server.post("/free", {"unload_models": True, "free_memory": True})[0] == 200
-    settled(lambda: len(server.get("/steadyvsr/snapshots")["snapshots"]) >= 4, "the four looks at a press")
-    time.sleep(2)
+    pressed(server)
     assert {name: m["bytes"] for name, m in models(server).items()} == {n: m["bytes"] for n, m in loaded.items()}
     press = server.get("/steadyvsr/snapshots")["snapshots"][-4:]
     assert [look["stage"] for look in press] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
@@ -145,6 +158,18 @@ def test_nothing_is_changed_by_reading(server, route):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{server.url}/steadyvsr/{route}", timeout=10)
     assert refused.value.code in (404, 405)
+
+
+def test_the_need_of_a_run_is_predicted_before_it(server):
+    asked = {"model_set": "nano (embedded)", "precision": "fp32", "width": 48, "height": 32, "scale": 4.0}
+    small = server.post("/steadyvsr/predict", asked)[1]
+    large = server.post("/steadyvsr/predict", {**asked, "width": 480, "height": 320, "budget_gb": 0.01})[1]
+    assert 10_000_000 < small["predicted"] < large["predicted"]
+    assert small["advice"] == "" and small["budget"] is None
+    assert large["budget"] == int(0.01 * 2**30) and "kv_ratio" in large["advice"]
+    assert server.post("/steadyvsr/predict", {**asked, "model_set": "never loaded"})[1]["predicted"] is None
+    for wrong in ({"width": -3}, {"scale": 1e300}, {"precision": "fp1"}, {"width": "wide"}):
+        assert server.post("/steadyvsr/predict", {**asked, **wrong})[0] == 400
 
 
 def test_nothing_that_the_routes_say_names_a_path(server):

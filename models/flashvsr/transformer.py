@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -289,14 +290,16 @@ class Transformer(nn.Module):
         if state.x is None:
             weight, bias = weight_and_bias(self.patch_embedding, latent)
             state.part, state.x = 0, F.linear(patchify(latent, grid), weight.flatten(1), bias)
+        assert state.x is not None
         while state.part < LAYER_PARTS * len(self.blocks):
             layer, part = divmod(state.part, LAYER_PARTS)
+            block = cast(Block, self.blocks[layer])
             if part == 0 and lq_tokens is not None and layer < len(lq_tokens):
                 state.x = state.x + to_windows(lq_tokens[layer], grid)
             elif part == 1:
-                state.x = self.blocks[layer].attend(state.x, shared, constants, state, layer)
+                state.x = block.attend(state.x, shared, constants, state, layer)
             elif part == 2:
-                state.x = self.blocks[layer].feed(state.x, constants)
+                state.x = block.feed(state.x, constants)
             state.part += 1
         velocity = unpatchify(self.head(state.x, constants.time), grid)
         state.pairs += grid.groups
