@@ -7,6 +7,8 @@
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
 
+Of a backend's devices all are emptied by the one call that the original makes; nothing is added to it.
+
 ComfyUI's prompt worker has no guard around these calls: an exception here would end it for good. So whatever fails on
 our account is logged once, and the original runs as if we were not there. With nothing kept nothing is done.
 """
@@ -20,12 +22,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
 import psutil
+import torch
 
 from ..memory.host import trim
+from ..memory.reading import size_text
 from ..memory.state import shared
 from . import prompt, snapshots
 from .residency import adopt, is_explicit
@@ -34,12 +39,13 @@ from .retention import KEPT, PINNED, registry, same_model
 log = logging.getLogger("steadyvsr.patches")
 
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-LOW_RAM_SHARE, ENOUGH_RAM_SHARE = 0.10, 0.15
-"""Kept models are released below the first, once, and again only after the second was reached in between."""
+ENOUGH_RAM = 1.5
+"""Times the registry's `min_available`: RAM is yielded once below that, and again only after this was reached."""
 
 
 class _Thread(threading.local):
     depth = 0
+    loading = False
 
 
 class _State:
@@ -91,19 +97,29 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
     if _state().thread.depth > 0:
         return original(*arguments, **keywords)
     # The handler of an out-of-memory error calls this while the error is being handled: KEPT yields, PINNED stays.
-    out_of_memory = isinstance(sys.exc_info()[1], mm.OOM_EXCEPTION)
-    press = _attempt("snapshot", lambda: snapshots.begin("OOM" if out_of_memory else _caller()))
+    out_of_memory = _is_out_of_memory(sys.exc_info()[1])
+    caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
+    if caller == "housekeeping" and not registry().keeps_anything:
+        return original(*arguments, **keywords)
+    press = _attempt("snapshot", lambda: snapshots.begin(caller))
     with _inside(), _lock():
+        _attempt("repair of entries", repair)
+        before = _attempt("counting yields", _resident_bytes, {})
         hidden = _attempt("hiding kept models", lambda: _hide((PINNED,) if out_of_memory else (KEPT, PINNED)), [])
         try:
             return original(*arguments, **keywords)
         finally:
             _attempt("putting kept models back", lambda: _put_back(hidden))
+            _attempt("counting yields", lambda: _count_yields(before))
             _attempt("snapshot", lambda: snapshots.unloaded(press))
 
 
-def _caller() -> str:
-    return "housekeeping" if prompt.in_work() else "button"
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """By class and words: `is_oom` of newer versions touches the device."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    return isinstance(error, mm.OOM_EXCEPTION) or (
+        accelerator_error is not None and isinstance(error, accelerator_error) and "out of memory" in str(error).lower()
+    )
 
 
 def _hide(policies: tuple[str, ...]) -> list[tuple[int, Any]]:
@@ -126,53 +142,74 @@ def _put_back(hidden: list[tuple[int, Any]]) -> None:
         )
         if not again:
             models.insert(min(index, len(models)), loaded)
+    repair()  # what the original collected as garbage may have held a patcher
 
 
-def free_memory(
-    original: Callable[..., Any],
-    memory_required: float,
-    device: Any,
-    keep_loaded: Any = (),
-    *arguments: Any,
-    **keywords: Any,
-) -> Any:
-    def stock() -> Any:
-        return original(memory_required, device, list(keep_loaded), *arguments, **keywords)
-
+def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     if _idle() or is_explicit():
-        return stock()
-    kept = _attempt("choosing kept models", registry().listed, [])
-    if not kept or _attempt("reading the caller's wish", lambda: _means_ours(kept, device, keep_loaded), False):
-        return stock()
+        return original(*arguments, **keywords)
+    asked = _attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
     with _inside():
-        before = {id(loaded): loaded.model_loaded_memory() for loaded in kept if loaded.model is not None}
-        freed = original(memory_required, device, [*keep_loaded, *kept], *arguments, **keywords)
-        if device is None or mm.get_free_memory(device) >= memory_required:
+        _attempt("repair of entries", repair)
+        kept = _attempt("choosing kept models", registry().listed, [])
+        if asked is None or not kept or _attempt("reading a wish for memory", lambda: asked.means_only(kept), False):
+            return original(*arguments, **keywords)
+        before = _attempt("counting yields", _resident_bytes, {})
+        freed = asked.call(original, kept)
+        if not _attempt("reading free memory", asked.short, False):
             return freed
         pinned = _attempt("choosing pinned models", lambda: registry().listed(PINNED), kept)
         if len(pinned) == len(kept):
             return freed
-        more = original(memory_required, device, [*keep_loaded, *pinned], *arguments, **keywords)
-        _attempt("counting yields", lambda: _count_yields(kept, before))
+        more = asked.call(original, pinned)
+        _attempt("counting yields", lambda: _count_yields(before))
         return [*(freed or []), *(more or [])]
 
 
-def _means_ours(kept: list[Any], device: Any, keep_loaded: Any) -> bool:
-    """Whether the caller spares everything else on the device: then it means these models, not just memory."""
-    if not keep_loaded:
-        return False
-    spared, ours = {id(loaded) for loaded in keep_loaded}, {id(loaded) for loaded in kept}
-    rest = [x for x in mm.current_loaded_models if id(x) not in spared and (device is None or x.device == device)]
-    return bool(rest) and all(id(loaded) in ours for loaded in rest)
+@dataclass(frozen=True)
+class _Asked:
+    """A call of free_memory. What a version or a fork added to its parameters goes through as it came."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    required: float
+    device: Any
+    spared: Any
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Asked:
+        named = {**dict(zip(("memory_required", "device", "keep_loaded"), arguments, strict=False)), **keywords}
+        return cls(
+            arguments, keywords, named["memory_required"], named["device"], list(named.get("keep_loaded") or ())
+        )
+
+    def call(self, original: Callable[..., Any], protected: list[Any]) -> Any:
+        spared = [*self.spared, *protected]
+        if len(self.arguments) > 2:
+            return original(*self.arguments[:2], spared, *self.arguments[3:], **self.keywords)
+        return original(*self.arguments, **{**self.keywords, "keep_loaded": spared})
+
+    def short(self) -> bool:
+        return self.device is not None and mm.get_free_memory(self.device) < self.required
+
+    def means_only(self, kept: list[Any]) -> bool:
+        """Whether the caller asks for more than a device has and spares all but kept models: it means just these."""
+        if not self.spared or self.device is None or self.required <= mm.get_total_memory(self.device):
+            return False
+        spared, ours = {id(loaded) for loaded in self.spared}, {id(loaded) for loaded in kept}
+        rest = [x for x in mm.current_loaded_models if id(x) not in spared and x.device == self.device]
+        return bool(rest) and all(id(loaded) in ours for loaded in rest)
 
 
-def _count_yields(kept: list[Any], before: dict[int, int]) -> None:
-    for loaded in kept:
-        # Unloaded entries keep their patcher as long as its owner lives.
-        patcher = loaded.model
-        entry = None if patcher is None else registry().owner_of(patcher)
-        if entry is not None and patcher.loaded_size() < before.get(id(loaded), 0):
-            entry.yields += 1
+def _resident_bytes() -> dict[str, int]:
+    """Of every model that may yield."""
+    return {entry.id: sum(patcher.loaded_size() for patcher in entry.patchers) for entry in registry().owned(KEPT)}
+
+
+def _count_yields(before: dict[str, int]) -> None:
+    now = _resident_bytes()
+    for entry in registry().owned(KEPT):
+        entry.yields += now[entry.id] < before.get(entry.id, 0)
 
 
 def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -190,47 +227,67 @@ def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: 
 
 
 def repair() -> None:
-    """Gives entries whose patcher died with a clone, while the owner keeps the module, the owner's patcher."""
-    for loaded in mm.current_loaded_models:
-        if loaded.model is not None or loaded.real_model is None:
-            continue
+    """Gives entries whose patcher died with a clone, while the owner keeps the module, the owner's patcher.
+
+    Without it such an entry can neither be used nor freed. Where the module was listed again since, the entry goes.
+    """
+    models = mm.current_loaded_models
+    dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
+    if not dead:
+        return
+    owners = {id(patcher.model): patcher for entry in registry().owned() for patcher in entry.patchers}
+    listed = {id(loaded.model.model) for loaded in models if loaded.model is not None}
+    for loaded in dead:
         module = loaded.real_model()
-        for entry in registry().owned():
-            for patcher in entry.patchers:
-                if patcher.model is module:
-                    loaded._set_model(patcher)
-                    loaded.device = patcher.load_device
+        patcher = owners.get(id(module))
+        if patcher is None or module is None:
+            continue
+        if id(module) in listed:
+            # By identity: two dead entries are equal.
+            del models[next(index for index, other in enumerate(models) if other is loaded)]
+            loaded.model_finalizer.detach()
+            continue
+        loaded._set_model(patcher)
+        loaded.device = patcher.load_device
+        listed.add(id(module))
 
 
 def yield_ram() -> None:
     """Releases kept models while RAM is short, never while a prompt runs (attention calls this in mid-sampling)."""
     if prompt.in_work():
         return
-    state, memory = _state(), psutil.virtual_memory()
-    if memory.available >= ENOUGH_RAM_SHARE * memory.total:
+    state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
+    if available >= ENOUGH_RAM * least:
         state.ram_armed = True
-    if not state.ram_armed or memory.available >= LOW_RAM_SHARE * memory.total:
+    if not state.ram_armed or available >= least:
         return
     state.ram_armed = False
-    missing = LOW_RAM_SHARE * memory.total - memory.available
     owned = registry().kept_bytes()
-    if registry().yield_ram(lambda: owned - registry().kept_bytes() < missing, "less than a tenth of the RAM is free"):
+    if registry().yield_ram(
+        lambda: owned - registry().kept_bytes() < least - available, f"less than {size_text(least)} of RAM are free"
+    ):
         gc.collect()
         trim()
 
 
 def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    if not registry().keeps_anything:
+    thread = _state().thread
+    if thread.loading or not registry().keeps_anything:
         return original(*arguments, **keywords)
+    thread.loading = True
     try:
+        _attempt("repair of entries", repair)
         return original(*arguments, **keywords)
     except BaseException:
         _attempt("putting models back after an error", readopt)
         raise
+    finally:
+        thread.loading = False
 
 
 def readopt() -> None:
     """Lists kept models again that are on their device and that ComfyUI has lost in the middle of a load."""
+    repair()
     known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
     for entry in registry().owned():
         for patcher in entry.patchers:
@@ -270,11 +327,11 @@ def uninstall() -> None:
     """Takes wrappers away where they are on top; those that others have wrapped again only stop to act."""
     for name in NAMES:
         top = getattr(mm, name)
-        if getattr(top, "steadyvsr_wrapper", None) == name and "steadyvsr_armed" in vars(top):
+        if _ours(top, name):
             setattr(mm, name, top.__wrapped__)
             continue
         for link in _chain(top):
-            if getattr(link, "steadyvsr_wrapper", None) == name:
+            if _ours(link, name):
                 link.steadyvsr_armed = False
 
 
@@ -286,14 +343,19 @@ def status() -> dict[str, str]:
 def status_of(name: str) -> str:
     """Where our wrapper of a function stands. "replaced": it is not in the chain, as far as that can be followed."""
     for position, link in enumerate(_chain(getattr(mm, name))):
-        if vars(link).get("steadyvsr_wrapper") == name and vars(link).get("steadyvsr_armed") and _ours(link):
+        if _ours(link, name) and link.steadyvsr_armed:
             return "in chain" if position else "on top"
     return "replaced"
 
 
-def _ours(link: Any) -> bool:
-    """functools.wraps copies marks to a foreign wrapper around ours: only our own function tells its original apart."""
-    return link.__code__.co_name == "wrapper" and link.__code__.co_filename == __file__
+def _ours(link: Any, name: str) -> bool:
+    """functools.wraps copies marks to a foreign wrapper around ours: only our own function has our code."""
+    code = getattr(link, "__code__", None)
+    return (
+        vars(link).get("steadyvsr_wrapper") == name
+        and code is not None
+        and (code.co_name, code.co_filename) == ("wrapper", __file__)
+    )
 
 
 def _chain(function: Any) -> Iterator[Any]:
