@@ -198,7 +198,8 @@ def _run_upscale(args: argparse.Namespace) -> int:
     if source.is_dir() and (args.workers is not None or holds_videos(source)):
         return _run_folder(args, options)
     if args.workers is not None:
-        raise ValueError("--workers: expected a folder of videos as IN; got a single clip.")
+        what = "a single clip" if source.exists() else "nothing of that name"
+        raise ValueError(f"--workers: expected a folder of videos as IN; got {what}.")
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
     damaged = "keep" if args.keep_damaged else "raise"

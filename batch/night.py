@@ -278,7 +278,7 @@ class _Run:
             return
         if result.state == DISK_FULL:
             self.report.stopped = (
-                f"{job.name}: {result.error}. What was finished before is safe; make room on the disk and run again."
+                f"{job.name}: {result.error} What was finished before is safe; make room on the disk and run again."
             )
             self.stop.set()
         self.report.results.append(result)
