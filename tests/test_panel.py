@@ -390,6 +390,21 @@ def test_a_node_shows_policy_progress_and_receipt_live(browser, static, tmp_path
         page.close()
 
 
+def test_a_node_of_an_opened_workflow_shows_what_is_set_there(page, server):
+    asked = page.evaluate(
+        """async () => {
+          const {app} = await import("/scripts/app.js");
+          app.graph.clear();
+          const node = window.LiteGraph.createNode("SteadyVSR_LoadFlashVSR");
+          app.graph.add(node);
+          node.configure({...node.serialize(), widgets_values: ["pin", "auto"]});
+          await new Promise(done => setTimeout(done, 200));
+          return node.widgets.find(w => w.name === "steadyvsr_status").element.innerText;
+        }"""
+    )
+    assert "Asked: pinned" in asked
+
+
 def test_the_scripts_are_small_and_name_no_other_host():
     sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "web").rglob("*.js")}
     assert len(sources) > 3

@@ -123,6 +123,13 @@ app.registerExtension({
       changed();
       return result;
     };
+    // A workflow that is opened sets widgets without calling them.
+    const configured = node.onConfigure;
+    node.onConfigure = function (...values) {
+      const result = configured?.apply(this, values);
+      changed();
+      return result;
+    };
     const removed = node.onRemoved;
     node.onRemoved = function (...values) {
       statuses.delete(String(node.id));
