@@ -36,6 +36,9 @@ POLICIES = (EJECTABLE, KEPT, PINNED)
 RAM_SHARE = 0.5
 """Of the machine's RAM, for all kept models together, unless `Registry.ram_budget_bytes` is set."""
 
+AVAILABLE_SHARE = 0.1
+"""Of the machine's RAM: kept models yield when less is available, unless `Registry.min_available_bytes` is set."""
+
 
 @dataclass(frozen=True)
 class FileIdentity:
@@ -178,6 +181,8 @@ class Registry:
         self.lock = threading.RLock()
         self.ram_budget_bytes: int | None = None
         """For all owned entries together; None is half of the machine's RAM."""
+        self.min_available_bytes: int | None = None
+        """RAM that kept models leave to others; None is a tenth of the machine's."""
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
         self._loading: dict[tuple, threading.RLock] = {}
         self._owned = 0
@@ -315,6 +320,11 @@ class Registry:
         if self.ram_budget_bytes is not None:
             return self.ram_budget_bytes
         return int(psutil.virtual_memory().total * RAM_SHARE)
+
+    def least_available_bytes(self) -> int:
+        if self.min_available_bytes is not None:
+            return self.min_available_bytes
+        return int(psutil.virtual_memory().total * AVAILABLE_SHARE)
 
     def keep_within_budget(self) -> list[Entry]:
         """Gives up the least recently used kept entries until the rest fits the RAM budget; says which.

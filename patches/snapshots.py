@@ -6,6 +6,7 @@ before unloading → after unloading → after the reset of the node caches → 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -19,11 +20,12 @@ from ..memory import probe
 from ..memory.reading import Reading, size_text
 from ..memory.state import shared
 from .residency import Resident, residents, torch_devices
-from .retention import registry
+from .retention import Key, registry
 
 log = logging.getLogger("steadyvsr.patches")
 
 RING_SNAPSHOTS = 64
+BUTTON, OUT_OF_MEMORY, HOUSEKEEPING = "button", "OOM", "housekeeping"
 PRE_UNLOAD, POST_UNLOAD, POST_RESET, POST_COLLECT = "pre-unload", "post-unload", "post-reset", "post-collect"
 
 
@@ -33,6 +35,7 @@ class Kept:
 
     Attributes:
         id, name, kind, policy: of the registry's entry.
+        key: kind, files and options that make it this model; no path.
         networks: classes of its networks.
         listed: how many of its networks are in ComfyUI's list.
         dead: how many of those have lost their patcher.
@@ -44,6 +47,7 @@ class Kept:
     name: str
     kind: str
     policy: str
+    key: str
     networks: tuple[str, ...]
     listed: int
     dead: int
@@ -94,7 +98,7 @@ class Press:
 
     Attributes:
         before, after: the first and the last snapshot.
-        lost: kept models that were resident before and are gone or off the device now, though nobody asked for that.
+        lost: kept models that left their device or ComfyUI's list, though nobody gave them up and they did not yield.
         left: bytes that left the devices, by ComfyUI's books.
     """
 
@@ -153,7 +157,9 @@ def begin(caller: str) -> Snapshot:
     with presses.lock:
         presses.count += 1
         presses.open = None
-        reason, presses.reason = presses.reason, ""
+        reason = ""
+        if caller == BUTTON:
+            reason, presses.reason = presses.reason, ""
         return _take(presses.count, PRE_UNLOAD, caller, reason)
 
 
@@ -162,7 +168,7 @@ def unloaded(before: Snapshot | None) -> None:
     if before is None:
         return
     after = _take(before.press, POST_UNLOAD, before.caller, before.reason)
-    if before.caller == "button":
+    if before.caller == BUTTON:
         _presses().open = before
     else:
         _judge(before, after)
@@ -191,21 +197,25 @@ def collected() -> None:
 def _judge(before: Snapshot, after: Snapshot) -> None:
     left = sum(max(0, item.bytes - _bytes_now(after, item)) for item in before.residents)
     now = {entry.id: entry for entry in after.kept}
-    lost = tuple(
-        entry
-        for entry in before.kept
-        if entry.resident
-        and (entry.id not in now or (now[entry.id].resident < entry.resident and before.caller != "OOM"))
-    )
+    lost = tuple(entry for entry in before.kept if entry.resident and _is_lost(entry, now.get(entry.id)))
     press = Press(before, after, lost, left)
-    log.info("%s: %s", before.caller, press.line)
+    # At the end of every prompt, where smart memory is off, is not worth a line.
+    log.log(logging.DEBUG if before.caller == HOUSEKEEPING else logging.INFO, "%s: %s", before.caller, press.line)
     for entry in lost:
         log.error(
-            "a kept model was lost: %s of %s (%s, %s), %s on the device before",
-            "+".join(entry.networks), entry.name, entry.id, entry.policy, size_text(entry.resident),
+            "a kept model was lost: %s of %s (%s, %s; %s), %s on the device before, %s and %s now",
+            "+".join(entry.networks), entry.name, entry.id, entry.policy, entry.key, size_text(entry.resident),
+            size_text(now[entry.id].resident), "listed" if now[entry.id].listed else "not listed",
         )  # fmt: skip
     for listener in list(_presses().listeners):
         listener(press)
+
+
+def _is_lost(before: Kept, now: Kept | None) -> bool:
+    """Whether a kept model left its device or ComfyUI's list though nobody gave it up and it did not yield."""
+    if now is None or now.yields > before.yields:
+        return False
+    return now.resident < before.resident or now.listed < min(1, before.listed)
 
 
 def _bytes_now(after: Snapshot, item: Resident) -> int:
@@ -242,6 +252,7 @@ def _kept(entry: Any) -> Kept:
         name=entry.name,
         kind=entry.key.kind,
         policy=entry.policy,
+        key=_key_text(entry.key),
         networks=tuple(type(patcher.model).__name__ for patcher in patchers),
         listed=listed,
         dead=dead,
@@ -251,3 +262,9 @@ def _kept(entry: Any) -> Kept:
         loads=entry.loads,
         yields=entry.yields,
     )
+
+
+def _key_text(key: Key) -> str:
+    """`vae wan.safetensors, device='cuda:0'`"""
+    files = " ".join(os.path.basename(file.path) for file in key.files)
+    return ", ".join([f"{key.kind} {files}", *(f"{name}={value}" for name, value in key.options)])
