@@ -12,6 +12,7 @@ import nodes
 
 from ..patches.residency import patchers_of
 from ..patches.retention import EJECTABLE, Key
+from . import weights
 from .compat import supported, unique_id
 from .flashvsr import keep_loaded_input
 from .loading import (
@@ -86,14 +87,15 @@ class LoadDiffusionModel(io.ComfyNode):
         def key_of(where: str) -> Key:
             return Key.of("diffusion model", [path], {"weight_dtype": weight_dtype, "device": where})
 
-        place = choose_place(device, allow_cpu, key_of, MODEL_NODE)
+        needed = weights.of_diffusion_model([path], weight_dtype)
+        place = choose_place(device, allow_cpu, key_of, needed, MODEL_NODE)
 
         def load() -> Any:
             (model,) = comfyui_nodes.UNETLoader().load_unet(unet_name, weight_dtype)
             return put(model, place.device)
 
         loading = Loading(MODEL_NODE, unique_id(cls), unet_name)
-        model = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place))
+        model = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed))
         if offload_after_load:
             loading.offload([model])
         return loading.output(model)
@@ -160,7 +162,8 @@ class LoadCLIP(io.ComfyNode):
         def key_of(where: str) -> Key:
             return Key.of("clip", paths, {"type": type, "device": where})
 
-        place = choose_place(device, allow_cpu, key_of, CLIP_NODE)
+        needed = weights.of_text_encoder(paths)
+        place = choose_place(device, allow_cpu, key_of, needed, CLIP_NODE)
         options: dict[str, Any] = {}
         if place.device is not None:
             options = {"load_device": place.device, "offload_device": CPU}
@@ -173,7 +176,7 @@ class LoadCLIP(io.ComfyNode):
             )
 
         loading = Loading(CLIP_NODE, unique_id(cls), " + ".join(names))
-        clip = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place))
+        clip = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed))
         if offload_after_load:
             loading.offload([clip])
         return loading.output(clip)
@@ -234,14 +237,15 @@ class LoadVAE(io.ComfyNode):
         def key_of(where: str) -> Key:
             return Key.of("vae", paths, {"name": vae_name, "device": where})
 
-        place = choose_place(device, allow_cpu, key_of, VAE_NODE)
+        needed = weights.of_vae(paths)
+        place = choose_place(device, allow_cpu, key_of, needed, VAE_NODE)
 
         def load() -> Any:
             (vae,) = comfyui_nodes.VAELoader().load_vae(vae_name)
             return put_vae(vae, place.device)
 
         loading = Loading(VAE_NODE, unique_id(cls), vae_name)
-        vae = loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place)
+        vae = loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed)
         if offload_after_load:
             loading.offload([vae])
         return loading.output(vae)
@@ -309,7 +313,8 @@ class LoadCheckpoint(io.ComfyNode):
         def key_of(where: str) -> Key:
             return Key.of("checkpoint", [path], {"device": where})
 
-        place = choose_place(device, allow_cpu, key_of, CHECKPOINT_NODE)
+        needed = weights.of_checkpoint(path)
+        place = choose_place(device, allow_cpu, key_of, needed, CHECKPOINT_NODE)
 
         def load() -> tuple[Any, Any, Any]:
             model, clip, vae = comfyui_nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)
@@ -318,7 +323,7 @@ class LoadCheckpoint(io.ComfyNode):
             return put(model, place.device), clip, vae and put_vae(vae, place.device)
 
         loading = Loading(CHECKPOINT_NODE, unique_id(cls), ckpt_name)
-        parts = loading.obtain(key_of(place.option), keep_loaded, load, patchers_in, place)
+        parts = loading.obtain(key_of(place.option), keep_loaded, load, patchers_in, place, needed)
         model, clip, vae = (part and clone_of(part) for part in parts)
         if offload_after_load:
             loading.offload(present(parts))

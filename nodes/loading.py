@@ -15,8 +15,9 @@ from comfy_api.v0_0_2 import io, ui
 
 from ..memory import budget, probe
 from ..memory.offload import Receipt
-from ..patches import residency, wrappers
-from ..patches.retention import Entry, Key, registry
+from ..memory.reading import size_text
+from ..patches import prompt, residency, wrappers
+from ..patches.retention import POLICIES, Entry, Key, registry
 from . import node_status
 from .compat import supported
 
@@ -99,11 +100,12 @@ def fingerprint(folder: str, names: Iterable[str | None]) -> str:
     return repr(stats)
 
 
-def choose_place(device: str, allow_cpu: bool, key_of: Callable[[str], Key], node: str) -> Place:
+def choose_place(device: str, allow_cpu: bool, key_of: Callable[[str], Key], needed: int, node: str) -> Place:
     """Where a model of these files shall compute.
 
     Args:
         key_of: the registry's key for a device; a model that is there already stays where it is.
+        needed: bytes of its weights, predicted.
 
     Raises:
         ValueError: no such device, or none that it fits on.
@@ -119,7 +121,6 @@ def choose_place(device: str, allow_cpu: bool, key_of: Callable[[str], Key], nod
     for there in [*devices, CPU]:
         if registry().find(key_of(str(there))) is not None:
             return Place(there, "it is loaded for this device already")
-    needed = sum(file.size for file in key_of(AUTO).files)
     readings = [probe.attempt(probe.current(), there) for there in devices if there != CPU]
     if not readings:
         return Place(None, "there is no accelerator: ComfyUI computes on the CPU")
@@ -152,9 +153,15 @@ class Loading:
         self._report: dict[str, Any] = {"node": node, "name": name, "source": "memory: nothing was read"}
 
     def obtain(
-        self, key: Key, policy: str, load: Callable[[], Any], patchers_of: Callable[[Any], Sequence[Any]], place: Place
+        self,
+        key: Key,
+        policy: str,
+        load: Callable[[], Any],
+        patchers_of: Callable[[Any], Sequence[Any]],
+        place: Place,
+        needed: int,
     ) -> Any:
-        """The owner's object for a key; see `Registry.obtain`."""
+        """The owner's object for a key; see `Registry.obtain`. `needed`: bytes of its weights, predicted."""
 
         def read() -> Any:
             self._report["source"] = "disk"
@@ -163,10 +170,11 @@ class Loading:
         wrappers.install()  # again: a pack that was imported after us may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
-            value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(key))
+            value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(needed))
         entry = registry().find(key)
         patchers = patchers_of(value)
         self._report |= {
+            "predicted_bytes": needed,
             "weights_bytes": sum(patcher.model_size() for patcher in patchers),
             "device": str(patchers[0].load_device),
             "offload_device": str(patchers[0].offload_device),
@@ -194,9 +202,8 @@ class Loading:
         report = json.dumps(self._report, indent=2, ensure_ascii=False)
         return io.NodeOutput(*values, report, ui=ui.PreviewText(report))
 
-    def _admit(self, key: Key) -> None:
-        """Asks whether the RAM has room for the files, and releases kept models that nobody uses if it has not."""
-        needed = sum(file.size for file in key.files)
+    def _admit(self, needed: int) -> None:
+        """Asks whether the RAM has room for the weights, and releases kept models that nobody uses if it has not."""
         admission = residency.may_load(needed, CPU)
         if admission.short:
             registry().yield_ram(lambda: residency.may_load(needed, CPU).short > 0, f"{self.name} needs RAM")
@@ -206,8 +213,11 @@ class Loading:
         self._report["admission"] = str(admission)
 
     def _keeping(self, entry: Entry, asked: str) -> None:
-        stronger = [node for node, request in entry.requests.items() if request.policy == entry.policy != asked]
+        requests = entry.requests_in(prompt.running())
+        stronger = [node for node, request in requests.items() if request.policy == entry.policy != asked]
         reason = f"node {stronger[0]} asks for {entry.policy}" if stronger else ""
+        if POLICIES.index(entry.policy) < POLICIES.index(asked):
+            reason = f"released: kept models may fill {size_text(registry().budget_bytes())} of RAM together"
         self._report |= {
             "keep_loaded": entry.policy,
             "keep_loaded_reason": reason or "as this node asks",

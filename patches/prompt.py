@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -16,12 +17,17 @@ class RunningPrompt:
     Attributes:
         id: ComfyUI's own.
         node: id of the node that is executing, as a workflow numbers it.
-        nodes: ids of all nodes of the prompt; empty where no queue tells them.
+        nodes: all nodes of the prompt by id, as the API spells them; empty where no queue tells them.
     """
 
     id: str
     node: str
-    nodes: frozenset[str]
+    nodes: Mapping[str, Any] = field(default_factory=dict)
+
+    def definition(self, node: str) -> str | None:
+        """A node's class and inputs as text: ids alone say little, every workflow counts its nodes from 1."""
+        found = self.nodes.get(node)
+        return None if found is None else repr((found.get("class_type"), found.get("inputs")))
 
 
 def running() -> RunningPrompt | None:
@@ -29,8 +35,8 @@ def running() -> RunningPrompt | None:
     context = get_executing_context()
     if context is None:
         return None
-    nodes = [frozenset(item[2]) for item in _queued() if item[1] == context.prompt_id]
-    return RunningPrompt(context.prompt_id, context.node_id, nodes[0] if nodes else frozenset())
+    nodes = next((item[2] for item in _queued() if item[1] == context.prompt_id), {})
+    return RunningPrompt(context.prompt_id, context.node_id, nodes)
 
 
 def in_work() -> bool:

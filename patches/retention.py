@@ -90,10 +90,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Request:
-    """What one loader node asked for, and in which prompt."""
+    """What one loader node asked for, in which prompt, and how that defined the node (see `RunningPrompt`)."""
 
     policy: str
-    prompt: str | None
+    prompt: str
+    definition: str | None
 
 
 @dataclass(eq=False)
@@ -156,22 +157,21 @@ class Entry:
         first = [next(patcher.model.parameters(), None) for patcher in patchers]
         return all(weight is not None and weight.device.type != "meta" for weight in first)
 
-    def used_by(self, running: prompt.RunningPrompt | None) -> bool:
-        """Whether the running prompt contains a loader of this entry."""
+    def requests_in(self, running: prompt.RunningPrompt | None) -> dict[str, Request]:
+        """By node id: requests of the loaders in the running prompt, also of those that ComfyUI has cached."""
         if running is None:
-            return False
-        return any(node in running.nodes or asked.prompt == running.id for node, asked in self.requests.items())
+            return {}
+        return {
+            node: request
+            for node, request in self.requests.items()
+            if request.prompt == running.id
+            or (request.definition is not None and request.definition == running.definition(node))
+        }
 
     def strongest(self, running: prompt.RunningPrompt | None, newest: str) -> str:
         """The policy that holds: of the loader nodes in the running prompt the strongest one."""
-        asked = [newest]
-        if running is not None:
-            asked += [
-                request.policy
-                for node, request in self.requests.items()
-                if node in running.nodes or request.prompt == running.id
-            ]
-        return max(asked, key=POLICIES.index)
+        asked = [request.policy for request in self.requests_in(running).values()]
+        return max([newest, *asked], key=POLICIES.index)
 
 
 class Registry:
@@ -240,7 +240,7 @@ class Registry:
                 entry.hits += 1
             with self.lock:
                 if running is not None:
-                    entry.requests[running.node] = Request(policy, running.id)
+                    entry.requests[running.node] = Request(policy, running.id, running.definition(running.node))
                 entry.hold(value, entry.strongest(running, policy))
                 entry.last_used = time.time()
                 self._entries[key.slot] = entry
@@ -342,7 +342,7 @@ class Registry:
             for entry in self.owned(KEPT):
                 if not needed():
                     break
-                if entry.used_by(running):
+                if entry.requests_in(running):
                     continue
                 given_up += self.release([entry.id])
                 log.info("%s (%s, %s) released: %s", entry.name, entry.id, size_text(entry.size_bytes), reason)

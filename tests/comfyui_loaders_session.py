@@ -14,6 +14,9 @@ import os
 import sys
 import time
 import traceback
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfyui_phases_host as host  # starts ComfyUI; what follows needs that
 from comfyui_phases_host import BASE, CARD, EXECUTOR, FILES, error_of, live_bytes, mm, nodes, pack, resident, torch
@@ -23,6 +26,7 @@ assert host.FILES
 import comfy.sample  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
+import server  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 READS: list[str] = []
@@ -187,6 +191,43 @@ def prompt(**keeps: str) -> dict:
     return workflow
 
 
+@contextmanager
+def queued(workflow: dict) -> Iterator[None]:
+    """ComfyUI's queue as its worker leaves it while the executor's next prompt runs: that tells which nodes it has."""
+    item = (0, f"prompt-{EXECUTOR.count + 1}", workflow)
+    queue = types.SimpleNamespace(currently_running={0: item})
+    server.PromptServer.instance = types.SimpleNamespace(prompt_queue=queue, send_sync=lambda *_: None)
+    try:
+        yield
+    finally:
+        del server.PromptServer.instance
+
+
+def policy_after(*workflows: dict) -> dict:
+    """Who holds the diffusion model after these prompts, one after the other."""
+    for workflow in workflows:
+        with queued(workflow):
+            outcome = EXECUTOR.run(workflow)
+    entries = [entry for entry in registry().entries() if entry.key.kind == "diffusion model"]
+    return {"policies": [entry.policy for entry in entries], "cached": outcome["cached"], "error": outcome["error"]}
+
+
+def wishes() -> dict:
+    """Prompts one after the other, with the queue in sight: which earlier wishes still hold."""
+    seen = {}
+    pinned, two = prompt(a="pin"), prompt(a="pin", b="no")
+    changed = prompt(a="keep", b="no")
+    foreign = prompt(b="no")
+    foreign["a"] = {"class_type": "SteadyVSR_LoadVAE", "inputs": LOADERS["LoadVAE"]}
+    foreign["gate"]["inputs"]["model_1"] = ["a", 0]
+    for name, workflows in {
+        "cached": (pinned, two), "changed": (pinned, changed), "id of another": (pinned, foreign),
+    }.items():  # fmt: skip
+        clean()
+        seen[name] = policy_after(*workflows)
+    return seen
+
+
 def strongest() -> dict:
     """Two loaders of one file in a prompt, with different wishes, in both orders; then one of them alone."""
     seen = {}
@@ -314,7 +355,7 @@ def main() -> None:
     write_more_files()
     folder_paths.filename_list_cache.clear()
     results = {}
-    for scenario in (schema, reads, clones, file_changed, strongest, offloaded, lora, refusals, repeated):
+    for scenario in (schema, reads, clones, file_changed, strongest, wishes, offloaded, lora, refusals, repeated):
         started = time.monotonic()
         try:
             with torch.inference_mode():  # as ComfyUI runs nodes

@@ -84,6 +84,20 @@ def test_a_wish_ends_with_its_node(observed):
     assert scenario(observed, "strongest")["the strong one removed"]["policy"] == "no"
 
 
+def test_the_wish_of_a_loader_that_comfyui_has_cached_still_holds(observed):
+    seen = scenario(observed, "wishes")["cached"]
+    assert "a" in seen["cached"] and seen["error"] is None
+    assert seen["policies"] == ["pin"]
+
+
+def test_a_changed_wish_replaces_the_earlier_one_of_its_node(observed):
+    assert scenario(observed, "wishes")["changed"] == {"policies": ["keep"], "cached": [], "error": None}
+
+
+def test_a_node_of_another_workflow_with_the_same_id_has_no_say(observed):
+    assert scenario(observed, "wishes")["id of another"] == {"policies": ["no"], "cached": [], "error": None}
+
+
 @pytest.mark.parametrize("keep", ["keep", "pin"])
 def test_offload_after_load_moves_a_kept_model_now_and_keeps_it(observed, keep):
     seen = scenario(observed, "offloaded")[keep]
