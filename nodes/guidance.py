@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..memory import ledger, probe
+from ..patches import residency
 from . import node_status, receipts
 from .compat import supported, unique_id
 from .receipts import ReceiptCard
@@ -25,7 +26,7 @@ OFF, SEQUENTIAL, BATCHED = "off", "sequential", "batched"
 NEVER, PRESSURE, EVERY_STEP = "never", "pressure", "every step"
 GUIDANCE_KEY, LEAN_KEY = "steadyvsr_guidance", "steadyvsr_lean"
 PLAIN_CONDS = 2
-"""Positive and negative. Guiders of other kinds compute more, each in an order of its own."""
+"""Positive and negative, in this order. Guiders of other kinds compute more, each in an order of its own."""
 
 
 class GuidanceMemory(io.ComfyNode):
@@ -66,7 +67,7 @@ def with_guidance(model: Any, mode: str) -> Any:
     Raises:
         ValueError: an unknown mode.
     """
-    wrappers = {OFF: _positive_only, SEQUENTIAL: _one_after_another, BATCHED: None}
+    wrappers = {OFF: PositiveOnly(), SEQUENTIAL: _one_after_another, BATCHED: None}
     if mode not in wrappers:
         raise ValueError(f"{GUIDANCE}: expected a mode of {', '.join(wrappers)}; got {mode!r}. Choose one of them.")
     patched = model.clone()
@@ -87,15 +88,26 @@ def _one_after_another(
     ]
 
 
-def _positive_only(
-    executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict
-) -> list[Tensor]:
-    """The positive condition alone, in the negative's place too: then guidance of any strength gives the positive."""
-    if len(conds) != PLAIN_CONDS:
-        log.warning("%s off: this guider computes %d conditions at once; nothing is left out.", GUIDANCE, len(conds))
+class PositiveOnly:
+    """The positive condition alone, in the negative's place too: then guidance of any strength gives the positive.
+
+    Other nodes may evaluate conditions one by one or three at once. Which of those could be left out is not known, so
+    all are computed, and the log says so once.
+    """
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(
+        self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict
+    ) -> list[Tensor]:
+        if len(conds) == PLAIN_CONDS and conds[0] is not None:
+            (positive,) = executor(model, conds[:1], x, timestep, model_options)
+            return [positive, torch.zeros_like(x) if conds[1] is None else positive]
+        if not self._said:
+            self._said = True
+            log.warning("%s off: another node evaluates the prompts in its own way; none is left out there.", GUIDANCE)
         return _one_after_another(executor, model, conds, x, timestep, model_options)
-    (positive,) = executor(model, conds[:1], x, timestep, model_options)
-    return [positive, torch.zeros_like(x) if conds[1] is None else positive]
 
 
 class LeanSampling(io.ComfyNode):
@@ -106,7 +118,8 @@ class LeanSampling(io.ComfyNode):
             display_name=LEAN,
             category=CATEGORY,
             description="Gives unused memory of torch's allocator back to the driver between sampler steps. What it "
-            "cost in seconds stands on this node, in the memory panel and in the log when sampling is over.",
+            "cost in seconds stands on this node, in the memory panel and in the log when sampling is over, and in "
+            "every Memory Report after the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
                 io.Combo.Input(
@@ -114,7 +127,8 @@ class LeanSampling(io.ComfyNode):
                     options=[NEVER, PRESSURE, EVERY_STEP],
                     default=PRESSURE,
                     tooltip="never: measure nothing, clean nothing. pressure: after a step at which the card is fuller "
-                    "than the warning level (a setting, 80 % by default). every step: always; the slowest.",
+                    "than the warning level (a setting, 80 % by default); where that cannot be read, nothing is "
+                    "cleaned. every step: always; the slowest.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -156,17 +170,19 @@ class Cleaning:
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Any:
-        steps = cleanings = 0
+        steps = cleanings = unread = 0
         seconds = 0.0
         device = guider.model_patcher.load_device
 
         def after_step(step: int, denoised: Tensor, x: Tensor, total_steps: int) -> None:
-            nonlocal steps, cleanings, seconds
+            nonlocal steps, cleanings, unread, seconds
             if callback is not None:
                 callback(step, denoised, x, total_steps)
             steps += 1
             started = time.perf_counter()
-            if self.when == EVERY_STEP or under_pressure(device):
+            fill = "" if self.when == EVERY_STEP else fill_of(device)
+            unread += fill == "unknown"
+            if self.when == EVERY_STEP or fill in ("warn", "critical"):
                 mm.soft_empty_cache()
                 cleanings += 1
             seconds += time.perf_counter() - started
@@ -175,12 +191,15 @@ class Cleaning:
             return executor(guider, sigmas, extra_args, after_step, noise, latent_image, denoise_mask, disable_pbar)
         finally:
             line = f"{cleanings} cleanings in {steps} steps, {seconds:.2f} s in all ({self.when})"
+            if unread:
+                line += f"; how full {device} is could not be read after {unread} of them"
             log.info("%s: %s", LEAN, line)
+            # This node's outputs were made before sampling began; Memory Report comes after it and reads the ledger.
+            residency.prompt_ledger().mark(f"{LEAN}: {line}", quiet=True)
             receipts.give(ReceiptCard(LEAN, line, "DONE"))
             node_status.send(self.node_id, receipt={"line": line, "verdict": "DONE"})
 
 
-def under_pressure(device: torch.device) -> bool:
-    """Whether a device is fuller than the warning level, by measurement; False where that cannot be read."""
-    reading = probe.attempt(probe.current(), device)
-    return ledger.current().levels.of(reading) in ("warn", "critical")
+def fill_of(device: torch.device) -> str:
+    """How full a device is by measurement, against the warning levels: ok, warn, critical or unknown."""
+    return ledger.current().levels.of(probe.attempt(probe.current(), device))

@@ -185,7 +185,8 @@ class MemoryReport(io.ComfyNode):
             display_name=REPORT,
             category=CATEGORY,
             description="Says and draws what was measured in this run up to here: the phases that gates have ended, "
-            "the most since the last report, and which models are on which device now. It changes nothing.",
+            "what Lean Sampling cost, the most since the last report, and which models are on which device now. It "
+            "changes nothing.",
             inputs=[
                 io.AnyType.Input(
                     "value",
@@ -230,9 +231,12 @@ class MemoryReport(io.ComfyNode):
             for device in by_device
             if phase.growth[device].leaking
         }
+        # What others marked before this report, such as Lean Sampling, whose outputs exist before it has run.
+        earlier = [mark for mark in run.marks if mark.kind == "mark"][: -len(line.splitlines())]
         text = [
             *line.splitlines(),
             *map(str, run.phases),
+            *(f"{mark.reading.line(mark.stage)} · {mark.reading.device}" for mark in earlier),
             *(f"peak since the last report on {device}: {peak}" for device, peak in peaks.items()),
             *(f"on {item.device}: {item.name} {gate.exact_text(item.bytes)}" for item in residents),
             f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",

@@ -81,6 +81,36 @@ def test_a_foreign_batch_function_keeps_its_effect(observed):
     assert seen["off"]["batches"] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "area", "mask", "hooks"],
+)
+def test_patches_and_conditions_of_other_nodes_keep_their_effect(observed, name):
+    seen = scenario(observed, "composition")[name]
+    assert seen["effect"] > 1e-3
+    assert seen["sequential"] <= 1e-5 and seen["off"] <= 1e-5
+    assert seen["calls"] >= 4
+
+
+@pytest.mark.parametrize("name", ["sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"])
+def test_sequential_stays_at_batch_one_beside_functions_of_other_nodes(observed, name):
+    assert scenario(observed, "composition")[name]["largest_batch"] == 1
+
+
+@pytest.mark.parametrize("mode", ["sequential", "off"])
+def test_a_negative_that_another_node_evaluates_alone_is_computed(observed, mode):
+    seen = scenario(observed, "evaluated_apart")[mode]
+    assert seen["difference"] <= 1e-5 and seen["batches"] == [1, 1, 1, 1]
+    assert len(seen["said"]) == (mode == "off")
+
+
+@pytest.mark.parametrize("mode", ["sequential", "off"])
+def test_three_conditions_are_all_computed_and_off_says_so_once(observed, mode):
+    seen = scenario(observed, "three_conditions")[mode]
+    assert seen["difference"] <= 1e-5 and seen["batches"] == [1] * 6
+    assert len(seen["said"]) == (mode == "off")
+
+
 def test_sequential_and_off_need_at_most_three_fifths_of_the_batched_peak(observed):
     seen = scenario(observed, "peaks")
     assert seen["batched"] > 30 << 20
@@ -102,3 +132,30 @@ def test_cleanings_follow_the_choice(observed):
 def test_the_cost_is_said_when_sampling_is_over(observed, case, words):
     receipt = scenario(observed, "cleanings")[case]["receipt"]
     assert receipt.startswith(words) and " s in all" in receipt
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("every step", "Lean Sampling: 2 cleanings in 2 steps"),
+        ("pressure", "Lean Sampling: 0 cleanings in 2 steps"),
+        ("pressure full", "Lean Sampling: 2 cleanings in 2 steps"),
+    ],
+)
+def test_the_cost_stands_in_the_ledger(observed, case, words):
+    (mark,) = scenario(observed, "cleanings")[case]["marks"]
+    assert mark.startswith(words) and " s in all" in mark
+
+
+def test_never_leaves_no_mark(observed):
+    assert scenario(observed, "cleanings")["never"]["marks"] == []
+
+
+def test_a_memory_report_after_sampling_says_the_cost(observed):
+    (line,) = scenario(observed, "cleanings")["memory report"]
+    assert "Lean Sampling: 2 cleanings in 2 steps" in line and "cpu:0" in line
+
+
+def test_a_card_that_cannot_be_read_is_never_cleaned_under_pressure_and_that_is_said(observed):
+    line = scenario(observed, "cleanings")["unreadable"]
+    assert line.startswith("0 cleanings in 2 steps") and "could not be read after 2 of them" in line
