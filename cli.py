@@ -1,6 +1,7 @@
 """The command line: upscale, inspect, demo, doctor. Results go to stdout, progress and notes to stderr.
 
 Exit codes: 0 done · 1 the machine could not (out of memory, no download) · 2 bad input, said in one line · 130 Ctrl-C.
+doctor: 0 nothing is held · 1 something is held or grows · 2 that could not be measured, or bad input.
 """
 
 # ruff: noqa: E402  the environment is set before torch is imported
@@ -391,11 +392,11 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    """0: nothing is held and nothing grows. 1: something is, and the report says what."""
+    """0: nothing is held and nothing grows. 1: something is, and the report says what. 2: that cannot be measured."""
     device = choose_device(args.device)
     findings = examine(lambda: load_flashvsr(NANO, dtype=choose_dtype("auto", device), device="cpu"), device)
     if args.json:
         print(json.dumps(findings.to_json(), indent=2))
     else:
         print("\n".join(findings.lines()))
-    return EXIT_MACHINE if findings.problems else 0
+    return findings.exit_code

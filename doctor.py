@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .memory import holders, leak, offload, probe
-from .memory.reading import Reading, size_text
+from .memory.reading import Figure, Reading, exact, size_text, unknown
 from .memory.tracker import StorageTracker
 from .models.flashvsr import FlashVSR, StreamOptions, upscale_frames
 
@@ -21,17 +23,32 @@ FRAMES, SIDE = 9, 32
 """A clip of 32 × 32: 128 × 128 when upscaled, the smallest size that the engine computes."""
 LATENTS, LATENT_SIDE = 2, 32
 """Of the clip that is decoded once and twice at a time."""
+FINE, HELD, NOT_MEASURED = 0, 1, 2
+"""Exit codes."""
 
 Offload = Callable[[FlashVSR, torch.device, probe.Probe], offload.Receipt]
 
 
 @dataclass(frozen=True)
-class Doubled:
-    """Peak bytes of tensors of one computation on a batch of one, and on a batch of two as guidance makes it."""
+class Guidance:
+    """Peak bytes of the tensors that a computation makes, by the way guidance is computed: "off", "batched", ….
 
-    single: int
-    double: int
+    Attributes:
+        measured_on: which computation.
+        source: who counted.
+    """
+
+    peaks: Mapping[str, int]
+    measured_on: str
     source: str
+
+    def __str__(self) -> str:
+        off = max(self.peaks["off"], 1)
+        sizes = " · ".join(f"{mode} {size_text(size)} ({size / off:.2f} times)" for mode, size in self.peaks.items())
+        return f"{sizes}; {self.measured_on}, {self.source}"
+
+
+Measure = Callable[[FlashVSR, torch.device, probe.Probe], Guidance | None]
 
 
 @dataclass(frozen=True)
@@ -39,66 +56,83 @@ class Findings:
     """What the doctor saw.
 
     Attributes:
+        machine: versions, and the name of each card.
         devices: one reading of each device.
         device: the one that was tried.
         receipt: of the offload of the embedded network.
         dropped: bytes of its weights that were alive before the last reference was dropped, and after.
         growth: over the runs.
         after_runs: bytes after each run.
-        doubled: guidance off against batched.
+        guidance: off against batched.
         problems: what is not as it should be; empty is healthy.
+        unmeasured: questions that could not be answered here.
     """
 
+    machine: Mapping[str, str]
     devices: tuple[Reading, ...]
     device: str
     receipt: offload.Receipt
     dropped: tuple[int, int]
     growth: leak.Growth | None
     after_runs: tuple[int, ...]
-    doubled: Doubled | None
+    guidance: Guidance | None
     seconds: float
     problems: tuple[str, ...] = field(default=())
+    unmeasured: tuple[str, ...] = field(default=())
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing is held and nothing grows. 1: something does. 2: that could not be measured."""
+        return HELD if self.problems else NOT_MEASURED if self.unmeasured else FINE
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {
+            "machine": dict(self.machine),
             "devices": [reading.to_json() for reading in self.devices],
             "device": self.device,
             "offload": self.receipt.to_json(),
             "dropped": {"before": self.dropped[0], "after": self.dropped[1]},
             "growth": None if self.growth is None else {**vars(self.growth), "leaking": self.growth.leaking},
             "after_runs": list(self.after_runs),
-            "guidance": None if self.doubled is None else vars(self.doubled),
+            "guidance": None if self.guidance is None else {**vars(self.guidance), "peaks": dict(self.guidance.peaks)},
             "seconds": self.seconds,
             "problems": list(self.problems),
+            "unmeasured": list(self.unmeasured),
+            "exit_code": self.exit_code,
         }
 
     def lines(self) -> list[str]:
         """The same for a person, one finding a line."""
-        text = []
+        text = [" · ".join(f"{what} {version}" for what, version in self.machine.items())]
         for reading in self.devices:
-            text.append(f"{reading.device}: {size_text(reading.used.bytes)} of {size_text(reading.total.bytes)} in use")
-            for name in ("allocated", "reserved", "dynamic", "process", "used"):
-                figure = getattr(reading, name)
-                known = f"{size_text(figure.bytes)} ({figure.source}, {figure.confidence})"
-                if figure.bytes is not None or figure.note:
-                    text.append(f"  {name}: {known if figure.bytes is not None else f'unknown: {figure.note}'}")
-            text += [
-                f"  another process: {other.name} ({other.pid}) {size_text(other.bytes)}" for other in reading.others
-            ]
-            text += [f"  note: {note}" for note in reading.notes]
+            text += _device_lines(reading)
         text.append(f"offload on {self.device}: {self.receipt.verdict.value} · {self.receipt}")
         before, after = self.dropped
         text.append(f"dropped: {size_text(before)} of weights, {size_text(after)} alive afterwards")
         text.append(f"{len(self.after_runs)} runs: {self.growth if self.growth else 'nothing to count them with'}")
-        if self.doubled is not None:
-            single, double = self.doubled.single, self.doubled.double
-            text.append(
-                f"guidance off {size_text(single)} · batched {size_text(double)} at the peak, "
-                f"{double / max(single, 1):.2f} times ({self.doubled.source})"
-            )
-        text += [f"PROBLEM: {problem}" for problem in self.problems] or ["nothing is held, nothing grows"]
-        return text
+        text.append(f"guidance at the peak: {self.guidance or 'no peak counter here'}")
+        text += [f"PROBLEM: {problem}" for problem in self.problems]
+        text += [f"NOT MEASURED: {question}" for question in self.unmeasured]
+        return text if self.exit_code else [*text, "nothing is held, nothing grows"]
+
+
+def _device_lines(reading: Reading) -> list[str]:
+    """What is known of one device, from whom, and what that covers; then who else is on it."""
+    lines = [f"{reading.device}: {size_text(reading.used.bytes)} of {size_text(reading.total.bytes)} in use"]
+    for name in ("allocated", "reserved", "inactive_split", "dynamic", "process", "used"):
+        figure = getattr(reading, name)
+        if figure.bytes is not None:
+            lines.append(f"  {name}: {size_text(figure.bytes)} ({figure.source}, {figure.confidence})")
+        elif figure.note:
+            lines.append(f"  {name}: unknown: {figure.note}")
+    for other in reading.others:
+        lines.append(f"  another process: {other.name} ({other.pid}) {size_text(other.bytes)}")
+    if not reading.others and reading.device.startswith("cuda"):
+        listed = reading.used.source == "NVML"
+        lines.append(f"  other processes: {'NVML lists none' if listed else 'unknown without NVML'}")
+    said = {figure.note for figure in vars(reading).values() if isinstance(figure, Figure)}
+    return lines + [f"  note: {note}" for note in reading.notes if note not in said]
 
 
 def examine(
@@ -107,6 +141,7 @@ def examine(
     *,
     reader: probe.Probe | None = None,
     move: Offload | None = None,
+    guidance: Measure | None = None,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> Findings:
     """Loads the network, runs it, offloads it, drops it, and measures all along.
@@ -115,26 +150,29 @@ def examine(
         load: gives the network, on the CPU.
         reader: what to read with; None is the probe of the process.
         move: loads the network onto the device and offloads it, verified; None moves it with `torch.nn.Module.to`.
+        guidance: measures guidance off against batched; None does that with the network's decoder.
         on_step: called with what is about to be done; what it raises leaves through here.
     """
     started = time.perf_counter()
     reader = reader or probe.current()
     on_step("devices")
-    devices = tuple(probe.attempt(reader, each, settled=True) for each in probe.devices())
+    tried = probe.attempt(reader, device, settled=True)
+    others = [each for each in probe.devices() if str(each) != tried.device]
+    devices = (tried, *(probe.attempt(reader, each, settled=True) for each in others))
     model = load()
     on_step("offload")
     receipt = (move or _moved_by_torch)(model, device, reader)
     on_step("runs")
     after_runs, growth = _runs(model, device, reader, on_step)
     on_step("guidance")
-    doubled = _doubled(model, device)
+    measured = (guidance or _decoder_guidance)(model, device, reader)
     on_step("drop")
     watched = holders.watch((name, x) for part in _parts(model) for name, x in part.state_dict().items())
     before = sum(item.bytes for item in watched if item.alive)
     del model
     gc.collect()
     after = sum(item.bytes for item in watched if item.alive)
-    problems = []
+    problems, unmeasured = [], []
     if receipt.verdict is offload.Verdict.STILL_HELD:
         problems.append(f"memory is held after an offload: {receipt}")
     if receipt.error:
@@ -143,10 +181,26 @@ def examine(
         problems.append(f"memory grows from run to run: {growth}")
     if after:
         problems.append(f"{size_text(after)} of weights stay alive although nobody uses them")
-    seconds = time.perf_counter() - started
+    if tried.tensors.bytes is None and tried.used.bytes is None:
+        unmeasured.append(f"{tried.device}: {'; '.join(tried.notes) or 'no figure can be read'}")
+    if receipt.verdict is offload.Verdict.UNVERIFIABLE:
+        unmeasured.append(f"whether an offload gives memory back: {'; '.join(receipt.notes)}")
+    if receipt.verdict is offload.Verdict.NOT_LOADED:
+        unmeasured.append(f"whether an offload gives memory back: nothing was loaded onto {tried.device}")
+    if growth is None:
+        unmeasured.append("whether memory grows from run to run: tensors cannot be counted")
     return Findings(
-        devices, str(device), receipt, (before, after), growth, after_runs, doubled, seconds, tuple(problems)
-    )
+        _machine(devices), devices, tried.device, receipt, (before, after), growth, after_runs, measured,
+        time.perf_counter() - started, tuple(problems), tuple(unmeasured),
+    )  # fmt: skip
+
+
+def _machine(devices: tuple[Reading, ...]) -> dict[str, str]:
+    names = {"torch": torch.__version__, "Python": platform.python_version(), "on": platform.system()}
+    for reading in devices:
+        if reading.device.startswith("cuda") and torch.cuda.is_available():
+            names[reading.device] = torch.cuda.get_device_name(reading.device)
+    return names
 
 
 def _parts(model: FlashVSR) -> list[torch.nn.Module]:
@@ -200,32 +254,43 @@ def _runs(
     return tuple(after), leak.fit(after)
 
 
-def _run(
-    model: FlashVSR, frames: list[torch.Tensor], device: torch.device, on_step: Callable[[str], None]
-) -> None:
+def _run(model: FlashVSR, frames: list[torch.Tensor], device: torch.device, on_step: Callable[[str], None]) -> None:
     stream = upscale_frames(model, frames, StreamOptions(), device=device, on_step=lambda *_: on_step("runs"))
     for _ in stream:
         pass
 
 
-def _doubled(model: FlashVSR, device: torch.device) -> Doubled | None:
-    """Guidance computes two prompts in one batch: what that costs, measured on the decoder with one clip and two."""
-    peaks = []
+def peak_of(work: Callable[[], Any], device: torch.device, reader: probe.Probe) -> Figure:
+    """The most bytes of tensors that were alive at once because of `work`; unknown where nothing counts peaks."""
+    if device.type == "cpu":
+        with StorageTracker() as tracker:
+            work()
+        return exact(tracker.peak, "tracker")
+    before = probe.attempt(reader, device)
+    if before.peak.bytes is None or before.allocated.bytes is None:
+        return unknown("no peak counter")
+    reader.reset_peak(device)
+    work()
+    reader.synchronise(device)
+    after = probe.attempt(reader, device).peak
+    return after if after.bytes is None else exact(after.bytes - before.allocated.bytes, after.source)
+
+
+def _decoder_guidance(model: FlashVSR, device: torch.device, reader: probe.Probe) -> Guidance | None:
+    """Guidance doubles a batch. Outside ComfyUI there is no sampler, so one clip and two go through the decoder."""
+    found = {}
     dtype = torch.float32 if device.type == "cpu" else model.prompt.dtype
     channels = model.transformer.config.in_dim
-    for batch in (1, 2):
+    for mode, batch in (("off", 1), ("batched", 2)):
         latents = torch.zeros(batch, LATENTS, channels, LATENT_SIDE, LATENT_SIDE, device=device, dtype=dtype)
         condition = torch.zeros(batch, 4 * LATENTS - 3, 3, 8 * LATENT_SIDE, 8 * LATENT_SIDE, device=device, dtype=dtype)
         with torch.inference_mode():
-            if device.type == "cpu":
-                with StorageTracker() as tracker:
-                    model.decoder(latents, condition, None)
-                peaks.append(tracker.peak)
-            elif device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                model.decoder(latents, condition, None)
-                peaks.append(torch.cuda.max_memory_allocated(device) - before)
-            else:
-                return None
-    return Doubled(peaks[0], peaks[1], "tracker" if device.type == "cpu" else "torch.cuda")
+            found[mode] = peak_of(functools.partial(model.decoder, latents, condition, None), device, reader)
+    measured_on = "one clip and two in the embedded decoder; the node Memory Doctor measures a sampler's guidance"
+    return guidance_of(found, measured_on)
+
+
+def guidance_of(found: Mapping[str, Figure], measured_on: str) -> Guidance | None:
+    """None where a peak is unknown."""
+    peaks = {mode: figure.bytes for mode, figure in found.items() if figure.bytes is not None}
+    return Guidance(peaks, measured_on, found["off"].source) if len(peaks) == len(found) else None

@@ -1,22 +1,35 @@
-"""The doctor as a node: the same findings, with the network moved by ComfyUI."""
+"""The doctor as a node: the same findings, with the network moved, and guidance computed, by ComfyUI."""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import comfy.model_management as mm
+import comfy.ops
+import comfy.sample
+import comfy.sd
 import torch
+from comfy.ldm.wan.model import WanModel
 from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
 
-from ..doctor import examine
+from ..doctor import Guidance, examine, guidance_of, peak_of
 from ..memory import offload, probe
 from ..models.flashvsr import FlashVSR
 from ..models.flashvsr.checkpoint import load_flashvsr
 from ..patches import residency
 from . import model_sets
 from .compat import patcher_class, supported
+from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
 
 NODE = "Memory Doctor"
+WAN_DIM = 128
+"""The smallest that ComfyUI's Wan 2.1 takes: one head."""
+TEXT_TOKENS, TEXT_DIM = 7, 4096
+LATENT = (1, 16, 5, 32, 32)
+"""NCTHW; large enough for activations to outweigh what a sampler needs anyway."""
+STEPS, CFG = 2, 3.0
 
 
 class Doctor(io.ComfyNode):
@@ -27,7 +40,8 @@ class Doctor(io.ComfyNode):
             display_name=NODE,
             category="SteadyVSR/Memory",
             description="Tries out on this machine what can be measured, whether an offloaded model really leaves the "
-            "device, and whether memory grows from run to run. Takes up to a minute; uses the embedded network.",
+            "device, whether memory grows from run to run, and what guidance costs. Takes up to a minute; uses the "
+            "embedded network, and a small diffusion model of random weights.",
             inputs=[],
             outputs=[io.String.Output("report", display_name="report", tooltip="The findings, as JSON.")],
             is_output_node=True,
@@ -46,6 +60,7 @@ class Doctor(io.ComfyNode):
             lambda: load_flashvsr(model_sets.NANO_FILE, dtype=dtype, device="cpu"),
             device,
             move=_moved_by_comfyui,
+            guidance=_sampled,
             on_step=lambda what: mm.throw_exception_if_processing_interrupted(),
         )
         report = json.dumps(findings.to_json(), indent=2, ensure_ascii=False)
@@ -60,3 +75,33 @@ def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe
     if device == rest:
         mm.free_memory(1e30, device, keep_loaded=[x for x in mm.current_loaded_models if x.model is not patcher])
     return receipt
+
+
+def _sampled(model: FlashVSR, device: torch.device, reader: probe.Probe) -> Guidance | None:
+    """ComfyUI's sampler on a small Wan 2.1 of random weights, with Guidance Memory in each of its modes."""
+    found = {}
+    base = comfy.sd.load_diffusion_model_state_dict(_random_wan())
+    for mode in (OFF, SEQUENTIAL, BATCHED):
+        patched = with_guidance(base, mode)
+        mm.load_models_gpu([patched])  # weights are no activations
+        found[mode] = peak_of(functools.partial(_sample, patched), device, reader)
+    mm.free_memory(1e30, device, keep_loaded=[x for x in mm.current_loaded_models if x.model is not patched])
+    latent = "×".join(map(str, LATENT))
+    return guidance_of(found, f"{STEPS} steps of a small Wan 2.1, latent {latent}")
+
+
+def _random_wan() -> dict[str, Tensor]:
+    shapes = WanModel(
+        model_type="t2v", dim=WAN_DIM, ffn_dim=WAN_DIM, num_heads=1, num_layers=1, in_dim=LATENT[1], out_dim=LATENT[1],
+        device="meta", dtype=torch.float32, operations=comfy.ops.disable_weight_init,
+    ).state_dict()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    return {name: (torch.randn(x.shape, generator=generator) * 0.02).half() for name, x in shapes.items()}
+
+
+def _sample(model: object) -> Tensor:
+    positive, negative = ([[torch.zeros(1, TEXT_TOKENS, TEXT_DIM), {}]] for _ in range(2))
+    noise = torch.zeros(LATENT)
+    return comfy.sample.sample(
+        model, noise, STEPS, CFG, "euler", "simple", positive, negative, noise, disable_pbar=True, seed=0
+    )

@@ -103,7 +103,9 @@ def _vae(tensors: list[Tensor]) -> int:
     return _converted(tensors, mm.vae_dtype(mm.vae_device(), [torch.bfloat16, torch.float32]))
 
 
-def _converted(tensors: list[Tensor], dtype: torch.dtype) -> int:
+def _converted(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+    if dtype is None:
+        return _as_they_lie(tensors)
     return sum(t.numbers * dtype.itemsize if t.dtype in FLOATS else t.bytes for t in tensors)
 
 

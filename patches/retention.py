@@ -7,6 +7,7 @@ Ownership is decided by module identity, never by a mark on a patcher: clones of
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
@@ -374,13 +375,33 @@ def same_model(first: Any, second: Any) -> bool:
 
 def _weak_reference(value: Any) -> Callable[[], Any]:
     """A weak reference to a value; to a tuple of values (a checkpoint's parts) by its members."""
-    if not isinstance(value, tuple):
-        return weakref.ref(value)
-    parts = [weakref.ref(part) if part is not None else (lambda: None) for part in value]
-    missing = [part is None for part in value]
+    if isinstance(value, tuple):
+        return _weak_tuple([None if part is None else _weak_reference(part) for part in value])
+    if hasattr(value, "cond_stage_model"):
+        return _weak_clip(value)
+    return weakref.ref(value)
 
+
+def _weak_tuple(parts: Sequence[Callable[[], Any] | None]) -> Callable[[], tuple | None]:
     def alive() -> tuple | None:
-        found = tuple(part() for part in parts)
-        return None if any(x is None and not gap for x, gap in zip(found, missing, strict=True)) else found
+        found = tuple(part and part() for part in parts)
+        return None if any(part and x is None for part, x in zip(parts, found, strict=True)) else found
+
+    return alive
+
+
+def _weak_clip(clip: Any) -> Callable[[], Any]:
+    """A CLIP by its patcher: clones of a CLIP own clones of the patcher, which own it, but not the CLIP itself."""
+    patcher = weakref.ref(clip.patcher)
+    shell = copy.copy(clip)
+    shell.patcher = shell.cond_stage_model = None
+
+    def alive() -> Any:
+        found = patcher()
+        if found is None:
+            return None
+        made = copy.copy(shell)
+        made.patcher, made.cond_stage_model = found, found.model
+        return made
 
     return alive

@@ -124,20 +124,21 @@ def reads() -> dict:
 
 def clones() -> dict:
     """What is handed out is not the owner's object, where its type can be cloned."""
-    clean()
     seen = {}
-    for name in LOADERS:
-        (first, *_, _), (second, *_, _) = load(name, keep_loaded="keep"), load(name, keep_loaded="keep")
+    for name, keep in [(name, keep) for name in LOADERS for keep in ("keep", "no")]:
+        clean()
+        (*first, _), (*second, _) = load(name, keep_loaded=keep), load(name, keep_loaded=keep)
         owners = [entry.value for entry in registry().entries()]
         flat = [part for value in owners for part in (value if isinstance(value, tuple) else (value,))]
-        same_weights = [a.model is b.model for a, b in zip(patchers_of([first]), patchers_of([second]), strict=True)]
-        seen[name] = {
-            "owner": any(first is value for value in flat),
-            "same_weights": all(same_weights),
+        pairs = zip(patchers_of(first), patchers_of(second), strict=True)
+        seen[f"{name} {keep}"] = {
+            "owner": any(mine is not None and mine is value for mine in first for value in flat),
+            "same_weights": [a.model is b.model for a, b in pairs],
             # 0.33 needs this to make copies; 0.3.64 does not have it.
-            "reloadable": all(getattr(p, "cached_patcher_init", "unknown") is not None for p in patchers_of([first])),
+            "reloadable": all(getattr(p, "cached_patcher_init", "unknown") is not None for p in patchers_of(first[:1])),
         }
-        del first, second, owners, flat
+        del first, second, owners, flat, pairs
+    clean()
     return seen
 
 
@@ -236,6 +237,14 @@ def strongest() -> dict:
         outcome = EXECUTOR.run(prompt(a=order[0], b=order[1]))
         (entry,) = registry().entries()
         seen["+".join(order)] = {"error": outcome["error"], "policy": entry.policy, "reads": len(READS)}
+    clean()
+    first, second = load("LoadCLIP", keep_loaded="no"), load("LoadCLIP", keep_loaded="pin")
+    del first
+    third = load("LoadCLIP", keep_loaded="pin")
+    seen["clip"] = {"reads": len(READS), "policy": third[-1]["keep_loaded"], "source": second[-1]["source"]}
+    del second, third
+    clean()
+    EXECUTOR.run(prompt(a="no", b="pin"))
     EXECUTOR.forget()  # a loader that ComfyUI has cached is not asked again
     outcome = EXECUTOR.run(prompt(a="no"))
     (entry,) = registry().entries()
@@ -366,4 +375,5 @@ def main() -> None:
     sys.stdout.write("\n" + json.dumps(results) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

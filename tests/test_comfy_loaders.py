@@ -60,11 +60,12 @@ def test_a_kept_model_is_read_once_and_again_only_after_it_was_given_up(observed
     assert seen["hits"] == {"kept": 0, "again": 1, "given up": 2, "anew": 0}
 
 
+@pytest.mark.parametrize("keep", ["keep", "no"])
 @pytest.mark.parametrize("name", LOADERS)
-def test_two_loads_share_their_weights_and_the_owners_object_is_not_handed_out(observed, name):
-    seen = scenario(observed, "clones")[name]
-    assert seen["same_weights"] is True and seen["reloadable"] is True
-    assert seen["owner"] is (name == "LoadVAE")  # a VAE has no clone
+def test_two_loads_share_their_weights_and_the_owners_object_is_not_handed_out(observed, name, keep):
+    seen = scenario(observed, "clones")[f"{name} {keep}"]
+    assert seen["same_weights"] and all(seen["same_weights"]) and seen["reloadable"] is True
+    assert seen["owner"] is (name in ("LoadVAE", "LoadCheckpoint"))  # a VAE has no clone
 
 
 def test_a_changed_file_is_loaded_anew_and_its_predecessor_dropped_before_the_read(observed):
@@ -78,6 +79,11 @@ def test_a_changed_file_is_loaded_anew_and_its_predecessor_dropped_before_the_re
 )
 def test_of_two_loaders_of_one_file_the_stronger_wish_holds(observed, order, policy):
     assert scenario(observed, "strongest")[order] == {"error": None, "policy": policy, "reads": 1}
+
+
+def test_a_text_encoder_that_nobody_keeps_is_shared_as_long_as_somebody_uses_it(observed):
+    seen = scenario(observed, "strongest")["clip"]
+    assert seen == {"reads": 1, "policy": "pin", "source": "memory: nothing was read"}
 
 
 def test_a_wish_ends_with_its_node(observed):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from steadyvsr import cli, doctor
 from steadyvsr.memory import offload, probe
+from steadyvsr.memory.reading import WHOLE_DEVICE, Figure, OtherProcess, Reading, exact
 from steadyvsr.models.flashvsr.checkpoint import load_flashvsr
 from steadyvsr.tests.memory_doubles import GIB, FakeCardBooks
 
@@ -32,8 +33,9 @@ def test_the_command_reports_and_ends_well(capsys):
     assert report["offload"]["verdict"] == "CANNOT_OFFLOAD" and report["offload"]["asked"] > 6_000_000
     assert report["dropped"]["before"] > 6_000_000 and report["dropped"]["after"] == 0
     assert len(report["after_runs"]) == 3 and report["growth"]["slope"] == 0
-    assert 1.8 < report["guidance"]["double"] / report["guidance"]["single"] < 2.2
-    assert report["problems"] == []
+    assert 1.8 < report["guidance"]["peaks"]["batched"] / report["guidance"]["peaks"]["off"] < 2.2
+    assert (report["problems"], report["unmeasured"], report["exit_code"]) == ([], [], 0)
+    assert report["machine"]["torch"] == torch.__version__ and report["seconds"] > 0
 
 
 def test_the_text_has_a_line_for_each_finding():
@@ -86,14 +88,97 @@ def test_the_verdict_decides(held, verdict):
     reader = probe.ScriptedProbe(books.read)
     findings = doctor.examine(load, CPU, reader=reader, move=scripted(books, held))
     assert findings.receipt.verdict.value == verdict
-    assert bool(findings.problems) == bool(held)
+    assert bool(findings.problems) == bool(held) and findings.exit_code == bool(held)
 
 
-def test_a_probe_that_dies_gives_marked_readings():
+def on_scripted_card(monkeypatch, books: FakeCardBooks, held: int = 0) -> None:
+    """Lets the command find a card of these books, on which `held` bytes stay."""
+    reader = probe.ScriptedProbe(books.read)
+    monkeypatch.setattr(probe, "current", lambda: reader)
+    monkeypatch.setattr(doctor, "_moved_by_torch", scripted(books, held))
+
+
+def test_a_model_that_is_held_ends_the_command_with_one(monkeypatch, capsys):
+    on_scripted_card(monkeypatch, FakeCardBooks(), held=GIB // 2)
+    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    said = capsys.readouterr().out
+    assert "PROBLEM: memory is held after an offload: asked 1.00 GiB" in said and "nothing is held" not in said
+
+
+def test_without_nvml_the_pool_decides_and_the_readings_say_what_is_unknown(monkeypatch, capsys):
+    books = FakeCardBooks()
+    books.nvml = False
+    on_scripted_card(monkeypatch, books)
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "process: unknown: no NVML" in said and "other processes: unknown without NVML" in said
+    assert "(mem_get_info, whole device)" in said and "offload on cuda:0: FREED · " in said
+
+
+def test_readings_that_fail_end_the_command_with_two(monkeypatch, capsys):
     books = FakeCardBooks()
     books.broken = True
-    findings = doctor.examine(load, CPU, reader=probe.ScriptedProbe(books.read))
-    assert "not readable" in "\n".join(findings.lines())
+    on_scripted_card(monkeypatch, books)
+    assert cli.main(["doctor", "--device", "cpu"]) == 2
+    said = capsys.readouterr().out
+    assert "not readable: RuntimeError: CUDA error" in said and "nothing is held" not in said
+    assert "NOT MEASURED: whether an offload gives memory back" in said
+
+
+def test_a_network_that_never_came_onto_the_card_is_no_proof():
+    def unmoved(model, device, reader):
+        subject = offload.Subject("network", torch.device("cuda:0"), CPU, lambda: 0, lambda: None, list)
+        return offload.offload(subject, lambda: None, reader=reader)
+
+    findings = doctor.examine(load, CPU, reader=probe.ScriptedProbe(FakeCardBooks().read), move=unmoved)
+    assert findings.exit_code == 2 and "nothing was loaded" in findings.unmeasured[0]
+
+
+def test_tensors_that_nothing_counts_are_no_proof(monkeypatch):
+    monkeypatch.setattr(doctor, "_runs", lambda *_: ((), None))
+    findings = doctor.examine(load, CPU)
+    assert findings.exit_code == 2
+    assert "NOT MEASURED: whether memory grows from run to run: tensors cannot be counted" in findings.lines()
+
+
+def test_a_problem_outweighs_what_could_not_be_measured(monkeypatch):
+    monkeypatch.setattr(doctor, "_runs", lambda *_: ((), None))
+    reader = probe.ScriptedProbe(FakeCardBooks().read)
+    findings = doctor.examine(load, CPU, reader=reader, move=scripted(FakeCardBooks(), GIB))
+    assert findings.unmeasured and findings.exit_code == 1
+
+
+def test_other_processes_are_listed_by_name_and_bytes():
+    others = (OtherProcess(4242, "blender", 2 * GIB), OtherProcess(77, "ffmpeg", None))
+
+    def card(name: str) -> Reading:
+        return Reading("cuda:0", used=Figure(4 * GIB, "NVML", WHOLE_DEVICE), process=exact(GIB, "NVML"), others=others)
+
+    text = "\n".join(doctor.examine(load, CPU, reader=probe.ScriptedProbe(card)).lines())
+    assert "another process: blender (4242) 2.00 GiB" in text
+    assert "another process: ffmpeg (77) unknown" in text
+    assert "process: 1.00 GiB (NVML, exact)" in text and "used: 4.00 GiB (NVML, whole device)" in text
+
+
+def test_the_peak_of_a_card_is_counted_above_what_lay_there_before():
+    books = FakeCardBooks()
+    books.use(3 * GIB)
+    reader = probe.ScriptedProbe(books.read)
+
+    def work():
+        assert reader.calls[-1] == "reset_peak cuda:0"
+        books.use(GIB)
+        books.allocated -= GIB
+
+    figure = doctor.peak_of(work, torch.device("cuda:0"), reader)
+    assert (figure.bytes, figure.source) == (GIB, "torch.cuda")
+    assert reader.calls[-2:] == ["synchronise cuda:0", "sample cuda:0"]
+
+
+def test_a_device_without_a_peak_counter_gives_no_guidance_figures():
+    reader = probe.ScriptedProbe(lambda name: Reading("mps", allocated=exact(GIB, "torch.mps")))
+    peaks = {mode: doctor.peak_of(lambda: None, torch.device("mps"), reader) for mode in ("off", "batched")}
+    assert peaks["off"].bytes is None and doctor.guidance_of(peaks, "nothing") is None
 
 
 def test_an_unknown_device_is_refused(capsys):
