@@ -1,0 +1,46 @@
+"""What a tiled computation offers to whoever runs it: units of work that can be tried again with smaller tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+OnStep = Callable[[], None]
+"""Called between two pieces of a unit. What it raises, such as an interrupt, leaves through the job."""
+
+
+class TileJob(Protocol):
+    """An encode or decode in progress. Between two units nothing of it lies on the device.
+
+    A unit that raised can be tried again: it left no trace. `device`, `dtype` and the tile's size may be changed between
+    two tries; units that are done stay done where the result allows it, and are computed again where it does not.
+
+    Attributes:
+        device: where the next unit is computed; the weights must be there.
+        dtype: in which.
+        tile: side of the tiles in pixels.
+        result: what has been computed so far, on the CPU; complete when `done == total`.
+        done, total: units.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tile: int
+    result: Tensor
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def advance(self, on_step: OnStep) -> None:
+        """Computes one unit."""
+        ...
+
+    def cut(self, tile: int) -> None:
+        """Goes on in tiles of this side."""
+        ...
