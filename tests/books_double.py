@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextvars
 import copy
 import gc
+import importlib
+import os
 import sys
 import types
 import uuid
 import weakref
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -277,7 +280,7 @@ def unload_all_models() -> None:
 
 
 def soft_empty_cache(force: bool = False) -> None:
-    pass
+    torch.cuda.empty_cache()
 
 
 def get_torch_device() -> torch.device:
@@ -306,3 +309,16 @@ def install() -> None:
         for name in names:
             setattr(parent, name, me)
             sys.modules[f"{package}.{name}"] = me
+
+
+def prepare(kind: str, pack: Path) -> None:
+    """Lets `comfy` be the double or the ComfyUI ("comfyui") in the current folder, and `steadyvsr` the pack."""
+    if kind == "double":
+        install()
+    else:
+        sys.path.insert(0, os.getcwd())
+        sys.argv = ["main.py", "--cpu"]
+        importlib.import_module("comfy.options").enable_args_parsing()
+    package = types.ModuleType("steadyvsr")
+    package.__path__ = [str(pack)]
+    sys.modules["steadyvsr"] = package

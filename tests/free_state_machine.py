@@ -9,7 +9,6 @@ import functools
 import gc
 import importlib
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))
-importlib.import_module("books_double").install()
-package = types.ModuleType("steadyvsr")
-package.__path__ = [str(TESTS.parent)]
-sys.modules["steadyvsr"] = package
+importlib.import_module("books_double").prepare("double", TESTS.parent)
 
 import free_worlds  # noqa: E402
 from free_worlds import ERRORS, FIRST, MIB, Broken, World, mm, ram, retention, wrappers  # noqa: E402

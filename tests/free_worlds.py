@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import logging
-import os
 import sys
 import tempfile
 import types
@@ -24,26 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PACK = Path(sys.argv[1]) if __name__ == "__main__" else Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 
-
-def prepare(kind: str) -> None:
-    """Lets `comfy` be the double or the ComfyUI in the current folder, and `steadyvsr` this pack."""
-    if kind == "double":
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
-        importlib.import_module("books_double").install()
-    else:
-        sys.path.insert(0, os.getcwd())
-        sys.argv = ["main.py", "--cpu"]
-        importlib.import_module("comfy.options").enable_args_parsing()
-    package = types.ModuleType("steadyvsr")
-    package.__path__ = [str(PACK)]
-    sys.modules["steadyvsr"] = package
-
-
 if __name__ == "__main__":
-    prepare(sys.argv[2])
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -101,7 +85,6 @@ class World:
         self.modules: list[weakref.ref] = []
         self.reads: dict[str, int] = {}
         self.folder = tempfile.TemporaryDirectory()
-        self.emptied: list[torch.device] = []
         self.prompts = 0
         self.queue = Queue()
         server = types.ModuleType("server")
@@ -115,8 +98,11 @@ class World:
         gc.collect()
         ERRORS.lines.clear()
         self._simulate_devices()
+        self.place_wrappers()
+
+    def place_wrappers(self) -> None:
         wrappers.uninstall()
-        if column != STOCK:
+        if self.column != STOCK:
             wrappers.install()
 
     def _simulate_devices(self) -> None:
@@ -453,28 +439,11 @@ def s13(world: World) -> dict:
 
 
 def two_devices(world: World) -> dict:
-    """A kept and another model on each of two accelerators; how often one press empties their caches."""
+    """A kept and another model on each of two accelerators, and a press when only kept ones are left."""
     world.__init__(world.column, devices=(FIRST, SECOND))
     for name, keep, device in (("A", False, FIRST), ("B", True, FIRST), ("C", True, SECOND), ("F", False, SECOND)):
         mm.load_models_gpu([world.node(name, keep, device=device)])
-    mixed = world.tail(**EVERYTHING)
-    wrappers.uninstall()
-    original = mm.soft_empty_cache
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        world.emptied += world.devices
-        return original(*arguments, **keywords)
-
-    mm.soft_empty_cache = counted
-    if world.column != STOCK:
-        wrappers.install()
-    try:
-        all_kept = world.tail(**EVERYTHING)
-    finally:
-        wrappers.uninstall()
-        mm.soft_empty_cache = original
-    times = {str(device): world.emptied.count(device) for device in world.devices}
-    return {"mixed": mixed, "all_kept": all_kept, "emptied": times}
+    return {"mixed": world.tail(**EVERYTHING), "all_kept": world.tail(**EVERYTHING)}
 
 
 SCENARIOS: dict[str, Callable[[World], dict]] = {

@@ -176,12 +176,11 @@ def test_no_entry_is_left_half_unloaded(observed, column):
     assert names(seen["end"])[0] == {"B", "C"}
 
 
-def test_kept_models_of_two_accelerators_stay_and_each_cache_is_emptied_once(observed, column):
+def test_kept_models_of_two_accelerators_stay(observed, column):
     seen = observed[column]["two devices"]["seen"]
     at_least(seen["mixed"], "BC")
     assert seen["mixed"]["end"] == "BC/BC"
     assert [seen["all_kept"][stage] for stage in STAGES] == ["BC/BC"] * 5
-    assert seen["emptied"] == {"cpu:0": 1, "cpu:1": 1}
 
 
 def test_the_wrappers_log_no_error(observed):
