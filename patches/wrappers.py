@@ -46,6 +46,7 @@ ENOUGH_RAM = 1.5
 class _Thread(threading.local):
     depth = 0
     loading = False
+    emptying = False
 
 
 class _State:
@@ -55,6 +56,7 @@ class _State:
         self.thread = _Thread()
         self.failures: set[str] = set()
         self.ram_armed = True
+        self.placed: list[Any] = []
 
 
 def _state() -> _State:
@@ -213,17 +215,23 @@ def _count_yields(before: dict[str, int]) -> None:
 
 
 def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    if _state().thread.depth > 0:
+    thread = _state().thread
+    if thread.depth > 0 or thread.emptying or not (snapshots.press_open() or registry().keeps_anything):
         return original(*arguments, **keywords)
-    if snapshots.press_open():
-        _attempt("snapshot", snapshots.was_reset)
-    if registry().keeps_anything:
-        _attempt("repair of entries", repair)
-        _attempt("yielding RAM", yield_ram)
-    result = original(*arguments, **keywords)
-    if snapshots.press_open():
-        _attempt("snapshot", snapshots.collected)
-    return result
+    # A mark of its own: should the original, another pack's, unload models, then kept ones are to be protected.
+    thread.emptying = True
+    try:
+        if snapshots.press_open():
+            _attempt("snapshot", snapshots.was_reset)
+        if registry().keeps_anything:
+            _attempt("repair of entries", repair)
+            _attempt("yielding RAM", yield_ram)
+        result = original(*arguments, **keywords)
+        if snapshots.press_open():
+            _attempt("snapshot", snapshots.collected)
+        return result
+    finally:
+        thread.emptying = False
 
 
 def repair() -> None:
@@ -321,6 +329,7 @@ def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> 
     wrapper.steadyvsr_wrapper = name  # type: ignore[attr-defined]
     wrapper.steadyvsr_armed = True  # type: ignore[attr-defined]
     setattr(mm, name, wrapper)
+    _state().placed.append(wrapper)
 
 
 def uninstall() -> None:
@@ -329,10 +338,10 @@ def uninstall() -> None:
         top = getattr(mm, name)
         if _ours(top, name):
             setattr(mm, name, top.__wrapped__)
-            continue
-        for link in _chain(top):
-            if _ours(link, name):
-                link.steadyvsr_armed = False
+    # All of them: others' wrappers need not say what they wrap.
+    for wrapper in _state().placed:
+        wrapper.steadyvsr_armed = False
+    _state().placed.clear()
 
 
 def status() -> dict[str, str]:

@@ -91,7 +91,7 @@ class World:
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
         sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
-        for name in ("retention", "presses", "wrappers"):
+        for name in ("retention", "presses"):
             state.pop(name, None)
         mm.current_loaded_models.clear()
         mm.DISABLE_SMART_MEMORY = False
@@ -102,6 +102,7 @@ class World:
 
     def place_wrappers(self) -> None:
         wrappers.uninstall()
+        vars(sys.modules["steadyvsr_state"]).pop("wrappers")
         if self.column != STOCK:
             wrappers.install()
 
@@ -384,7 +385,10 @@ def s11(world: World) -> dict:
 def ram(available: float) -> Iterator[None]:
     """The machine's RAM with that share free."""
     real = psutil.virtual_memory
-    psutil.virtual_memory = lambda: types.SimpleNamespace(total=100 << 30, available=int(available * (100 << 30)))
+    total = 100 << 30
+    free = int(available * total)
+    seen = types.SimpleNamespace(total=total, available=free, used=total - free, percent=100 * (1 - available))
+    psutil.virtual_memory = lambda: seen
     try:
         yield
     finally:
