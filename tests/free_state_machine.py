@@ -166,6 +166,7 @@ class Freeing(RuleBasedStateMachine):
     @rule(mib=st.integers(1, 12))
     def pressure(self, mib):
         mm.cleanup_models_gc()
+        self.calls.seen.clear()  # it holds patchers, and their reference counts decide the order
         needed = mib * MIB + MIB // 2  # never exactly what is free: there nothing goes, by one byte less something does
         free, stock, ours = mm.get_free_memory(FIRST), [], others()
         for loaded in mm.eviction_order(FIRST, []):
@@ -175,7 +176,6 @@ class Freeing(RuleBasedStateMachine):
             free += loaded.model_loaded_memory()
         kept = [loaded for loaded in mm.current_loaded_models if owned(loaded, retention.KEPT)]
         pinned = [loaded for loaded in mm.current_loaded_models if owned(loaded, retention.PINNED)]
-        self.calls.seen.clear()
         nothing_kept = not retention.registry().keeps_anything
         mm.free_memory(needed, FIRST)
         if nothing_kept:
