@@ -70,7 +70,7 @@ def test_every_scenario_ends_as_without_it(beside, place, column):
 
 @pytest.mark.parametrize("column", OURS)
 def test_what_it_raises_by_itself_goes_through_and_costs_no_kept_model(beside, column):
-    """1ca3daf reads the patcher of every entry, also of one that has none any more: its own error, with or without us."""
+    """1ca3daf reads the patcher of every entry, even of one that has lost it: its own error, with or without us."""
     raised = {name: found for name, found in beside[column].items() if "raised" in found}
     assert set(raised) <= ({"S10"} if beside["theirs"]["unload_all_models"] else set())
     for found in raised.values():
