@@ -61,8 +61,14 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, *weight_and_bias(self, input))
+    """With `autopad="causal_zero"`, as ComfyUI's own since 0.33 has it, taps of the kernel that would meet zeros before
+    the first frame are left out."""
+
+    def forward(self, input: Tensor, autopad: str | None = None) -> Tensor:
+        weight, bias = weight_and_bias(self, input)
+        if autopad == "causal_zero":
+            weight = weight[:, :, -input.shape[2] :]
+        return self._conv_forward(input, weight, bias)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -6,10 +6,12 @@ import contextlib
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
+from steadyvsr.models import operations
 from steadyvsr.models.wan_vae import WanVAE, load_wan_vae
 
 DATA = Path(__file__).parent / "data"
@@ -44,9 +46,15 @@ def test_sizes_are_read_from_the_tensors_under_any_known_prefix(vae, prefix):
 
 
 def test_the_layers_are_those_of_the_operations_namespace(vae):
-    loaded = WanVAE.from_state_dict(vae.state_dict(), operations=torch.nn)
+    class Conv2d(operations.Conv2d):
+        pass
+
+    class Conv3d(operations.Conv3d):
+        pass
+
+    loaded = WanVAE.from_state_dict(vae.state_dict(), operations=SimpleNamespace(Conv2d=Conv2d, Conv3d=Conv3d))
     convolutions = [m for m in loaded.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
-    assert convolutions and {type(m) for m in convolutions} == {torch.nn.Conv2d, torch.nn.Conv3d}
+    assert convolutions and {type(m) for m in convolutions} == {Conv2d, Conv3d}
     assert torch.equal(loaded.decode(random_latents(2)), vae.decode(random_latents(2)))
 
 

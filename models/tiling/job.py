@@ -12,11 +12,15 @@ OnStep = Callable[[], None]
 """Called between two pieces of a unit. What it raises, such as an interrupt, leaves through the job."""
 
 
+class NotFinite(ValueError):
+    """A unit gave NaN or infinity; the message names the place and the dtype."""
+
+
 class TileJob(Protocol):
     """An encode or decode in progress. Between two units nothing of it lies on the device.
 
-    A unit that raised can be tried again: it left no trace. `device`, `dtype` and the tile's size may be changed between
-    two tries; units that are done stay done where the result allows it, and are computed again where it does not.
+    A unit that raised can be tried again: it left no trace. `device`, `dtype` and the tile's size may be changed
+    between two tries; units that are done stay done where the result allows it, and are computed again where it does not.
 
     Attributes:
         device: where the next unit is computed; the weights must be there.

@@ -1,7 +1,8 @@
 """The Wan 2.1 video VAE: weights in modules, running state with the caller."""
 
 from .checkpoint import load_wan_vae
-from .layers import CausalCache
+from .layers import CausalCache, rms_norm
 from .model import WanVAE
+from .tiled import TiledDecode, TiledEncode
 
-__all__ = ["CausalCache", "WanVAE", "load_wan_vae"]
+__all__ = ["CausalCache", "TiledDecode", "TiledEncode", "WanVAE", "load_wan_vae", "rms_norm"]

@@ -2,6 +2,10 @@
 
 Nothing here remembers a frame. A clip that arrives in chunks carries its past in a `CausalCache`, which the caller
 owns. All tensors are NCTHW.
+
+Every layer computes one area of its output frame, which may be all of it: it is given the area of its input that
+`reads` names, and crops what the zeros beyond a tile's inner edges have spoiled. A tile computed so is the same part of
+the frame computed whole.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import to_like
+from .areas import Area, Interval
 
-# Attention scores exist for this many queries at a time, so that a kernel without a fused path needs 2048 x tokens
-# elements, not tokens².
-ATTENTION_QUERIES = 2048
+ATTENTION_SCORES = 1 << 22
+"""Attention is computed for as many queries at a time: a kernel without a fused path would need tokens² numbers."""
 
 
 class CausalCache:
@@ -76,30 +80,49 @@ class CausalCache:
 
 
 def with_past(x: Tensor, cache: CausalCache) -> Tensor:
-    """The two frames before `x`, then `x`: the input of the next convolution, which spans three frames.
+    """The two frames before `x`, then `x`: the input of a convolution that spans three frames.
 
-    The frames before a clip are zero. Callers rebind their own `x` to the result before they convolve: at full
-    resolution every name that outlives its use is hundreds of megabytes.
+    Before a clip there is nothing: `causal` takes the zeros there as read. Callers rebind their own `x` to the result
+    before they convolve: at full resolution every name that outlives its use is hundreds of megabytes.
     """
     past = cache.take()
-    x = F.pad(x, (0, 0, 0, 0, 2, 0)) if past is None else torch.cat([past.to(x.device), x], dim=2)
+    if past is None:
+        kept = x[:, :, -2:] if x.shape[2] > 1 else F.pad(x, (0, 0, 0, 0, 1, 0))
+        cache.put(kept)
+        return x
+    x = torch.cat([past.to(x.device), x], dim=2)
     del past
     cache.put(x[:, :, -2:])
     return x
 
 
-class RMSNorm(nn.Module):
-    """Every pixel scaled to root mean square `gamma` over its channels; the norm is taken in fp32 at least."""
+def causal(conv, x: Tensor, frames: int) -> Tensor:
+    """The last `frames` frames of a convolution over time, of which the first may reach back to before the clip.
 
+    A clip's first chunk is one frame: the taps of the kernel that would meet zeros are left out.
+    """
+    if x.shape[2] == frames:
+        if frames == 1:
+            return conv(x, autopad="causal_zero")
+        x = F.pad(x, (0, 0, 0, 0, 2, 0))
+    return conv(x)
+
+
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """Every pixel scaled to root mean square `gamma` over its channels; the norm is taken in fp32 at least."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
+    scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # a black pixel stays 0 in fp16: no 0 * inf
+    return (x * scale).mul_(to_like(gamma, x))
+
+
+class RMSNorm(nn.Module):
     def __init__(self, channels: int, axes: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
-        scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # a black pixel stays 0 in fp16: no 0 * inf
-        return (x * scale).mul_(to_like(self.gamma, x))
+        return rms_norm(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
@@ -114,18 +137,24 @@ class ResidualBlock(nn.Module):
         })
         self.shortcut = operations.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    @staticmethod
+    def reads(area: Area) -> Area:
+        return area.grown(2)
+
+    def forward(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
+        frames, read, between = x.shape[2], area.grown(2), area.grown(1)
         h = F.silu(self.residual["0"](x), inplace=True)
         h = with_past(h, cache)
-        h = self.residual["2"](h)
+        h = between.inside(causal(self.residual["2"], h, frames), read)
         h = F.silu(self.residual["3"](h), inplace=True)
         h = with_past(h, cache)
-        h = self.residual["6"](h)
+        h = area.inside(causal(self.residual["6"], h, frames), between)
+        x = area.inside(x, read)
         return h.add_(x if self.shortcut is None else self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention among the pixels of each frame."""
+    """Single-head self-attention among the pixels of each frame, which has to be there whole."""
 
     def __init__(self, channels: int, operations) -> None:
         super().__init__()
@@ -133,13 +162,14 @@ class AttentionBlock(nn.Module):
         self.to_qkv = operations.Conv2d(channels, channels * 3, 1)
         self.proj = operations.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
         return torch.stack([frame + self._attend(frame) for frame in x.unbind(2)], dim=2)
 
     def _attend(self, frame: Tensor) -> Tensor:
         n, c, h, w = frame.shape
         q, k, v = self.to_qkv(self.norm(frame)).view(n, 1, 3 * c, h * w).transpose(2, 3).contiguous().chunk(3, dim=-1)
-        blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(ATTENTION_QUERIES, dim=2)]
+        at_once = max(1, ATTENTION_SCORES // (h * w))
+        blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(at_once, dim=2)]
         return self.proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
 
 
@@ -151,13 +181,19 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels // 2, 3, padding=1)})
         self.time_conv = operations.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    @staticmethod
+    def reads(area: Area) -> Area:
+        return area.grown(1).halved()
+
+    def forward(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
         if self.time_conv is not None:
             x = self._double_frames(self.time_conv, x, cache)
-        n, c, t, h, w = x.shape
-        out = x.new_empty(n, c // 2, t, 2 * h, 2 * w)
+        n, c, t, _, _ = x.shape
+        out = x.new_empty(n, c // 2, t, *area.shape)
+        enlarged = self.reads(area).doubled()
         for i in range(t):  # frame by frame: the enlarged input has twice the elements of the output
-            out[:, :, i] = self.resample["1"](F.interpolate(x[:, :, i], scale_factor=2, mode="nearest-exact"))
+            frame = self.resample["1"](F.interpolate(x[:, :, i], scale_factor=2, mode="nearest-exact"))
+            out[:, :, i] = area.inside(frame, enlarged)
         return out
 
     @staticmethod
@@ -168,7 +204,7 @@ class Upsample(nn.Module):
             # zeros, not this latent, before the second one (the marker "Rep" in the official cache).
             cache.put(x.new_zeros(n, c, 2, h, w))
             return x
-        x = time_conv(with_past(x, cache))
+        x = causal(time_conv, with_past(x, cache), t)
         return x.view(n, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(n, c, 2 * t, h, w)
 
 
@@ -180,11 +216,17 @@ class Downsample(nn.Module):
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = operations.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    @staticmethod
+    def reads(area: Area) -> Area:
+        """One pixel more to the right and below, where there is one: the kernel of three steps by two."""
+        return Area(*(Interval(2 * start, min(2 * stop + 1, 2 * n), 2 * n) for start, stop, n in area))
+
+    def forward(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
         n, c, t, h, w = x.shape
-        out = x.new_empty(n, c, t, h // 2, w // 2)
+        out = x.new_empty(n, c, t, *area.shape)
+        beyond = (0, 1 - w % 2, 0, 1 - h % 2)
         for i in range(t):
-            out[:, :, i] = self.resample["1"](F.pad(x[:, :, i], (0, 1, 0, 1)))
+            out[:, :, i] = self.resample["1"](F.pad(x[:, :, i], beyond))
         if self.time_conv is None:
             return out
         past = cache.take()

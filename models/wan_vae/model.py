@@ -8,18 +8,22 @@ Device and dtype of the computation are those of the input.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import cast_on_use
-from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, with_past
+from .areas import Area
+from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, causal, with_past
 from .state_dict import check_keys, read_sizes, strip_prefix
 
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
 CHANNEL_MULTIPLES = (1, 2, 4, 4)
+LOCAL_DOWNSAMPLES, GLOBAL_UPSAMPLES = 9, 3
+"""Blocks of the encoder before its features have latent resolution; blocks of the decoder while they still have."""
 
 # Mean and standard deviation of each latent channel over the training data (Wan 2.1, wan/modules/vae.py).
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -34,6 +38,14 @@ def middle_blocks(channels: int, operations) -> nn.ModuleList:
         AttentionBlock(channels, operations),
         ResidualBlock(channels, channels, operations),
     ])
+
+
+def read_through(blocks: Any, area: Area) -> list[Area]:
+    """What each of some blocks (a slice of a ModuleList) reads so that the last one gives `area`; then `area`."""
+    areas = [area]
+    for block in reversed(blocks):
+        areas.insert(0, block.reads(areas[0]))
+    return areas
 
 
 def output_head(channels_in: int, channels_out: int, operations) -> nn.ModuleDict:
@@ -59,26 +71,35 @@ class Encoder(nn.Module):
         self.middle = middle_blocks(previous, operations)
         self.head = output_head(previous, moments, operations)
 
-    def local_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """One chunk of frames to features at latent resolution, by convolutions of limited reach only.
+    def local_areas(self, area: Area) -> list[Area]:
+        """What the convolutions of the local stage read for one area of its features: the area of the frames first."""
+        areas = read_through(self.downsamples[:LOCAL_DOWNSAMPLES], area)
+        return [areas[0].grown(1), *areas]
 
-        Their reach is 29 pixels to the left and top, 36 to the right and bottom.
+    def local_stage(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
+        """One chunk of frames to an area of the features at latent resolution, by convolutions of limited reach only.
+
+        Their reach is 29 pixels to the left and top, 36 to the right and bottom: `x` is `local_areas(area)[0]`.
         """
-        x = self.conv1(with_past(x, cache))
-        for block in self.downsamples[:9]:
-            x = block(x, cache)
+        read, *areas = self.local_areas(area)
+        frames = x.shape[2]
+        x = areas[0].inside(causal(self.conv1, with_past(x, cache), frames), read)
+        for block, wanted in zip(self.downsamples[:LOCAL_DOWNSAMPLES], areas[1:], strict=True):
+            x = block(x, cache, wanted)
         return x
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
         """Features at latent resolution to moments; holds the attention among all pixels of a frame."""
-        for block in [*self.downsamples[9:], *self.middle]:
-            x = block(x, cache)
+        frames, whole = x.shape[2], Area.whole(*x.shape[-2:])
+        for block in [*self.downsamples[LOCAL_DOWNSAMPLES:], *self.middle]:
+            x = block(x, cache, whole)
         x = F.silu(self.head["0"](x), inplace=True)
         x = with_past(x, cache)
-        return self.head["2"](x)
+        return causal(self.head["2"], x, frames)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        return self.global_stage(self.local_stage(x, cache), cache)
+        features = Area.whole(x.shape[-2] // PIXELS_PER_LATENT, x.shape[-1] // PIXELS_PER_LATENT)
+        return self.global_stage(self.local_stage(x, cache, features), cache)
 
 
 class Decoder(nn.Module):
@@ -101,21 +122,32 @@ class Decoder(nn.Module):
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
         """One latent frame to features of the same size; holds the attention among all pixels of a frame."""
-        x = self.conv1(with_past(x, cache))
-        for block in [*self.middle, *self.upsamples[:3]]:
-            x = block(x, cache)
+        frames, whole = x.shape[2], Area.whole(*x.shape[-2:])
+        x = causal(self.conv1, with_past(x, cache), frames)
+        for block in [*self.middle, *self.upsamples[:GLOBAL_UPSAMPLES]]:
+            x = block(x, cache, whole)
         return x
 
-    def local_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Features to frames, by convolutions of limited reach only: 50 pixels (7 latents) to every side."""
-        for block in self.upsamples[3:]:
-            x = block(x, cache)
+    def local_areas(self, area: Area) -> list[Area]:
+        """What the blocks of the local stage read for one area of the frames: the area of the features first."""
+        return read_through(self.upsamples[GLOBAL_UPSAMPLES:], area.grown(1))
+
+    def local_stage(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
+        """Features to an area of the frames, by convolutions of limited reach only.
+
+        Their reach is 50 pixels, that is 7 latents, to every side: `x` is `local_areas(area)[0]`.
+        """
+        _, *areas = self.local_areas(area)
+        for block, wanted in zip(self.upsamples[GLOBAL_UPSAMPLES:], areas, strict=True):
+            x = block(x, cache, wanted)
         x = F.silu(self.head["0"](x), inplace=True)
+        frames = x.shape[2]
         x = with_past(x, cache)
-        return self.head["2"](x)
+        return area.inside(causal(self.head["2"], x, frames), areas[-1])
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        return self.local_stage(self.global_stage(x, cache), cache)
+        frames = Area.whole(x.shape[-2] * PIXELS_PER_LATENT, x.shape[-1] * PIXELS_PER_LATENT)
+        return self.local_stage(self.global_stage(x, cache), cache, frames)
 
 
 class WanVAE(nn.Module):
@@ -126,7 +158,7 @@ class WanVAE(nn.Module):
         z_dim: latent channels.
         with_encoder: False for weights that hold the decoder only; `encode` then raises.
         latents_mean, latents_std: `z_dim` numbers each; normalised latents are (latents - mean) / std.
-        operations: namespace with Conv2d and Conv3d.
+        operations: namespace with Conv2d and Conv3d, the latter with `autopad` as in `models.operations`.
 
     Raises:
         ValueError: the statistics do not have `z_dim` numbers.
