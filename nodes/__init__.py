@@ -15,6 +15,7 @@ from .lora import ApplyLoRA
 from .memory import MemoryReport, PhaseGate
 from .model_sets import register_model_folder
 from .panel import register_routes
+from .vae_tiled import VAEDecodeTiled, VAEEncodeTiled
 
 
 class FlashVSRExtension(ComfyExtension):
@@ -33,4 +34,5 @@ class FlashVSRExtension(ComfyExtension):
             LoadFlashVSR, Upscale, UpscaleVideo,
             LoadDiffusionModel, LoadCLIP, LoadVAE, LoadCheckpoint, ApplyLoRA,
             PhaseGate, MemoryReport, FreeMemory, ReleaseKept, GuidanceMemory, LeanSampling, Doctor,
+            VAEEncodeTiled, VAEDecodeTiled,
         ]  # fmt: skip

@@ -147,7 +147,7 @@ class RunMemory:
         Raises:
             mm.OOM_EXCEPTION: nothing is left to try; the message holds the table of attempts.
         """
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return None
         mm.soft_empty_cache()
         free = self._read().free
@@ -273,7 +273,8 @@ def history() -> budget.History:
     return shared("flashvsr_history", budget.History)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether one of `memory_errors` means just that."""
     # Newer versions tell an out-of-memory error of the accelerator from its other errors.
     return bool(mm.is_oom(error)) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)
 

@@ -44,6 +44,8 @@ NODES = [
     "SteadyVSR_ReleaseKept",
     "SteadyVSR_Upscale",
     "SteadyVSR_UpscaleVideo",
+    "SteadyVSR_VAEDecodeTiled",
+    "SteadyVSR_VAEEncodeTiled",
 ]
 AAC_FRAME_SAMPLES = 1024
 OPTIONAL = {"vae", "download", "keep_loaded", "budget_gb", "tile", "clean", "log_steps"}

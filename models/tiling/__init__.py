@@ -1,5 +1,10 @@
 """Plans of overlapping tiles, and how they are blended."""
 
-from .plan import Span, Tile, axis_spans, blend_weights, grid_tiles, ramp
+from .blend import BlendDecode, BlendEncode
+from .job import NotFinite, OnStep, TileJob
+from .plan import Span, Tile, axis_spans, axis_weights, blend_weights, feather, grid_tiles, ramp
 
-__all__ = ["Span", "Tile", "axis_spans", "blend_weights", "grid_tiles", "ramp"]
+__all__ = [
+    "BlendDecode", "BlendEncode", "NotFinite", "OnStep", "Span", "Tile", "TileJob", "axis_spans",
+    "axis_weights", "blend_weights", "feather", "grid_tiles", "ramp",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ class Span(NamedTuple):
     stop: int
     before: int
     after: int
+
+    def scaled(self, factor: int) -> Span:
+        """The same stretch, counted in units that are `factor` times as small."""
+        return Span(*(factor * value for value in self))
 
 
 class Tile(NamedTuple):
@@ -55,12 +60,24 @@ def grid_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
 
 def ramp(span: Span) -> Tensor:
     """fp32 weights of one span: rising (k+1)/(n+1) over an inner overlap of n, 1 elsewhere and at the border."""
-    weight = torch.ones(span.stop - span.start)
-    rises = [torch.arange(1, count + 1, dtype=torch.float32) / (count + 1) for count in (span.before, span.after)]
-    weight[: span.before] = rises[0]
-    inner_end = len(weight) - span.after
-    weight[inner_end:] = torch.minimum(weight[inner_end:], rises[1].flip(0))
-    return weight
+    return _edged(span, _rise)
+
+
+def feather(span: Span) -> Tensor:
+    """fp32 weights of one span of a network's result: as `ramp`, but within the middle half of an overlap.
+
+    The outer quarter weighs nothing: there the network saw its own padding in place of the neighbourhood.
+    """
+    return _edged(span, _late_rise)
+
+
+def axis_weights(spans: list[Span]) -> list[Tensor]:
+    """The feathers of all spans of one axis, scaled so that they add up to 1 everywhere."""
+    weights = [feather(span) for span in spans]
+    total = torch.zeros(spans[-1].stop)
+    for span, weight in zip(spans, weights, strict=True):
+        total[span.start : span.stop] += weight
+    return [weight / total[span.start : span.stop] for span, weight in zip(spans, weights, strict=True)]
 
 
 def blend_weights(tiles: list[Tile], height: int, width: int) -> list[Tensor]:
@@ -73,3 +90,20 @@ def blend_weights(tiles: list[Tile], height: int, width: int) -> list[Tensor]:
         weight / total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop]
         for tile, weight in zip(tiles, ramps, strict=True)
     ]
+
+
+def _edged(span: Span, rise: Callable[[int], Tensor]) -> Tensor:
+    weight = torch.ones(span.stop - span.start)
+    weight[: span.before] = rise(span.before)
+    inner_end = len(weight) - span.after
+    weight[inner_end:] = torch.minimum(weight[inner_end:], rise(span.after).flip(0))
+    return weight
+
+
+def _rise(count: int) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float32) / (count + 1)
+
+
+def _late_rise(count: int) -> Tensor:
+    quarter = count // 4
+    return torch.cat([torch.zeros(quarter), _rise(count - 2 * quarter), torch.ones(quarter)])

@@ -1,0 +1,65 @@
+"""Small random VAEs that a real ComfyUI computes with: Wan 2.1, SD (4 channels) and Flux (16), for scripts run by
+ComfyUI's Python."""
+
+from __future__ import annotations
+
+import inspect
+
+import comfy.ldm.wan.vae as wan
+import comfy.sd
+import phases_card
+import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
+from torch import Tensor, nn
+
+SD_SIZES = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
+
+
+def random_weights(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Norms 1, biases 0, the rest normal with the deviation that keeps a signal's size."""
+    generator, made = torch.Generator().manual_seed(seed), {}
+    for name, value in network.state_dict().items():
+        if value.ndim <= 1 or "gamma" in name:
+            made[name] = (torch.zeros if name.endswith("bias") else torch.ones)(value.shape)
+        else:
+            made[name] = torch.randn(value.shape, generator=generator) / max(1, value[0].numel()) ** 0.5
+    return made
+
+
+def wan_vae(seed: int = 0) -> comfy.sd.VAE:
+    whole = wan.WanVAE
+    sd = random_weights(whole(**phases_card.WAN_VAE_SIZES), seed)
+    if "image_channels" not in inspect.signature(whole.__init__).parameters:  # 0.3.64 knows one width alone
+        wan.WanVAE = lambda **keywords: whole(**{**keywords, "dim": 8})
+    try:
+        return comfy.sd.VAE(sd=sd)
+    finally:
+        wan.WanVAE = whole
+
+
+def sd_vae(seed: int = 0) -> comfy.sd.VAE:
+    sizes = {"ddconfig": SD_SIZES, "embed_dim": 4}
+    return comfy.sd.VAE(sd=random_weights(AutoencoderKL(**sizes), seed), config={"params": sizes})
+
+
+def flux_vae(seed: int = 0) -> comfy.sd.VAE:
+    """Built by hand: ComfyUI's own detection takes files of the full width alone."""
+    sizes = {**SD_SIZES, "z_channels": 16}
+    model = "comfy.ldm.modules.diffusionmodules.model"
+    network = AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+        encoder_config={"target": f"{model}.Encoder", "params": sizes},
+        decoder_config={"target": f"{model}.Decoder", "params": sizes},
+    )
+    network.load_state_dict(random_weights(network, seed))
+    vae = sd_vae()
+    vae.first_stage_model = network.eval()
+    vae.latent_channels = 16
+    vae.patcher = type(vae.patcher)(vae.first_stage_model, vae.patcher.load_device, vae.patcher.offload_device)
+    return vae
+
+
+SMALL_VAES = {"wan": wan_vae, "sd": sd_vae, "flux": flux_vae}
