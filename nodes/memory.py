@@ -13,7 +13,7 @@ from ..memory import plot, probe
 from ..memory.budget import gib
 from ..memory.offload import Verdict
 from ..memory.reading import Figure, size_text
-from ..patches import gate, residency
+from ..patches import gate, residency, snapshots
 from . import node_status, receipts
 from .compat import supported, unique_id
 from .flashvsr import FlashVSRType
@@ -185,8 +185,8 @@ class MemoryReport(io.ComfyNode):
             display_name=REPORT,
             category=CATEGORY,
             description="Says and draws what was measured in this run up to here: the phases that gates have ended, "
-            "what Lean Sampling cost, the most since the last report, and which models are on which device now. It "
-            "changes nothing.",
+            "what Lean Sampling cost, the most since the last report, which models are on which device now, and what "
+            "the last press of a free-memory button did. It changes nothing.",
             inputs=[
                 io.AnyType.Input(
                     "value",
@@ -222,6 +222,7 @@ class MemoryReport(io.ComfyNode):
         run, peaks = book.since(residency.prompt_began()), book.take_peaks()
         residents = [resident for resident in residency.residents() if resident.bytes]
         process = probe.read("cpu", settled=True).process
+        press = snapshots.last_press()
         measured = run.to_json()
         # Growth rests on earlier runs too: it is said only where it is a leak, and apart from this run's numbers.
         growth = [phase.pop("growth") for phase in measured["phases"]]
@@ -241,6 +242,8 @@ class MemoryReport(io.ComfyNode):
             *(f"on {item.device}: {item.name} {gate.exact_text(item.bytes)}" for item in residents),
             f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",
             *(f"grows from run to run: {phase}, {leak}" for phase, leak in leaks.items()),
+            *([] if press is None else [f"last press ({press.before.caller}): {press.line}"]),
+            *([] if press is None else [f"last press, {look.line}" for look in press.looks]),
         ]
         report = as_text(
             {
@@ -254,6 +257,7 @@ class MemoryReport(io.ComfyNode):
                 "residents": [{**vars(item), "device": str(item.device)} for item in residents],
                 "process": vars(process),
                 "growth_over_runs": leaks,
+                "last_press": press and press.to_json(),
                 **measured,
             }
         )

@@ -91,6 +91,16 @@ class Snapshot:
             "devices": [reading.to_json() for reading in self.devices],
         }
 
+    @property
+    def line(self) -> str:
+        """The kept models in words: what of each is on its device."""
+        words = [
+            f"{entry.name} {size_text(entry.resident)} of {size_text(entry.size)}"
+            f"{'' if entry.listed else ', not listed'}{', dead' if entry.dead else ''}"
+            for entry in self.kept
+        ]
+        return f"{self.stage}: {'; '.join(words) or 'nothing is kept'}"
+
 
 @dataclass(frozen=True)
 class Press:
@@ -116,6 +126,21 @@ class Press:
         why = f" · {self.before.reason}" if self.before.reason else ""
         return f"{size_text(self.left)} left the devices: {names} · kept: {kept}{why}"
 
+    @property
+    def looks(self) -> list[Snapshot]:
+        """Its snapshots, as far as the ring still has them."""
+        return [snapshot for snapshot in latest() if snapshot.press == self.before.press]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {
+            "caller": self.before.caller,
+            "reason": self.before.reason,
+            "left_bytes": self.left,
+            "lost": [entry.name for entry in self.lost],
+            "snapshots": [snapshot.to_json() for snapshot in self.looks],
+        }
+
 
 class _Presses:
     def __init__(self) -> None:
@@ -124,6 +149,7 @@ class _Presses:
         self.count = 0
         self.reason = ""
         self.open: Snapshot | None = None
+        self.last: Press | None = None
         self.listeners: list[Callable[[Press], None]] = []
 
 
@@ -149,6 +175,11 @@ def latest() -> list[Snapshot]:
 
 def to_json() -> list[dict[str, Any]]:
     return [snapshot.to_json() for snapshot in latest()]
+
+
+def last_press() -> Press | None:
+    """The newest press by a button, or unloading after an out-of-memory error, that is over."""
+    return _presses().last
 
 
 def begin(caller: str) -> Snapshot:
@@ -199,6 +230,8 @@ def _judge(before: Snapshot, after: Snapshot) -> None:
     now = {entry.id: entry for entry in after.kept}
     lost = tuple(entry for entry in before.kept if entry.resident and _is_lost(entry, now.get(entry.id)))
     press = Press(before, after, lost, left)
+    if before.caller != HOUSEKEEPING:
+        _presses().last = press
     # At the end of every prompt, where smart memory is off, is not worth a line.
     log.log(logging.DEBUG if before.caller == HOUSEKEEPING else logging.INFO, "%s: %s", before.caller, press.line)
     for entry in lost:

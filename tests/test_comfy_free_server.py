@@ -193,3 +193,25 @@ def test_a_kept_model_is_read_once_with_every_kind_of_cache(comfyui_path, starte
     assert entry["loads"] == 1 and entry["hits"] >= 2, entry
     assert turns.listed() == sorted([B, D])
     turns.run("clip")  # the worker is alive
+
+
+def test_the_report_shows_what_stayed_what_went_and_how_many_bytes(comfyui_path, started, tmp_path):
+    turns = start(started, comfyui_path, tmp_path)
+    asked = {"value": ["model", 0], "unload_models": True, "free_memory": True, "reason": "between two clips"}
+    workflow = turns.workflow("model", "clip") | {"free": turns.node("SteadyVSR_FreeMemory", **asked)}
+    assert turns.server.run(workflow)["status"]["status_str"] == "success"
+    turns.until(lambda: turns.presses() > 0, "the press that the node asked for")
+    report = {"report": turns.node("SteadyVSR_MemoryReport", value=["vae", 0], label="second workflow")}
+    entry = turns.server.run(turns.workflow("vae") | report)
+    told = json.loads(entry["outputs"]["report"]["text"][0])
+    press = told["last_press"]
+    assert (press["caller"], press["reason"], press["lost"]) == ("button", "between two clips", [])
+    assert [look["stage"] for look in press["snapshots"]] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    before, *_, after = ({m["name"]: m["bytes"] for m in look["residents"]} for look in press["snapshots"])
+    assert set(before) == {A, B} and set(after) == {B}
+    assert before[B] == after[B] > 0 and press["left_bytes"] == before[A] > 0
+    kept = [next(entry for entry in look["kept"] if entry["networks"] == [B]) for look in press["snapshots"]]
+    assert [(entry["resident"], entry["listed"], entry["dead"]) for entry in kept] == [(before[B], 1, 0)] * 4
+    lines = [line for line in told["text"] if line.startswith("last press")]
+    assert len(lines) == 5 and A in lines[0] and MODEL_FILE in lines[0] and "between two clips" in lines[0]
+    assert all(MODEL_FILE in line for line in lines[1:])
