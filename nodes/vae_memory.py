@@ -101,14 +101,16 @@ class TileMemory:
 
     def report(self, kept: int) -> dict[str, Any]:
         """Bytes with their sources. `kept`: bytes of the result that stay on the device."""
-        predicted, measured = self.predicted(self._tile), self.measured_tile
+        predicted, measured, peak = self.predicted(self._tile), self.measured_tile, self._run_peak()
+        if measured is None and peak is not None:
+            measured = peak - self._held
         return {
             "budget_bytes": budget.gib(self.budget_gb) if self.budget_gb > 0 else None,
             "weights_bytes": self._held,
-            "predicted_tile_bytes": predicted,
-            "measured_tile_bytes": measured,
+            "predicted_bytes": predicted,
+            "measured_bytes": measured,
             "predicted_per_measured": round(predicted / measured, 4) if measured else None,
-            "run_peak_bytes": self._run_peak(),
+            "run_peak_bytes": peak,
             "before": _figures(self._before),
             "peak": {name: _figure(figure) for name, figure in vars(self._peak).items()},
             "after": _figures(self._after),

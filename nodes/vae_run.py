@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.tiling import BlendDecode, BlendEncode, NotFinite, TileJob
-from ..models.wan_vae import TiledDecode, TiledEncode, WanVAE
 from ..patches import residency
 from . import node_status
 from .ladder import EVERYTHING
 from .tile_ladder import MIN_TILE, TileLadder, smaller_tiles
+from .vae_exact import ExactPath, exact_path
 from .vae_layout import compression, output_dtype
 from .vae_memory import TileMemory
-from .wan_network import adopted
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -45,6 +44,7 @@ class TileOptions:
         budget_gb: GiB on the device, the VAE's weights included; 0: what is free.
         on_oom: shrink | error.
         allow_cpu: go to the CPU when everything else failed.
+        spot: compare one more tile with a blended result.
     """
 
     tile: int = 256
@@ -53,6 +53,7 @@ class TileOptions:
     budget_gb: float = 2.0
     on_oom: str = SHRINK
     allow_cpu: bool = False
+    spot: bool = True
 
 
 class CastWeights(nn.Module):
@@ -103,7 +104,7 @@ class TiledRun:
     options: TileOptions
     node_id: str | None
     notes: list[str] = field(default_factory=list)
-    _exact: WanVAE | None = None
+    _exact: ExactPath | None = None
     _report: dict[str, Any] = field(default_factory=dict)
 
     def run(self, source: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class TiledRun:
         )
         with self._device_context(), memory.running("VAE encode" if self.encodes else "VAE decode"):
             memory.load(MIN_TILE)
-            self._exact = self._adopted()
+            self._exact = self._exact_path(source)
             tile, overlap = self._first_tile(memory)
             memory.load(tile)
             job, weights = self._job(source, tile, overlap), CastWeights(self.vae)
@@ -171,14 +172,17 @@ class TiledRun:
         return tile, overlap
 
     def _predicted(self, source: Tensor, tile: int) -> int:
-        """Bytes that one tile of that side needs beside the weights, by ComfyUI's estimate for its shape."""
+        """Bytes that one tile of that side needs beside the weights: by the exact path's own count, or by ComfyUI's
+        estimate for the tile's shape."""
+        if self._exact is not None and self._exact.predicted is not None:
+            return self._exact.predicted(tile)
         cut = tile if self.encodes else -(-tile // self._compression)
         shape = (1, *source.shape[1:-2], *(min(cut, length) for length in source.shape[-2:]))
         estimate = self.vae.memory_used_encode if self.encodes else self.vae.memory_used_decode
         return int(estimate(shape, self.vae.vae_dtype))
 
-    def _adopted(self) -> WanVAE | None:
-        """The network under the exact path's interface, if that is wanted and possible.
+    def _exact_path(self, source: Tensor) -> ExactPath | None:
+        """The exact path, if it is wanted and possible.
 
         Raises:
             ValueError: mode exact, and it is not possible.
@@ -186,21 +190,20 @@ class TiledRun:
         if self.options.mode == BLEND:
             self._report["mode_reason"] = "chosen"
             return None
-        found = adopted(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
-        if found.vae is None and self.options.mode == EXACT:
-            raise ValueError(f"{self.node}: expected a Wan 2.1 VAE for mode exact: {found.why_not}. Choose auto.")
-        self._report["mode_reason"] = found.why_not or "its layers are known, and a trial clip came out the same"
-        return found.vae
+        found, reason = exact_path(self.vae, self.encodes, self._pixels(source), self._compression)
+        if found is None and self.options.mode == EXACT:
+            raise ValueError(f"{self.node}: expected a VAE with an exact path for mode exact: {reason}. Choose auto.")
+        self._report["mode_reason"] = reason
+        return found
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
-        vae, place = self.vae, {"device": self.vae.device, "dtype": self.vae.vae_dtype}
-        if self._exact is not None and self.encodes:
-            return TiledEncode(self._exact, source, tile, **place, prepare=vae.process_input)
         if self._exact is not None:
-            return TiledDecode(self._exact, source, tile, **place, finish=vae.process_output)
-        network, size = vae.first_stage_model, self._compression
+            return self._exact.job(source, tile)
+        network, size = self.vae.first_stage_model, self._compression
+        place = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
         if self.encodes:
-            return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=vae.process_input)
+            prepare = self.vae.process_input
+            return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=prepare)
         return BlendDecode(network.decode, source, tile, overlap, size, **place)
 
     def _ladder(self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor) -> TileLadder:
@@ -299,9 +302,9 @@ class TiledRun:
 
     def _describe(self, source: Tensor, job: TileJob, result: Tensor, ladder: TileLadder) -> None:
         height, width = self._pixels(source)
-        exact = self._exact is not None
+        spot = job.spot_db if isinstance(job, BlendEncode | BlendDecode) else None
         self._report |= {
-            "mode": EXACT if exact else BLEND,
+            "mode": BLEND if self._exact is None else EXACT,
             "device": str(job.device),
             "dtype": _name(job.dtype),
             "size": [width, height],
@@ -309,9 +312,10 @@ class TiledRun:
             "frames": (source if self.encodes else result).shape[2] if source.ndim == 5 else 1,
             "result_shape": list(result.shape),
             "tile_size": job.tile,
-            "overlap": None if exact else job.overlap,  # type: ignore[attr-defined]
-            "grid": None if exact else list(job.grid),  # type: ignore[attr-defined]
+            "overlap": job.overlap if isinstance(job, BlendEncode | BlendDecode) else None,
+            "grid": list(job.grid) if isinstance(job, BlendEncode | BlendDecode) else None,
             "units": job.total,
+            "spot_db": None if spot is None else round(spot, 2),
             "output_dtype": _name(output_dtype(self.vae)),
             "output_bytes": result.nbytes,
             "attempts": ladder.to_json(),

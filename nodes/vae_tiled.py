@@ -25,6 +25,7 @@ from .vae_run import AUTO, BLEND, ERROR, EXACT, MAX_TILE, SHRINK, TiledRun, Tile
 CATEGORY = "SteadyVSR/VAE"
 ENCODE, DECODE = "VAE Encode (Tiled, Verified)", "VAE Decode (Tiled, Verified)"
 MIN_TILE = 64
+SPOT, OFF = "spot", "off"
 
 
 def option_inputs() -> list[io.Input]:
@@ -51,8 +52,9 @@ def option_inputs() -> list[io.Input]:
             "mode",
             options=[AUTO, EXACT, BLEND],
             default=AUTO,
-            tooltip="exact: the result of the whole frame, tile by tile, for Wan 2.1 VAEs. blend: overlapping tiles of "
-            "any VAE. auto: exact where the VAE is known and passes a self-test, else blend.",
+            tooltip="exact: the result of the whole frame, tile by tile, for Wan 2.1 VAEs and image VAEs like those of "
+            "SD, SDXL, SD3 and Flux. blend: overlapping tiles of any VAE. auto: exact where the VAE's layers are known "
+            "and a trial comes out the same, else blend.",
         ),
         io.Float.Input(
             "memory_budget_gb",
@@ -78,6 +80,15 @@ def option_inputs() -> list[io.Input]:
             tooltip="With on_oom shrink: compute on the CPU when nothing else helped. Slow.",
             **supported(io.Boolean.Input, advanced=True),
         ),
+        io.Combo.Input(
+            "verify",
+            options=[SPOT, OFF],
+            default=SPOT,
+            optional=True,
+            tooltip="spot: with blended tiles one more tile is computed across their seams, and the report says how far "
+            "the result is from it, in dB. off: it is not.",
+            **supported(io.Combo.Input, advanced=True),
+        ),
     ]
 
 
@@ -88,7 +99,14 @@ def report_output() -> io.Output:
 
 
 def options_of(
-    node: str, tile_size: int, overlap: int, mode: str, memory_budget_gb: float, on_oom: str, allow_cpu: bool
+    node: str,
+    tile_size: int,
+    overlap: int,
+    mode: str,
+    memory_budget_gb: float,
+    on_oom: str,
+    allow_cpu: bool,
+    verify: str,
 ) -> TileOptions:
     """The options of a node.
 
@@ -100,10 +118,13 @@ def options_of(
     for name, value in (("overlap", overlap), ("memory_budget_gb", memory_budget_gb)):
         if value < 0:
             raise ValueError(f"{node}: expected {name} of at least 0; got {value}.")
-    for name, value, known in (("mode", mode, (AUTO, EXACT, BLEND)), ("on_oom", on_oom, (SHRINK, ERROR))):
+    choices = (
+        ("mode", mode, (AUTO, EXACT, BLEND)), ("on_oom", on_oom, (SHRINK, ERROR)), ("verify", verify, (SPOT, OFF)),
+    )  # fmt: skip
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{node}: expected {name} of {', '.join(known)}; got {value!r}. Choose one of them.")
-    return TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu)
+    return TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify == SPOT)
 
 
 class VAEEncodeTiled(io.ComfyNode):
@@ -113,8 +134,8 @@ class VAEEncodeTiled(io.ComfyNode):
             node_id="SteadyVSR_VAEEncodeTiled",
             display_name=ENCODE,
             category=CATEGORY,
-            description="Encodes images or frames tile by tile and says what memory that took. For Wan 2.1 the result "
-            "is that of the whole frame. Time is never split.",
+            description="Encodes images or frames tile by tile and says what memory that took. For Wan 2.1, SD and "
+            "Flux VAEs the result is that of the whole frame. Time is never split.",
             inputs=[
                 io.Image.Input(
                     "pixels", tooltip="Images; for a video VAE the frames of one clip, trimmed to what it can encode."
@@ -150,9 +171,10 @@ class VAEEncodeTiled(io.ComfyNode):
         memory_budget_gb: float,
         on_oom: str,
         allow_cpu: bool = False,
+        verify: str = SPOT,
         odd_size: str = CROP,
     ) -> io.NodeOutput:
-        options = options_of(ENCODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu)
+        options = options_of(ENCODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
         if not checked_vae(vae, ENCODE):
             latents, report = _delegated(vae, options, ENCODE, pixels)
             return io.NodeOutput({"samples": latents}, report, ui=ui.PreviewText(report))
@@ -170,8 +192,8 @@ class VAEDecodeTiled(io.ComfyNode):
             node_id="SteadyVSR_VAEDecodeTiled",
             display_name=DECODE,
             category=CATEGORY,
-            description="Decodes latents tile by tile and says what memory that took. For Wan 2.1 the result is that "
-            "of the whole frame. Time is never split.",
+            description="Decodes latents tile by tile and says what memory that took. For Wan 2.1, SD and "
+            "Flux VAEs the result is that of the whole frame. Time is never split.",
             inputs=[
                 io.Latent.Input("samples", tooltip="The latents of images or of a video."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the latents' model."),
@@ -198,8 +220,9 @@ class VAEDecodeTiled(io.ComfyNode):
         memory_budget_gb: float,
         on_oom: str,
         allow_cpu: bool = False,
+        verify: str = SPOT,
     ) -> io.NodeOutput:
-        options = options_of(DECODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu)
+        options = options_of(DECODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
         if not checked_vae(vae, DECODE):
             images, report = _delegated(vae, options, DECODE, samples["samples"])
             images = images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
@@ -222,7 +245,9 @@ def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tupl
     if 0 in value.shape:
         raise ValueError(f"{node}: expected at least 1 image or latent; got shape {tuple(value.shape)}.")
     if options.mode == EXACT:
-        raise ValueError(f"{node}: expected a Wan 2.1 VAE for mode exact; got {type(vae).__name__}. Choose auto.")
+        raise ValueError(
+            f"{node}: expected a VAE with an exact path for mode exact; got one that tiles by itself. Choose auto."
+        )
     tile = options.tile or 256
     overlap = min(options.overlap, tile // 2)
     ratio = getattr(vae, "downscale_ratio" if encodes else "upscale_ratio", 8)

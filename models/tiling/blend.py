@@ -7,6 +7,7 @@ start anew at every cut. The result is gathered in fp32 on the CPU, and only one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,8 @@ class _Blend:
     Attributes:
         overlap: of neighbouring tiles, in pixels; at most half a tile.
         grid: tiles along the height and along the width.
+        spot_db: PSNR of the result against one more tile, laid across the seams in its middle; None before that, or
+            where there are no seams.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class _Blend:
         device: torch.device,
         dtype: torch.dtype,
         prepare: Network = lambda tile: tile,
+        spot: bool = False,
     ) -> None:
         if source.ndim not in (4, 5) or 0 in source.shape:
             raise ValueError(f"tiles: expected NCHW or NCTHW without an empty axis; got {tuple(source.shape)}.")
@@ -52,7 +56,8 @@ class _Blend:
         self._network, self._prepare = network, prepare
         self._source, self._compression = source, compression
         self._cells = self._count_cells(source.shape[-2], source.shape[-1])
-        self._done = 0
+        self._done, self._spot = 0, spot
+        self.spot_db: float | None = None
         self._spans = self._plan(tile)
         self.tile = tile
 
@@ -62,7 +67,8 @@ class _Blend:
 
     @property
     def total(self) -> int:
-        return self._source.shape[0] * self.grid[0] * self.grid[1]
+        count = self.grid[0] * self.grid[1]
+        return self._source.shape[0] * count + (self._spot and count > 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -98,6 +104,10 @@ class _Blend:
         on_step()
         rows, columns = self._spans
         sample, position = divmod(self._done, len(rows) * len(columns))
+        if sample == self._source.shape[0]:
+            self.spot_db = self._check_spot(_across(rows), _across(columns))
+            self._done += 1
+            return
         row, column = rows[position // len(columns)], columns[position % len(columns)]
         tile = self._compute(self._cut_out(sample, row, column), f"sample {sample}, {self._words(row, column)}")
         scale = self._scale_of(tile, row, column)
@@ -114,6 +124,18 @@ class _Blend:
         tile *= self._weights(columns, scale[1], column)
         self.result[sample, ..., y.start : y.stop, x.start : x.stop] += tile[0]
         self._done += 1
+
+    def _check_spot(self, row: Span, column: Span) -> float:
+        """PSNR over the range of values, in the middle half of a tile of the first sample."""
+        tile = self._compute(self._cut_out(0, row, column), f"the spot at {self._words(row, column)}")
+        y, x = (
+            span.scaled(factor) for span, factor in zip((row, column), self._scale_of(tile, row, column), strict=True)
+        )
+        found = self.result[0:1, ..., y.start : y.stop, x.start : x.stop]
+        rows, columns = (slice(length // 4, length - length // 4) for length in tile.shape[-2:])
+        wanted, found = tile[..., rows, columns], found[..., rows, columns]
+        spread = float(wanted.max() - wanted.min()) or 1.0
+        return -10 * math.log10(max(float((wanted - found).square().mean()) / spread**2, 1e-20))
 
     def _compute(self, cut: Tensor, name: str) -> Tensor:
         """The network's result for a tile, fp32 on the CPU."""
@@ -175,6 +197,7 @@ class BlendEncode(_Blend):
         compression: pixels per latent along a side.
         device, dtype: of the computation.
         prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
+        spot: computes one more tile at the end, to compare.
 
     Raises:
         ValueError: one of these.
@@ -201,6 +224,7 @@ class BlendDecode(_Blend):
         compression: output pixels per latent along a side.
         device, dtype: of the computation.
         prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
+        spot: computes one more tile at the end, to compare.
 
     Raises:
         ValueError: one of these.
@@ -211,3 +235,11 @@ class BlendDecode(_Blend):
 
     def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor:
         return self._source[sample : sample + 1, ..., row.start : row.stop, column.start : column.stop]
+
+
+def _across(spans: list[Span]) -> Span:
+    """A tile halfway between the first two of an axis."""
+    if len(spans) == 1:
+        return spans[0]
+    shift = (spans[1].start - spans[0].start + 1) // 2
+    return Span(spans[0].start + shift, spans[0].stop + shift, 0, 0)
