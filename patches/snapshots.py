@@ -148,7 +148,7 @@ class _Presses:
         self.ring: deque[Snapshot] = deque(maxlen=RING_SNAPSHOTS)
         self.count = 0
         self.reason = ""
-        self.open: Snapshot | None = None
+        self.open: tuple[Snapshot, Snapshot] | None = None
         self.last: Press | None = None
         self.listeners: list[Callable[[Press], None]] = []
 
@@ -200,7 +200,7 @@ def unloaded(before: Snapshot | None) -> None:
         return
     after = _take(before.press, POST_UNLOAD, before.caller, before.reason)
     if before.caller == BUTTON:
-        _presses().open = before
+        _presses().open = before, after
     else:
         _judge(before, after)
 
@@ -211,18 +211,29 @@ def press_open() -> bool:
 
 def was_reset() -> None:
     """When ComfyUI empties caches for the first time after a press, which is after the reset and the collection."""
-    before = _presses().open
-    if before is not None:
+    if (opened := _presses().open) is not None:
+        before, _ = opened
         _take(before.press, POST_RESET, before.caller, before.reason)
 
 
 def collected() -> None:
     """When it has emptied them: the press is over."""
+    if (opened := _taken_open()) is not None:
+        before, _ = opened
+        _judge(before, _take(before.press, POST_COLLECT, before.caller, before.reason))
+
+
+def end_early() -> None:
+    """When caches were not emptied before something else began: the press is over with what it had unloaded."""
+    if (opened := _taken_open()) is not None:
+        _judge(*opened)
+
+
+def _taken_open() -> tuple[Snapshot, Snapshot] | None:
     presses = _presses()
     with presses.lock:
-        before, presses.open = presses.open, None
-    if before is not None:
-        _judge(before, _take(before.press, POST_COLLECT, before.caller, before.reason))
+        opened, presses.open = presses.open, None
+    return opened
 
 
 def _judge(before: Snapshot, after: Snapshot) -> None:

@@ -106,7 +106,7 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
     press = _attempt("snapshot", lambda: snapshots.begin(caller))
     with _inside(), _lock():
         _attempt("repair of entries", repair)
-        before = _attempt("counting yields", _resident_bytes, {})
+        before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = _attempt("hiding kept models", lambda: _hide((PINNED,) if out_of_memory else (KEPT, PINNED)), [])
         try:
             return original(*arguments, **keywords)
@@ -222,7 +222,9 @@ def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: 
     thread.emptying = True
     try:
         if snapshots.press_open():
-            _attempt("snapshot", snapshots.was_reset)
+            # What a prompt or an owner moves now is not the doing of a press that nobody has ended.
+            foreign = prompt.in_work() or is_explicit()
+            _attempt("snapshot", snapshots.end_early if foreign else snapshots.was_reset)
         if registry().keeps_anything:
             _attempt("repair of entries", repair)
             _attempt("yielding RAM", yield_ram)
