@@ -85,7 +85,7 @@ def option_inputs() -> list[io.Input]:
             options=[SPOT, OFF],
             default=SPOT,
             optional=True,
-            tooltip="spot: with blended tiles one more tile is computed across their seams, and the report says how far "
+            tooltip="spot: with blended tiles one more tile is computed across the seams, and the report says how far "
             "the result is from it, in dB. off: it is not.",
             **supported(io.Combo.Input, advanced=True),
         ),
