@@ -110,6 +110,8 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
     ids = body.get("ids")
     if ids is not None:
         ids = _taken(body, "ids", list)
+        if not all(isinstance(id, str) for id in ids):
+            raise BadRequest("ids: expected a list of ids; got something else in it.")
         known = {entry.id for entry in registry().owned()}
         unknown = [id for id in ids if id not in known]
         if unknown:

@@ -133,6 +133,10 @@ def test_the_ram_card_holds_the_numbers_of_the_machine(server):
 REFUSED = [
     ("/steadyvsr/release", {"ids": ["nothing"]}, 404),
     ("/steadyvsr/release", {"ids": "all"}, 400),
+    ("/steadyvsr/release", {"ids": [{"a": 1}]}, 400),
+    ("/steadyvsr/release", {"ids": [None]}, 400),
+    ("/steadyvsr/policy", {}, 400),
+    ("/steadyvsr/policy", {"id": 3, "policy": "keep"}, 400),
     ("/steadyvsr/policy", {"id": "nothing", "policy": "keep"}, 404),
     ("/steadyvsr/policy", {"id": "x", "policy": "forever"}, 400),
     ("/steadyvsr/offload", {"handle": "../../etc/passwd"}, 404),
