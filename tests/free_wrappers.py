@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
 
-from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, World, mm, retention, snapshots, wrappers  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, mm, owned, retention, snapshots, wrappers  # noqa: E402
 
 residency: Any = importlib.import_module("steadyvsr.patches.residency")
 
@@ -65,6 +65,26 @@ def explicit(world: World) -> dict:
     world.prompt(B, C)
     mm.unload_all_models()
     return seen | {"after": world.state(), "lost": len(snapshots.last_press().lost)}
+
+
+def meant(world: World) -> dict:
+    """A call that asks for all of a device and spares everything but a pinned model; ComfyUI unloads one model so."""
+    world.prompt(A, B, C)
+    retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
+    others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
+    mm.free_memory(1e30, FIRST, keep_loaded=others)
+    return {"after": world.state()}
+
+
+def budget(world: World) -> dict:
+    """RAM for two kept models: in a prompt of three, and in the next ones."""
+    retention.registry().ram_budget_bytes = 2 << 20
+    seen = {}
+    for steps in ((B, C, D), (E,), (B,)):
+        world.cache.outputs.clear()
+        world.prompt(*steps)
+        seen["".join(name for name, _ in steps)] = owned()
+    return seen
 
 
 def passes_through(world: World) -> dict:
@@ -114,13 +134,16 @@ def arguments(world: World) -> dict:
 
 
 def places(world: World) -> dict:
-    """Kept entries go back where they were."""
+    """Kept entries go back where they were, but for one that was loaded again in the meantime."""
     world.prompt(("X", False), B, ("Y", False), C, A)
     before = order()
     held: list[str] = []
     with beneath("unload_all_models", lambda: held.append(order())):
         mm.unload_all_models()
-    return {"before": before, "hidden": held, "after": order()}
+    seen = {"before": before, "hidden": held, "after": order()}
+    with beneath("unload_all_models", lambda: mm.load_models_gpu([world.node(*B)])):
+        mm.unload_all_models()
+    return seen | {"loaded again": order()}
 
 
 def installing(world: World) -> dict:
@@ -238,8 +261,9 @@ def own_failure(world: World) -> dict:
 
 
 SCENARIOS: dict[str, Callable[[World], dict]] = {
-    "explicit": explicit, "passes through": passes_through, "arguments": arguments, "places": places,
-    "installing": installing, "callers": callers, "ring": ring, "log": log, "own failure": own_failure,
+    "explicit": explicit, "meant": meant, "budget": budget, "passes through": passes_through, "arguments": arguments,
+    "places": places, "installing": installing, "callers": callers, "ring": ring, "log": log,
+    "own failure": own_failure,
 }  # fmt: skip
 
 

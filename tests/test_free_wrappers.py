@@ -44,6 +44,14 @@ def test_an_owner_s_own_wish_is_not_filtered_and_holds_for_its_thread_only(obser
     assert seen == {"without": "C/ABC", "other thread": "BC/ABC", "within": "-/ABC", "after": "BC/ABC", "lost": 0}
 
 
+def test_a_call_that_spares_all_but_a_kept_model_means_that_model(observed):
+    assert scenario(observed, "meant") == {"after": "AB/ABC"}
+
+
+def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_prompt(observed):
+    assert scenario(observed, "budget") == {"BCD": "BCD", "E": "DE", "B": "BE"}
+
+
 @pytest.mark.parametrize("kind", ["InterruptProcessingException", "RuntimeError"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_comfyui_raises_comes_out_as_the_same_object_and_costs_no_kept_model(observed, name, kind):
@@ -64,9 +72,9 @@ def test_parameters_that_we_do_not_know_arrive(observed):
     assert seen["results"] == [["gone"], ["gone"], ["gone"], [[True], {}], [["all"], {"hard": True}]]
 
 
-def test_kept_entries_go_back_to_their_places(observed):
+def test_kept_entries_go_back_to_their_places_unless_they_were_loaded_again(observed):
     seen = scenario(observed, "places")
-    assert seen == {"before": "ACYBX", "hidden": ["AYX"], "after": "ACYBX"}
+    assert seen == {"before": "ACYBX", "hidden": ["AYX"], "after": "ACYBX", "loaded again": "BCAYX"}
 
 
 def test_installing_twice_wraps_once_and_uninstalling_leaves_comfyui_s_own(observed):
