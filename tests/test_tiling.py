@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from steadyvsr.models.tiling import axis_spans, blend_weights, grid_tiles, ramp
+from steadyvsr.models.tiling import axis_spans, axis_weights, blend_weights, feather, grid_tiles, ramp
 
 
 @given(st.integers(1, 400), st.integers(2, 128), st.data())
@@ -39,3 +39,28 @@ def test_ramps_are_on_inner_edges_only() -> None:
 def test_an_overlap_as_wide_as_the_tile_is_refused() -> None:
     with pytest.raises(ValueError, match="overlap"):
         axis_spans(10, 4, 4)
+
+
+def test_feathers_discard_the_outer_quarter_and_rise_over_the_middle_half() -> None:
+    first, second = axis_spans(24, 16, 8)
+    rising = [0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1]
+    assert feather(second).tolist() == pytest.approx([*rising, *[1] * 8])
+    assert feather(first).tolist() == pytest.approx([*[1] * 8, *rising[::-1]])
+
+
+@given(st.integers(1, 120), st.integers(2, 40), st.integers(1, 8), st.data())
+def test_axis_weights_add_up_to_one_at_every_scale(length: int, tile: int, factor: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    spans = [span.scaled(factor) for span in axis_spans(length, tile, overlap)]
+    total = torch.zeros(length * factor)
+    for span, weight in zip(spans, axis_weights(spans), strict=True):
+        assert (weight >= 0).all()
+        total[span.start : span.stop] += weight
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@given(st.integers(1, 400), st.integers(2, 64), st.integers(0, 32))
+def test_tiles_are_of_one_size_and_the_last_is_no_sliver(length: int, tile: int, overlap: int) -> None:
+    spans = axis_spans(length, tile, min(overlap, tile // 2))
+    assert {span.stop - span.start for span in spans} == {min(tile, length)}
+    assert all(span.scaled(8).start % 8 == 0 for span in spans)

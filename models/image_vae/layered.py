@@ -101,7 +101,7 @@ class LayeredJob:
         tile: side of the tiles in pixels; at lower resolution tiles have fewer positions.
         device, dtype: of the computation; the images between the layers are kept in that dtype.
         prepare: applied to each piece of the source in its own dtype, on the device.
-        finish: applied to each piece of the result in fp32, on the device.
+        finish: applied to each piece of the result in fp32 (fp64 stays fp64), on the device.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class LayeredJob:
         last = self._index == len(self._steps) - 1
         following = None if last else self._steps[self._index + 1].norm
         moments = None if following is None else _moments(y, following.num_groups)
-        self._store(self._finish(y.float()) if last else y, step, out)
+        self._store(self._finish(y.to(_wide(y.dtype))) if last else y, step, out)
         if moments is not None:
             self._moments.append(moments)
         self._left.pop(0)
@@ -186,9 +186,9 @@ class LayeredJob:
         if self._out is None:
             height, width = (size * step.up // step.down for size in self._map.shape[-2:])
             self._out = torch.empty(1, y.shape[1], height, width, dtype=y.dtype)
-        if self._out.dtype != y.dtype == torch.float32:
+        if self._out.dtype.itemsize < y.dtype.itemsize:
             # A tile that fits no smaller number format was computed again in fp32.
-            self._out = self._out.float()
+            self._out = self._out.to(y.dtype)
         out.of(self._out)[:] = y.cpu()
 
     def _next_step(self, step: Step) -> None:
@@ -204,7 +204,7 @@ class LayeredJob:
             self._left = self._boxes(self._steps[self._index], tuple(self._map.shape[-2:]))
             return
         if self._sample == 0:
-            self.result = torch.empty(self._source.shape[0], *self._map.shape[1:])
+            self.result = torch.empty(self._source.shape[0], *self._map.shape[1:], dtype=self._map.dtype)
         self.result[self._sample] = self._map[0]
         self._sample += 1
         if self._sample < self._source.shape[0]:
@@ -244,7 +244,7 @@ class LayeredJob:
         middle = (count * mean).sum(0) / whole
         # Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
         variance = (squares + count * (mean - middle).square()).sum(0) / whole
-        return middle.float(), variance.float()
+        return middle, variance
 
 
 def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, itemsize: int) -> int:
@@ -260,9 +260,9 @@ def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, ite
         reach = 0 if step.whole else step.before + step.after
         inside = min(height, side + reach) * min(width, side + reach)
         scale = (step.up / step.down) ** 2
-        # Input, what was made of it, output, and what is added; queries, keys, values beside it in an attention.
+        # Input, what was made of it, output, and what is added; queries, keys, values in an attention, and its scores twice.
         elements = inside * (step.channels[0] * (5 if step.whole else 2) + step.channels[1] * scale * 2)
-        elements += min(ATTENTION_SCORES, inside**2) if step.whole else inside * step.channels[0] * step.up**2
+        elements += 2 * min(ATTENTION_SCORES, inside**2) if step.whole else inside * step.channels[0] * step.up**2
         most = max(most, int(elements * itemsize))
     return most
 
@@ -274,8 +274,8 @@ def map_bytes(steps: Sequence[Step], size: tuple[int, int], itemsize: int) -> in
         height, width = size[0] // step.pixels, size[1] // step.pixels
         given = step.channels[0] * height * width
         made = step.channels[1] * height * width * step.up**2 // step.down**2
+        most = max(most, given + made + (kept if step.adds else 0))
         kept = given if step.keeps else kept
-        most = max(most, given + made + (kept if step.adds or step.keeps else 0))
     return most * itemsize
 
 
@@ -299,7 +299,7 @@ def _parts(start: int, stop: int, side: int, step: int) -> list[tuple[int, int]]
 def _moments(x: Tensor, groups: int) -> Tensor:
     """Of each group of NCHW the count, the mean and the sum of squared deviations: 3 × groups, fp64 on the CPU."""
     flat = x.reshape(groups, -1)
-    found = [torch.var_mean(part.float(), dim=1, correction=0) for part in flat.split(max(1, groups // PIECES))]
+    found = [torch.var_mean(part.to(_wide(x.dtype)), dim=1, correction=0) for part in flat.split(max(1, groups // PIECES))]
     variance, mean = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
     count = torch.full_like(mean, flat.shape[1])
     return torch.stack([count, mean, variance * count])
@@ -307,11 +307,17 @@ def _moments(x: Tensor, groups: int) -> Tensor:
 
 def _normalised(x: Tensor, norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> Tensor:
     """GroupNorm of NCHW with these statistics of its groups."""
-    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(x.shape[1] // norm.num_groups).to(x.device)
+    wide, per_group = _wide(x.dtype), x.shape[1] // norm.num_groups
+    scale = torch.rsqrt(variance + norm.eps).repeat_interleave(per_group).to(x.device, wide)
     scale = scale * norm.weight.to(scale)
-    shift = norm.bias.to(scale) - mean.repeat_interleave(x.shape[1] // norm.num_groups).to(x.device) * scale
+    shift = norm.bias.to(scale) - mean.repeat_interleave(per_group).to(x.device, wide) * scale
     result = torch.empty_like(x)
     for part in torch.arange(x.shape[1]).chunk(PIECES):
         of = slice(int(part[0]), int(part[-1]) + 1)
-        result[:, of] = torch.addcmul(shift[of, None, None], x[:, of].float(), scale[of, None, None])
+        result[:, of] = torch.addcmul(shift[of, None, None], x[:, of].to(wide), scale[of, None, None])
     return result
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(dtype, torch.float32)
