@@ -23,12 +23,12 @@ def checked_vae(vae: Any, node: str) -> bool:
     Raises:
         ValueError: it holds no weights, or it is for sound or shapes.
     """
+    if getattr(vae, "first_stage_model", vae) is None:
+        raise ValueError(
+            f"{node}: expected a VAE with weights; got an empty one. The checkpoint that it comes from contains none: "
+            "load a VAE file with Load VAE."
+        )
     if not hasattr(vae, "first_stage_model") or not hasattr(vae, "patcher"):
-        if getattr(vae, "first_stage_model", vae) is None:
-            raise ValueError(
-                f"{node}: expected a VAE with weights; got an empty one. The checkpoint that it comes from contains "
-                "none: load a VAE file with Load VAE."
-            )
         return False
     if getattr(vae, "latent_dim", 2) not in (2, 3) or getattr(vae, "extra_1d_channel", None) is not None:
         name = type(vae.first_stage_model).__name__
@@ -124,7 +124,7 @@ def _fit_channels(vae: Any, pixels: Tensor, node: str, notes: list[str]) -> Tens
         value = getattr(vae, "pad_channel_value", None)
         if value is None:
             raise ValueError(f"{node}: expected images of {wanted} channels; got {got}. Convert them to RGB.")
-        notes.append(f"Channels {got + 1}–{wanted} were filled: the images have {got}.")
+        notes.append(f"The images have {got} channels; the missing {wanted - got} of {wanted} were filled.")
         mode, fill = (value, None) if isinstance(value, str) else ("constant", value)
         return F.pad(pixels, (0, wanted - got), mode=mode, value=fill)
     return pixels

@@ -10,6 +10,7 @@ import comfy.sd
 import phases_card
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
+from comfy.taesd.taesd import TAESD
 from torch import Tensor, nn
 
 SD_SIZES = {
@@ -62,4 +63,9 @@ def flux_vae(seed: int = 0) -> comfy.sd.VAE:
     return vae
 
 
-SMALL_VAES = {"wan": wan_vae, "sd": sd_vae, "flux": flux_vae}
+def taesd_vae(seed: int = 0) -> comfy.sd.VAE:
+    """A network of another kind, without a norm."""
+    return comfy.sd.VAE(sd=random_weights(TAESD(latent_channels=4), seed) | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)})
+
+
+SMALL_VAES = {"wan": wan_vae, "sd": sd_vae, "flux": flux_vae, "taesd": taesd_vae}

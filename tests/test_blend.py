@@ -193,9 +193,9 @@ def test_a_source_that_no_tile_fits_is_refused(source: Tensor, words: str) -> No
 
 def test_a_network_whose_results_do_not_fit_together_is_an_error_not_a_wrong_image() -> None:
     with pytest.raises(ValueError, match="whole number of positions"):
-        BlendDecode(lambda z: repeat(z)[..., 1:], torch.rand(1, 4, 8, 8), 32, 8, COMPRESSION, **RUN).advance(lambda: None)
-    frames = iter(range(2, 9))
-    job = BlendDecode(lambda z: torch.zeros(1, 3, next(frames), 32, 32), torch.rand(1, 4, 1, 8, 8), 32, 8, COMPRESSION, **RUN)  # noqa: E501
+        finished(BlendDecode(lambda z: repeat(z)[..., 1:], torch.rand(1, 4, 8, 8), 32, 8, COMPRESSION, **RUN))
+    frames, latents = iter(range(2, 9)), torch.rand(1, 4, 1, 8, 8)
+    job = BlendDecode(lambda z: torch.zeros(1, 3, next(frames), 32, 32), latents, 32, 8, COMPRESSION, **RUN)
     job.advance(lambda: None)
     with pytest.raises(ValueError, match="results of one shape"):
         job.advance(lambda: None)

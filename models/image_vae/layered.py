@@ -260,7 +260,7 @@ def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, ite
         reach = 0 if step.whole else step.before + step.after
         inside = min(height, side + reach) * min(width, side + reach)
         scale = (step.up / step.down) ** 2
-        # Input, what was made of it, output, and what is added; queries, keys, values in an attention, and its scores twice.
+        # Input, what was made of it, output, and what is added; in an attention q, k, v and the scores, twice.
         elements = inside * (step.channels[0] * (5 if step.whole else 2) + step.channels[1] * scale * 2)
         elements += 2 * min(ATTENTION_SCORES, inside**2) if step.whole else inside * step.channels[0] * step.up**2
         most = max(most, int(elements * itemsize))
@@ -299,7 +299,8 @@ def _parts(start: int, stop: int, side: int, step: int) -> list[tuple[int, int]]
 def _moments(x: Tensor, groups: int) -> Tensor:
     """Of each group of NCHW the count, the mean and the sum of squared deviations: 3 × groups, fp64 on the CPU."""
     flat = x.reshape(groups, -1)
-    found = [torch.var_mean(part.to(_wide(x.dtype)), dim=1, correction=0) for part in flat.split(max(1, groups // PIECES))]
+    pieces = flat.split(max(1, groups // PIECES))
+    found = [torch.var_mean(piece.to(_wide(x.dtype)), dim=1, correction=0) for piece in pieces]
     variance, mean = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
     count = torch.full_like(mean, flat.shape[1])
     return torch.stack([count, mean, variance * count])
