@@ -107,7 +107,7 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
     with _inside(), _lock():
         _attempt("repair of entries", repair)
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
-        hidden = _attempt("hiding kept models", lambda: _hide((PINNED,) if out_of_memory else (KEPT, PINNED)), [])
+        hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
         try:
             return original(*arguments, **keywords)
         finally:
@@ -124,11 +124,17 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     )
 
 
-def _hide(policies: tuple[str, ...]) -> list[tuple[int, Any]]:
+def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
     """Takes kept entries out of ComfyUI's list, in place, and returns them with their positions."""
     models = mm.current_loaded_models
-    kept = {id(loaded) for loaded in registry().listed(*policies)}
-    hidden = [(index, loaded) for index, loaded in enumerate(models) if id(loaded) in kept]
+    kept = {id(loaded) for loaded in registry().listed(*((PINNED,) if out_of_memory else (KEPT, PINNED)))}
+    # Another pack's function may read the patcher of every entry: one without would end the worker.
+    spare_dead = registry().keeps_anything and getattr(original, "__module__", None) != mm.__name__
+    hidden = [
+        (index, loaded)
+        for index, loaded in enumerate(models)
+        if id(loaded) in kept or (spare_dead and loaded.model is None)
+    ]
     for index, _ in reversed(hidden):
         del models[index]
     return hidden
@@ -138,6 +144,8 @@ def _put_back(hidden: list[tuple[int, Any]]) -> None:
     # Read anew: other packs replace the list.
     models = mm.current_loaded_models
     for index, loaded in hidden:
+        if loaded.model is None and (loaded.real_model is None or loaded.real_model() is None):
+            continue  # its network died meanwhile, and ComfyUI could not strike it off
         again = any(
             other.model is not None and loaded.model is not None and same_model(other.model, loaded.model)
             for other in models

@@ -146,6 +146,32 @@ def places(world: World) -> dict:
     return seen | {"loaded again": order()}
 
 
+def dead(world: World) -> dict:
+    """Another pack's function reads the patcher of every entry, and one has none; then that network dies meanwhile."""
+    world.prompt(B)
+    zombie = world.read("Z")
+    mm.load_models_gpu([zombie])
+    held = [zombie.model]
+    del zombie
+    found: list[str] = []
+
+    def careless() -> None:
+        found.extend(type(loaded.model.model).__name__ for loaded in mm.current_loaded_models)
+
+    def dropping() -> None:
+        held.clear()
+        gc.collect()
+
+    seen = {"before": world.state()}
+    with beneath("unload_all_models", careless):
+        mm.unload_all_models()
+    seen |= {"found": found, "after": world.state()}
+    with beneath("unload_all_models", dropping):
+        mm.unload_all_models()
+    mm.cleanup_models_gc()
+    return seen | {"died": world.state(), "entries": len(mm.current_loaded_models)}
+
+
 def installing(world: World) -> dict:
     """Twice, and taken away: alone, and beneath another pack's wrappers of either kind."""
     plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
@@ -262,7 +288,7 @@ def own_failure(world: World) -> dict:
 
 SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "passes through": passes_through, "arguments": arguments,
-    "places": places, "installing": installing, "callers": callers, "ring": ring, "log": log,
+    "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring, "log": log,
     "own failure": own_failure,
 }  # fmt: skip
 

@@ -77,6 +77,13 @@ def test_kept_entries_go_back_to_their_places_unless_they_were_loaded_again(obse
     assert seen == {"before": "ACYBX", "hidden": ["AYX"], "after": "ACYBX", "loaded again": "BCAYX"}
 
 
+def test_another_pack_s_function_meets_no_entry_without_a_patcher(observed):
+    """It would end ComfyUI's worker; the entry is back afterwards, unless its network has died."""
+    seen = scenario(observed, "dead")
+    assert (seen["before"], seen["found"], seen["after"]) == ("B+dead/BZ", [], "B+dead/BZ")
+    assert (seen["died"], seen["entries"]) == ("B/B", 1)
+
+
 def test_installing_twice_wraps_once_and_uninstalling_leaves_comfyui_s_own(observed):
     seen = scenario(observed, "installing")
     assert seen["twice"] is True and seen["gone"] is True
