@@ -12,8 +12,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from steadyvsr.tests.comfyui_server import PYTHON, ROOT
+from steadyvsr.tests.comfyui_server import PYTHON, ROOT, Server
 from steadyvsr.tests.conftest import comfyui_checkouts
+from steadyvsr.tests.test_comfy_free_rows import ROWS, rows, start
 from steadyvsr.tests.test_free_worlds import SESSIONS, at_least, observe
 
 SCRIPT = Path(__file__).with_name("comfyui_multigpu_session.py")
@@ -55,27 +56,16 @@ def beside(request: pytest.FixtureRequest, place: tuple[Path, Path]) -> dict:
 
 @pytest.mark.parametrize("column", OURS)
 def test_every_scenario_ends_as_without_it(beside, place, column):
+    """S10 has an entry without a patcher, which 1ca3daf cannot take: alone it ends ComfyUI's worker."""
     alone = observe(place[0])[column]
     assert len(alone) == 15
     for name, found in alone.items():
         there = beside[column][name]
-        if "raised" in there:
-            continue  # the next test
         if name == "S12":  # it sets a flag of its own when caches are emptied by force
             found, there = ({**x, "seen": {**x["seen"], "flags": None}} for x in (found, there))
         if name == "S8":
             found, there = ({**x, "seen": {**x["seen"], "end": None}} for x in (found, there))
         assert {key: there[key] for key in found} == found, name
-
-
-@pytest.mark.parametrize("column", OURS)
-def test_what_it_raises_by_itself_goes_through_and_costs_no_kept_model(beside, column):
-    """1ca3daf reads the patcher of every entry, even of one that has lost it: its own error, with or without us."""
-    raised = {name: found for name, found in beside[column].items() if "raised" in found}
-    assert set(raised) <= ({"S10"} if beside["theirs"]["unload_all_models"] else set())
-    for found in raised.values():
-        assert found["by_multigpu"] and "B" in found["then"].split("/")[0] and found["reads"]["B"] == 1
-        assert found["errors"] == []
 
 
 @pytest.mark.parametrize("column", OURS)
@@ -97,3 +87,19 @@ def test_the_status_says_where_the_wrappers_stand(place):
     # Its functions do not say what they wrap, so ours beneath them count as replaced until the next loader runs.
     expected = {name: "replaced" if theirs else "on top" for name, theirs in second["theirs"].items()}
     assert second["status"] == {"start": expected, "end": on_top, "uninstalled": dict.fromkeys(NAMES, "replaced")}
+
+
+def test_a_server_with_both_packs_keeps_what_it_was_told_to_keep(place, tmp_path):
+    comfyui, multigpu = place
+    servers: list[Server] = []
+    try:
+        prompts = start(servers, comfyui, tmp_path, beside=multigpu)
+        imported = "[MultiGPU Core Patching]" in servers[0].log.read_text()
+        if not imported:
+            pytest.skip("this ComfyUI cannot import it")
+        assert rows(prompts, "keep") == ROWS
+        state = prompts.state()
+        assert state["reads"]["B"] == state["reads"]["C"] == 1 and state["worker"] is True
+    finally:
+        for server in servers:
+            server.stop()
