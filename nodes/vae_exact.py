@@ -65,7 +65,9 @@ def exact_path(vae: Any, encodes: bool, size: tuple[int, int], pixels: int) -> t
             return LayeredJob(steps, source, tile, **place, prepare=vae.process_input)
         return LayeredJob(steps, source, tile, **place, finish=vae.process_output)
 
+    # On the CPU what lies between the layers is on the device, too.
+    beside = between if vae.device.type == "cpu" else 0
     return (
-        ExactPath(image_job, lambda tile: predicted_bytes(steps, size, tile, vae.vae_dtype.itemsize)),
+        ExactPath(image_job, lambda tile: beside + predicted_bytes(steps, size, tile, vae.vae_dtype.itemsize)),
         "SD or Flux kind: its layers are known, and a trial image came out the same",
     )

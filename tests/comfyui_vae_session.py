@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_iter  # noqa: E402
 import nodes  # noqa: E402
 
 CPU = torch.device("cpu")
-CASES, REAL_CASES = 2000, 30
+CASES, REAL_CASES = 2000, 20
 DEFAULTS = {"tile_size": 64, "overlap": 16, "mode": "auto", "memory_budget_gb": 2.0, "on_oom": "shrink"}
 KINDS = ("wan", "sd", "flux")
 
@@ -183,6 +183,17 @@ def whole_frame(kind: str) -> dict:
 def random_cases() -> dict:
     """Random sizes, tiles and overlaps through both nodes, with a spy in the place of the network."""
     drawn, vaes = random.Random(11), {kind: local_vae(kind) for kind in ("wan", "sd")}
+    # Reading the memory of a process takes longer than these networks.
+    pack("memory.probe").current()
+    state = vars(sys.modules["steadyvsr_state"])
+    reader, state["probe"] = state["probe"], pack("memory.probe").ScriptedProbe(pack("memory.reading").Reading)
+    try:
+        return random_cases_on(drawn, vaes)
+    finally:
+        state["probe"] = reader
+
+
+def random_cases_on(drawn: random.Random, vaes: dict) -> dict:
     found = {"cases": 0, "refused": {}, "wrong": [], "seen_too_much": [], "calls": 0, "tiled": 0, "clamped": 0}
     for _ in range(CASES):
         kind = drawn.choice(["wan", "sd"])
@@ -302,7 +313,7 @@ def scripted_oom(kind: str) -> dict:
     for mode in ("auto", "blend"):
         wanted, calm = decode(vae, latents, mode=mode)
         units = calm["units"]
-        for at in sorted({0, 1, units // 2, units - 1}):
+        for at in sorted({0, 1, units // 2, units - 1} if kind != "flux" else {2}):
             failed = []
 
             def fits(job, at=at, failed=failed):
@@ -408,7 +419,8 @@ def not_a_number(kind: str) -> dict:
     state["always"] = True
     words = error_of(decode, vae, latents, mode="blend")
     return {
-        "dtypes": [str(dtype) for dtype in calls[:4]], "notes": report["notes"], "finite": bool(result.isfinite().all()),
+        "dtypes": [str(dtype) for dtype in calls[:4]], "notes": report["notes"],
+        "finite": bool(result.isfinite().all()),
         "error": apart(result, calm), "weights_after": sorted(weights), "words": words,
     }  # fmt: skip
 

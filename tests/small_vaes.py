@@ -65,7 +65,8 @@ def flux_vae(seed: int = 0) -> comfy.sd.VAE:
 
 def taesd_vae(seed: int = 0) -> comfy.sd.VAE:
     """A network of another kind, without a norm."""
-    return comfy.sd.VAE(sd=random_weights(TAESD(latent_channels=4), seed) | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)})
+    fixed = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+    return comfy.sd.VAE(sd=random_weights(TAESD(latent_channels=4), seed) | fixed)
 
 
 SMALL_VAES = {"wan": wan_vae, "sd": sd_vae, "flux": flux_vae, "taesd": taesd_vae}
