@@ -43,6 +43,11 @@ def beneath(name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
         wrappers.install()
 
 
+def silently(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Another pack's wrapper that does not say what it wraps."""
+    return lambda *arguments, **keywords: original(*arguments, **keywords)
+
+
 def order() -> str:
     """ComfyUI's list as it is, not sorted."""
     return "".join(type(loaded.model.model).__name__ for loaded in mm.current_loaded_models if loaded.model is not None)
@@ -64,7 +69,8 @@ def explicit(world: World) -> dict:
         seen["within"] = world.state()
     world.prompt(B, C)
     mm.unload_all_models()
-    return seen | {"after": world.state(), "lost": len(snapshots.last_press().lost)}
+    press = snapshots.last_press()
+    return seen | {"after": world.state(), "lost": press and len(press.lost)}
 
 
 def meant(world: World) -> dict:
@@ -205,6 +211,19 @@ def installing(world: World) -> dict:
     return seen
 
 
+def doubled(world: World) -> dict:
+    """Ours, another pack's that does not say what it wraps, and ours again on top, around each function."""
+    plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
+    for name in wrappers.NAMES:
+        setattr(mm, name, silently(getattr(mm, name)))
+    wrappers.install()
+    world.prompt(A, (*B, "cycle"))
+    seen = {"press": world.tail(**EVERYTHING), "stages": [look.stage for look in snapshots.latest()]}
+    for name, original in plain.items():
+        setattr(mm, name, original)
+    return seen
+
+
 def callers(world: World) -> dict:
     """Who is said to have asked."""
     seen = {}
@@ -289,7 +308,7 @@ def own_failure(world: World) -> dict:
 SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "passes through": passes_through, "arguments": arguments,
     "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring, "log": log,
-    "own failure": own_failure,
+    "doubled": doubled, "own failure": own_failure,
 }  # fmt: skip
 
 

@@ -96,6 +96,12 @@ def test_uninstalling_beneath_another_pack_disarms_and_cuts_nothing(observed, ki
     assert seen == {"status": [status, "replaced"], "still_theirs": True, "called": ["foreign"], "then": "-/B"}
 
 
+def test_a_chain_that_holds_us_twice_acts_once(observed):
+    seen = scenario(observed, "doubled")
+    assert seen["stages"] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    assert (seen["press"]["pre"], seen["press"]["end"]) == ("AB/AB", "B/B")
+
+
 def test_a_press_says_who_asked(observed):
     seen = scenario(observed, "callers")
     assert seen == {"tail": ["button"], "error": ["OOM"], "in a prompt": ["housekeeping"]}
