@@ -93,6 +93,20 @@ def budget(world: World) -> dict:
     return seen
 
 
+def file(world: World) -> dict:
+    """A kept model's loader runs again: with the same file, and with another one under its name."""
+    seen = {}
+    for name in ("first", "same file", "other file"):
+        if name == "other file":
+            world.path("B").write_text("another B")
+        world.cache.outputs.clear()
+        world.prompt(B)
+        gc.collect()
+        mm.soft_empty_cache()
+        seen[name] = [world.reads["B"], world.state(), owned()]
+    return seen
+
+
 def passes_through(world: World) -> dict:
     """An interrupt and an error from within each of the four functions, with kept models listed."""
     seen = {}
@@ -306,8 +320,8 @@ def own_failure(world: World) -> dict:
 
 
 SCENARIOS: dict[str, Callable[[World], dict]] = {
-    "explicit": explicit, "meant": meant, "budget": budget, "passes through": passes_through, "arguments": arguments,
-    "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring, "log": log,
+    "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
+    "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring, "log": log,
     "doubled": doubled, "own failure": own_failure,
 }  # fmt: skip
 

@@ -52,6 +52,11 @@ def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_pr
     assert scenario(observed, "budget") == {"BCD": "BCD", "E": "DE", "B": "BE"}
 
 
+def test_another_file_under_the_same_name_replaces_a_kept_model(observed):
+    seen = scenario(observed, "file")
+    assert seen == {"first": [1, "B/B", "B"], "same file": [1, "B/B", "B"], "other file": [2, "B/B", "B"]}
+
+
 @pytest.mark.parametrize("kind", ["InterruptProcessingException", "RuntimeError"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_comfyui_raises_comes_out_as_the_same_object_and_costs_no_kept_model(observed, name, kind):
