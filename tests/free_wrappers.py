@@ -321,8 +321,8 @@ def own_failure(world: World) -> dict:
 
 SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
-    "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring, "log": log,
-    "doubled": doubled, "own failure": own_failure,
+    "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
+    "log": log, "doubled": doubled, "own failure": own_failure,
 }  # fmt: skip
 
 
