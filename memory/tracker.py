@@ -21,6 +21,7 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         exclude: tensors (weights, say) whose storages never count.
+        on_meta: counts tensors of the meta device, which hold no bytes, instead of those that do.
 
     Attributes:
         now: bytes alive.
@@ -29,8 +30,9 @@ class StorageTracker(TorchDispatchMode):
         largest: elements of the largest tensor that an operator returned.
     """
 
-    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+    def __init__(self, exclude: Iterable[Tensor] = (), on_meta: bool = False) -> None:
         super().__init__()
+        self._on_meta = on_meta
         self._excluded = {tensor.untyped_storage()._cdata for tensor in exclude}
         self._live: dict[int, int] = {}
         self.now = self.peak = self.created = self.largest = 0
@@ -46,7 +48,7 @@ class StorageTracker(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
-            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+            if not isinstance(tensor, Tensor) or (tensor.device.type == "meta") is not self._on_meta:
                 continue
             self.largest = max(self.largest, tensor.numel())
             storage = tensor.untyped_storage()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.tiling.job import NotFinite
-from steadyvsr.models.wan_vae import TiledDecode, TiledEncode, WanVAE
+from steadyvsr.models.wan_vae import TiledDecode, TiledEncode, WanVAE, peak_bytes
 from steadyvsr.models.wan_vae.areas import Area, Interval
 
 DATA = Path(__file__).parent / "data"
@@ -237,3 +237,18 @@ def test_between_units_nothing_is_held_but_features_and_result():
         job.advance(lambda: None)
         gc.collect()
         assert tracker.now == features
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3])
+@pytest.mark.parametrize(("kind", "encodes"), [(TiledDecode, False), (TiledEncode, True)])
+def test_the_predicted_peak_bounds_what_a_job_makes_at_once(kind, encodes, latents):
+    """Computed for real on the CPU at a third of the released width; results and what waits there count as well."""
+    vae = WanVAE(dim=32)
+    size = (128, 128)
+    shape = (3, 4 * latents - 3, *size) if encodes else (16, latents, 16, 16)
+    clip = torch.zeros(1, *shape)
+    expected = peak_bytes(vae, encodes=encodes, latents=latents, size=size, tile=64, itemsize=4)
+    job = kind(vae, clip, 64, device=CPU, dtype=torch.float32)
+    with StorageTracker(vae.parameters()) as tracker:
+        run(job)
+    assert 0.3 * expected < tracker.peak < 1.1 * expected

@@ -20,7 +20,7 @@ class TileJob(Protocol):
     """An encode or decode in progress. Between two units nothing of it lies on the device.
 
     A unit that raised can be tried again: it left no trace. `device`, `dtype` and the tile's size may be changed
-    between two tries; units that are done stay done where the result allows it, and are computed again where it does not.
+    between two tries; units that are done stay done where the result allows it, and are computed again elsewhere.
 
     Attributes:
         device: where the next unit is computed; the weights must be there.

@@ -3,6 +3,6 @@
 from .checkpoint import load_wan_vae
 from .layers import CausalCache, rms_norm
 from .model import WanVAE
-from .tiled import TiledDecode, TiledEncode
+from .tiled import TiledDecode, TiledEncode, peak_bytes
 
-__all__ = ["CausalCache", "TiledDecode", "TiledEncode", "WanVAE", "load_wan_vae", "rms_norm"]
+__all__ = ["CausalCache", "TiledDecode", "TiledEncode", "WanVAE", "load_wan_vae", "peak_bytes", "rms_norm"]

@@ -24,6 +24,9 @@ from .areas import Area, Interval
 ATTENTION_SCORES = 1 << 22
 """Attention is computed for as many queries at a time: a kernel without a fused path would need tokens² numbers."""
 
+PIXEL_FRAMES = 2
+"""Frames at full resolution that are computed at once."""
+
 
 class CausalCache:
     """What the temporal convolutions of one network keep of one clip: the last input frames of each, in calling order.
@@ -31,18 +34,22 @@ class CausalCache:
     `frames` is a queue: in a chunk every convolution takes its past from the front and puts its new past at the end, so
     that after the chunk the queue stands as before. It changes in place, which lets the old past of a layer be released
     as soon as that layer has run. Every tensor owns its storage exactly, on `device` (None: where it is made).
+
+    `pixels` is a queue of its own for the layers at full resolution, which see fewer frames at a time than a chunk has.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, with_pixels: bool = True) -> None:
         self.frames: deque[Tensor] = deque()
         self.device = device
+        self.pixels = CausalCache(device, with_pixels=False) if with_pixels else self
         self.started = False
         self._usable = True
         self._last = False
 
     def copy(self, device: torch.device | None = None) -> CausalCache:
         """A cache of its own over the same tensors; with `device`, over tensors that lie there, now and later."""
-        copied = CausalCache(device or self.device)
+        copied = CausalCache(device or self.device, with_pixels=False)
+        copied.pixels = copied if self.pixels is self else self.pixels.copy(device)
         copied.frames.extend(frames if device is None else frames.to(device) for frames in self.frames)
         copied.started, copied._usable, copied._last = self.started, self._usable, self._last
         return copied
@@ -65,17 +72,26 @@ class CausalCache:
             yield
         except BaseException:
             self.frames.clear()
+            self.pixels.frames.clear()
             raise
         self._usable = not last
         self.started = True
+
+    def pieces(self, x: Tensor) -> Iterator[Tensor]:
+        """The frames of one chunk two by two, each with `pixels` ready for it."""
+        pieces = x.split(PIXEL_FRAMES, dim=2)
+        for i, piece in enumerate(pieces):
+            with self.pixels.chunk(last=self._last and i == len(pieces) - 1):
+                yield piece
 
     def take(self) -> Tensor | None:
         """The past of the convolution that runs now; None in a clip's first chunk."""
         return self.frames.popleft() if self.started else None
 
-    def put(self, past: Tensor) -> None:
+    def put(self, past: Tensor, zeros: int = 0) -> None:
+        """Keeps a copy, with so many frames of zeros before it."""
         if not self._last:
-            kept = past.clone(memory_format=torch.contiguous_format)
+            kept = F.pad(past, (0, 0, 0, 0, zeros, 0)) if zeros else past.clone(memory_format=torch.contiguous_format)
             self.frames.append(kept if self.device is None else kept.to(self.device))
 
 
@@ -87,8 +103,7 @@ def with_past(x: Tensor, cache: CausalCache) -> Tensor:
     """
     past = cache.take()
     if past is None:
-        kept = x[:, :, -2:] if x.shape[2] > 1 else F.pad(x, (0, 0, 0, 0, 1, 0))
-        cache.put(kept)
+        cache.put(x[:, :, -2:], zeros=max(0, 2 - x.shape[2]))
         return x
     x = torch.cat([past.to(x.device), x], dim=2)
     del past

@@ -24,6 +24,8 @@ FRAMES_PER_LATENT = 4
 CHANNEL_MULTIPLES = (1, 2, 4, 4)
 LOCAL_DOWNSAMPLES, GLOBAL_UPSAMPLES = 9, 3
 """Blocks of the encoder before its features have latent resolution; blocks of the decoder while they still have."""
+PIXEL_DOWNSAMPLES, PIXEL_UPSAMPLES = 3, 11
+"""Blocks of the encoder that read pixels at full resolution; blocks of the decoder before they make them."""
 
 # Mean and standard deviation of each latent channel over the training data (Wan 2.1, wan/modules/vae.py).
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -81,10 +83,19 @@ class Encoder(nn.Module):
 
         Their reach is 29 pixels to the left and top, 36 to the right and bottom: `x` is `local_areas(area)[0]`.
         """
-        read, *areas = self.local_areas(area)
+        areas = self.local_areas(area)
+        x = torch.cat([self._pixel_stage(piece, cache.pixels, areas) for piece in cache.pieces(x)], dim=2)
+        blocks = self.downsamples[PIXEL_DOWNSAMPLES:LOCAL_DOWNSAMPLES]
+        for block, wanted in zip(blocks, areas[PIXEL_DOWNSAMPLES + 2 :], strict=True):
+            x = block(x, cache, wanted)
+        return x
+
+    def _pixel_stage(self, x: Tensor, cache: CausalCache, areas: list[Area]) -> Tensor:
+        """The layers at full resolution, which hardly shrink and so decide how much memory all this takes."""
         frames = x.shape[2]
-        x = areas[0].inside(causal(self.conv1, with_past(x, cache), frames), read)
-        for block, wanted in zip(self.downsamples[:LOCAL_DOWNSAMPLES], areas[1:], strict=True):
+        x = with_past(x, cache)
+        x = areas[1].inside(causal(self.conv1, x, frames), areas[0])
+        for block, wanted in zip(self.downsamples[:PIXEL_DOWNSAMPLES], areas[2:], strict=False):
             x = block(x, cache, wanted)
         return x
 
@@ -138,7 +149,15 @@ class Decoder(nn.Module):
         Their reach is 50 pixels, that is 7 latents, to every side: `x` is `local_areas(area)[0]`.
         """
         _, *areas = self.local_areas(area)
-        for block, wanted in zip(self.upsamples[GLOBAL_UPSAMPLES:], areas, strict=True):
+        inner = PIXEL_UPSAMPLES - GLOBAL_UPSAMPLES
+        for block, wanted in zip(self.upsamples[GLOBAL_UPSAMPLES:PIXEL_UPSAMPLES], areas, strict=False):
+            x = block(x, cache, wanted)
+        pieces = [self._pixel_stage(piece, cache.pixels, areas[inner:], area) for piece in cache.pieces(x)]
+        return torch.cat(pieces, dim=2)
+
+    def _pixel_stage(self, x: Tensor, cache: CausalCache, areas: list[Area], area: Area) -> Tensor:
+        """The layers at full resolution."""
+        for block, wanted in zip(self.upsamples[PIXEL_UPSAMPLES:], areas, strict=True):
             x = block(x, cache, wanted)
         x = F.silu(self.head["0"](x), inplace=True)
         frames = x.shape[2]

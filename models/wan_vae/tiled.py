@@ -18,11 +18,48 @@ from torch import Tensor
 
 from ..tiling.job import NotFinite, OnStep
 from .areas import Area
-from .layers import CausalCache
+from .layers import ATTENTION_SCORES, CausalCache
 from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
 
 PerChunk = Callable[[Tensor], Tensor]
 """NCTHW to NCTHW, element by element; for what lies between a caller's numbers and the network's."""
+
+RAM = torch.device("cpu")
+RELEASED_DIM = 96
+FRAME_CACHE_TILES = 16
+"""Frames of more pixels than so many tiles have keep their past in RAM: 33 kB for 64 pixels, which they would otherwise
+need on the device for as long as the clip lasts."""
+
+# Numbers alive at once at the released size (dim 96), counted on the meta device: `benchmarks.wan_tiles`.
+DECODE_TILE = ((0, 455), (73_800, 2525), (81_100, 3141))
+"""Of tiles of a clip of 1, 2, more latents: per pixel of the side, and of the area, of what is read."""
+ENCODE_TILE = ((0, 292), (0, 2060), (0, 2060))
+DECODE_FRAME, ENCODE_FRAME = (2720, 9632, 10432), (2688, 8896, 9664)
+"""Of the stages that see whole frames, per latent pixel; the first also where their past lies in RAM."""
+
+
+def peak_bytes(vae: WanVAE, *, encodes: bool, latents: int, size: tuple[int, int], tile: int, itemsize: int) -> int:
+    """Bytes that a job will need on its device at most, beside the weights.
+
+    Args:
+        latents: of the clip, in time.
+        size: height and width of the frames in pixels.
+        itemsize: bytes of one number.
+    """
+    length = min(latents, 3) - 1
+    at_side, at_area = (ENCODE_TILE if encodes else DECODE_TILE)[length]
+    around = 65 if encodes else 14
+    height, width = (min(tile, side) + around for side in size)
+    of_tile = at_area * height * width + at_side * (height + width) // 2
+    in_ram = _is_large(size, tile)
+    per_latent = (ENCODE_FRAME if encodes else DECODE_FRAME)[0 if in_ram else length]
+    tokens = (size[0] // PIXELS_PER_LATENT) * (size[1] // PIXELS_PER_LATENT)
+    unfused = 3 * min(ATTENTION_SCORES, tokens**2)  # of attention by a kernel that writes its scores down
+    return (max(of_tile, per_latent * tokens) * vae.dim // RELEASED_DIM + unfused) * itemsize
+
+
+def _is_large(size: tuple[int, int], tile: int) -> bool:
+    return size[0] * size[1] > FRAME_CACHE_TILES * tile**2
 
 
 def frame_chunks(latents: int) -> Iterator[tuple[int, int]]:
@@ -45,10 +82,16 @@ class TiledJob(ABC):
     whole_frames_first: bool
 
     def __init__(
-        self, vae: WanVAE, clips: Tensor, size: tuple[int, int], tile: int, device: object, dtype: torch.dtype
+        self,
+        vae: WanVAE,
+        clips: Tensor,
+        size: tuple[int, int],
+        tile: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ):
         self.vae, self.tile = vae, tile
-        self.device, self.dtype = torch.device(device), dtype  # type: ignore[arg-type]
+        self.device, self.dtype = torch.device(device), dtype
         self._clips, self._plane = clips, Area.whole(*size)
         self._wide = torch.promote_types(dtype, torch.float32)
         self._clip = self._units_done = 0
@@ -112,6 +155,13 @@ class TiledJob(ABC):
             )
         return x
 
+    def _frame_cache(self) -> CausalCache:
+        """The past of whole frames, at latent resolution; of large ones it would outweigh everything else."""
+        return CausalCache(RAM if _is_large(self._plane.shape, self.tile) else None)
+
+    def _to_ram(self, x: Tensor) -> Tensor:
+        return x.cpu()
+
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype, memory_format=torch.contiguous_format)
 
@@ -137,7 +187,7 @@ class TiledDecode(TiledJob):
         latents: Tensor,
         tile: int,
         *,
-        device: object,
+        device: torch.device | str,
         dtype: torch.dtype,
         finish: PerChunk | None = None,
     ) -> None:
@@ -150,13 +200,13 @@ class TiledDecode(TiledJob):
         self.result = result.permute(0, 4, 1, 2, 3)
 
     def _global(self, on_step: OnStep) -> None:
-        cache, features = CausalCache(), []
+        cache, features = self._frame_cache(), []
         latents = self._clips[self._clip : self._clip + 1]
         for i in range(latents.shape[2]):
             with cache.chunk(last=i == latents.shape[2] - 1):
                 x = self.vae.denormalise(latents[:, :, i : i + 1].to(self.device, self._wide))
                 x = self.vae.decoder.global_stage(self.vae.conv2(self._to_device(x)), cache)
-                features.append(self._finite(x, f"the stage of the whole frame, latent {i}").cpu())
+                features.append(self._to_ram(self._finite(x, f"the stage of the whole frame, latent {i}")))
             on_step()
         self._features = features
 
@@ -168,7 +218,7 @@ class TiledDecode(TiledJob):
             with cache.chunk(last=stop == result.shape[2]):
                 frames = decoder.local_stage(self._to_device(read.of(features)), cache, area)
             frames = self._finish(self._finite(frames, f"{area}, frames {start}…{stop}").to(self._wide))
-            result[:, :, start:stop] = frames.cpu()
+            result[:, :, start:stop] = self._to_ram(frames)
             del frames
             on_step()
 
@@ -194,7 +244,7 @@ class TiledEncode(TiledJob):
         frames: Tensor,
         tile: int,
         *,
-        device: object,
+        device: torch.device | str,
         dtype: torch.dtype,
         prepare: PerChunk | None = None,
     ) -> None:
@@ -219,17 +269,17 @@ class TiledEncode(TiledJob):
             if len(self._features) <= i:
                 whole = self.result.shape[-2:]
                 self._features.append(torch.empty(*x.shape[:3], *whole, dtype=x.dtype))
-            at_latents.of(self._features[i])[:] = x.cpu()
+            at_latents.of(self._features[i])[:] = self._to_ram(x)
             del x
             on_step()
 
     def _global(self, on_step: OnStep) -> None:
-        encoder, cache = self.vae.encoder, CausalCache()
+        encoder, cache = self.vae.encoder, self._frame_cache()
         assert encoder is not None and self.vae.conv1 is not None
         for i, features in enumerate(self._features):
             with cache.chunk(last=i == self._latents - 1):
                 moments = self.vae.conv1(encoder.global_stage(self._to_device(features), cache))
             moments = self._finite(moments, f"the stage of the whole frame, latent {i}")
             mean = self.vae.normalise(moments[:, : self.vae.z_dim].to(self._wide))
-            self.result[self._clip : self._clip + 1, :, i : i + 1] = mean.cpu()
+            self.result[self._clip : self._clip + 1, :, i : i + 1] = self._to_ram(mean)
             on_step()

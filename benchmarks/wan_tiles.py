@@ -1,0 +1,209 @@
+"""What exact tiles of the Wan 2.1 VAE cost beside ComfyUI's tiled nodes: FLOPs and live bytes at the released size.
+
+    python -m steadyvsr.benchmarks.wan_tiles --comfyui PATH [--json FILE]            by ComfyUI's Python
+
+Both run whole over tensors of the meta device (dim 96, bf16), so nothing is computed: operators are counted, and bytes
+of live tensors but weights, results and what waits in RAM. ComfyUI's own cutting (256 pixels, overlap 64) calls its own
+network. Exit status 1 where a target is missed: FLOPs at most 0.80 (decode) and 0.85 (encode) of theirs, live peak at
+most 1.15 of theirs (5 frames and more), under 5 % more for a longer clip or a frame of twice the size, one 832×480
+frame under 0.5 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from steadyvsr.memory.tracker import StorageTracker
+from steadyvsr.models.wan_vae import CausalCache, TiledDecode, TiledEncode, peak_bytes
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+META = torch.device("meta")
+SIZE = (480, 832)
+TILE, OVERLAP = 256, 64
+MIB = 1 << 20
+FLOP_LIMIT = {"decode": 0.80, "encode": 0.85}
+PEAK_LIMIT, GROWTH_LIMIT, FRAME_BYTES = 1.15, 0.05, 500_000_000
+
+
+class _CacheOnMeta(CausalCache):
+    def put(self, past: Tensor, zeros: int = 0) -> None:
+        if self.device is None or self._last:
+            super().put(past, zeros)
+        else:
+            n, c, t, h, w = past.shape
+            self.frames.append(torch.empty(n, c, t + zeros, h, w, dtype=past.dtype))
+
+    def take(self) -> Tensor | None:
+        past = super().take()
+        return None if past is None else past.to(META)
+
+
+class _Counted:
+    """Stands before a job's class: results leave the meta device as numbers without meaning."""
+
+    def _finite(self, x: Tensor, where: str) -> Tensor:
+        return x
+
+    def _frame_cache(self) -> CausalCache:
+        return _CacheOnMeta(super()._frame_cache().device)  # type: ignore[misc]
+
+    def _to_ram(self, x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype)
+
+
+class Decode(_Counted, TiledDecode):
+    pass
+
+
+class Encode(_Counted, TiledEncode):
+    pass
+
+
+def count(work: Any, network: torch.nn.Module, with_flops: bool) -> dict[str, float]:
+    """Live peak in MiB of `work()`, and TFLOP of a second run: the FLOP counter itself keeps tensors alive."""
+    flops = FlopCounterMode(display=False)
+    if with_flops:
+        with torch.inference_mode(), flops:
+            work()
+    with torch.inference_mode(), StorageTracker(network.parameters(), on_meta=True) as tracker:
+        work()
+    assert tracker.created, "nothing was computed on the meta device"
+    return {"tflop": flops.get_total_flops() / 1e12, "peak_mib": tracker.peak / MIB}
+
+
+def ours(
+    vae: Any,
+    network: torch.nn.Module,
+    kind: str,
+    frames: int,
+    size: tuple[int, int],
+    tile: int = TILE,
+    flops: bool = False,
+) -> dict:
+    """A whole job of ours."""
+    height, width = size
+    shape = (16, (frames + 3) // 4, height // 8, width // 8) if kind == "decode" else (3, frames, height, width)
+    clip = torch.zeros(1, *shape, dtype=torch.bfloat16)
+
+    def work() -> None:
+        job = (Decode if kind == "decode" else Encode)(vae, clip, tile, device=META, dtype=torch.bfloat16)
+        assert job.total > 1
+        while job.done < job.total:
+            job.advance(lambda: None)
+
+    return count(work, network, flops)
+
+
+def theirs(network: Any, kind: str, frames: int, size: tuple[int, int]) -> dict:
+    """ComfyUI's `tiled_scale_multidim` as its tiled nodes call it, time in one piece."""
+    tiled_scale = importlib.import_module("comfy.utils").tiled_scale_multidim
+    height, width = size
+
+    def call(tile: Tensor) -> Tensor:
+        method = network.decode if kind == "decode" else network.encode
+        return torch.empty(method(tile.to(META, torch.bfloat16)).shape)
+
+    common: dict[str, Any] = {"output_device": "cpu"}
+    if kind == "decode":
+        x = torch.zeros(1, 16, (frames + 3) // 4, height // 8, width // 8)
+        grow = (lambda t: max(0, 4 * t - 3), 8, 8)
+        common |= {"tile": (999, TILE // 8, TILE // 8), "overlap": (0, OVERLAP // 8, OVERLAP // 8)}
+        common |= {"upscale_amount": grow, "out_channels": 3, "index_formulas": (4, 8, 8)}
+    else:
+        x = torch.zeros(1, 3, frames, height, width)
+        shrink = (lambda t: max(0, (t + 3) // 4), 8, 8)
+        common |= {"tile": (9999, TILE, TILE), "overlap": (0, OVERLAP, OVERLAP), "upscale_amount": shrink}
+        common |= {"out_channels": 16, "downscale": True, "index_formulas": (4, 8, 8)}
+    return count(lambda: tiled_scale(x, call, **common), network, True)
+
+
+def load(comfyui: Path) -> tuple[Any, Any, str]:
+    """ComfyUI's network at the released size on the meta device, the same under our interface, and the version."""
+    os.chdir(comfyui)
+    sys.path.insert(0, str(comfyui))
+    sys.argv = ["main.py", "--cpu"]
+    importlib.import_module("comfy.options").enable_args_parsing()
+    importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
+    wan = importlib.import_module("comfy.ldm.wan.vae")
+    wan_network = importlib.import_module("steadyvsr.nodes.wan_network")
+    with META:
+        network = wan.WanVAE(
+            dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+            temperal_downsample=[False, True, True], dropout=0.0,
+        ).bfloat16()  # fmt: skip
+    attention = importlib.import_module("comfy.ldm.modules.diffusionmodules.model").pytorch_attention
+    for block in network.modules():
+        if isinstance(block, wan.AttentionBlock):
+            block.optimized_attention = attention  # as on a card; the CPU's asks how much memory the device has left
+    version = importlib.import_module("comfyui_version").__version__
+    return network, wan_network._around(network), version
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    target = options.json and options.json.resolve()
+    network, vae, version = load(options.comfyui.resolve())
+    rows, missed = [], []
+    print("832×480         | ComfyUI 256/64         | exact, tiles to 256    | FLOPs | peak")
+    for kind in ("decode", "encode"):
+        for frames in (1, 5, 9, 21):
+            builtin = theirs(network, kind, frames, SIZE)
+            exact = ours(vae, network, kind, frames, SIZE, flops=True)
+            flops, peak = exact["tflop"] / builtin["tflop"], exact["peak_mib"] / builtin["peak_mib"]
+            rows.append({"kind": kind, "frames": frames, "builtin": builtin, "exact": exact})
+            rows[-1] |= {"flop_ratio": flops, "peak_ratio": peak}
+            cells = [f"{x['tflop']:6.2f} TFLOP {x['peak_mib']:6.1f} MiB" for x in (builtin, exact)]
+            print(f"{kind} {frames:2} frames | {cells[0]} | {cells[1]} | {flops:.3f} | {peak:.3f}")
+            if flops > FLOP_LIMIT[kind] or (frames >= 5 and peak > PEAK_LIMIT):
+                missed.append(f"{kind} of {frames} frames")
+            if frames == 1 and exact["peak_mib"] * MIB >= FRAME_BYTES:
+                missed.append(f"{kind} of one frame in 0.5 GB")
+    growth, predicted = {}, []
+    for kind in ("decode", "encode"):
+        short, base, long, longest = (ours(vae, network, kind, n, (256, 256))["peak_mib"] for n in (5, 17, 21, 81))
+        small, large = (ours(vae, network, kind, 9, (side, side))["peak_mib"] for side in (768, 1536))
+        growth[kind] = {"5 to 21 latents": longest / base - 1, "768×768 to 1536×1536": large / small - 1}
+        growth[kind]["5 to 21 frames"] = long / short - 1
+        print(f"{kind}: " + ", ".join(f"{what} {share:+.1%}" for what, share in growth[kind].items()))
+        # The last chunk of a clip keeps no past, so a clip that ends with its second latent takes less than others.
+        judged = {what: share for what, share in growth[kind].items() if (kind, what) != ("decode", "5 to 21 frames")}
+        missed += [f"{kind}, {what}" for what, share in judged.items() if share >= GROWTH_LIMIT]
+        for tile in (64, 128, 256, 384, 512):
+            for frames in (1, 5, 9):
+                size = (3 * tile, 3 * tile)
+                measured = ours(vae, network, kind, frames, size, tile)["peak_mib"] * MIB
+                needs = peak_bytes(
+                    vae, encodes=kind == "encode", latents=(frames + 3) // 4, size=size, tile=tile, itemsize=2
+                )
+                predicted.append(
+                    {"kind": kind, "frames": frames, "tile": tile, "predicted": needs, "counted": measured}
+                )
+    worst = [row["predicted"] / row["counted"] - 1 for row in predicted if row["tile"] >= 128]
+    print(f"predicted peak beside the counted one, {len(worst)} settings: {min(worst):+.1%} to {max(worst):+.1%}")
+    print("missed: " + "; ".join(missed) if missed else "every target is met")
+    if target:
+        result = {
+            "comfyui": version,
+            "torch": torch.__version__,
+            "rows": rows,
+            "growth": growth,
+            "predicted": predicted,
+            "missed": missed,
+        }
+        target.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
