@@ -195,7 +195,7 @@ def test_a_kept_model_is_read_once_with_every_kind_of_cache(comfyui_path, starte
     turns.run("clip")  # the worker is alive
 
 
-def test_the_report_shows_what_stayed_what_went_and_how_many_bytes(comfyui_path, started, tmp_path):
+def test_the_report_shows_what_a_press_did_and_release_gives_everything_back(comfyui_path, started, tmp_path):
     turns = start(started, comfyui_path, tmp_path)
     asked = {"value": ["model", 0], "unload_models": True, "free_memory": True, "reason": "between two clips"}
     workflow = turns.workflow("model", "clip") | {"free": turns.node("SteadyVSR_FreeMemory", **asked)}
@@ -215,3 +215,10 @@ def test_the_report_shows_what_stayed_what_went_and_how_many_bytes(comfyui_path,
     lines = [line for line in told["text"] if line.startswith("last press")]
     assert len(lines) == 5 and A in lines[0] and MODEL_FILE in lines[0] and "between two clips" in lines[0]
     assert all(MODEL_FILE in line for line in lines[1:])
+    release = {"release": turns.node("SteadyVSR_ReleaseKept", value=["vae", 0])}
+    entry = turns.server.run(turns.workflow("vae") | release)
+    given_up = json.loads(entry["outputs"]["release"]["text"][0])["released"]
+    assert sorted(item["name"] for item in given_up) == sorted([MODEL_FILE, VAE_FILE])
+    assert sum(item["bytes"] for item in given_up) > before[B]
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == [] and turns.server.get("/steadyvsr/snapshots")["snapshots"][-1]["kept"] == []
