@@ -13,7 +13,8 @@ from ..memory import probe
 from ..memory.reading import size_text
 from ..models.image_vae import LayeredJob, map_bytes, predicted_bytes
 from ..models.tiling import TileJob
-from ..models.wan_vae import TiledDecode, TiledEncode
+from ..models.wan_vae import TiledDecode, TiledEncode, peak_bytes
+from ..models.wan_vae.model import FRAMES_PER_LATENT
 from .image_network import chain_of
 from .wan_network import adopted
 
@@ -25,19 +26,22 @@ RAM_SHARE = 0.5
 class ExactPath:
     """Attributes:
     job: begins the computation of a source in tiles of a side.
-    predicted: bytes of a tile of a side on the device, beside the weights; None where that is not known.
+    predicted: bytes of a tile of a side on the device, beside the weights.
     """
 
     job: Callable[[Tensor, int], TileJob]
-    predicted: Callable[[int], int] | None
+    predicted: Callable[[int], int]
 
 
-def exact_path(vae: Any, encodes: bool, size: tuple[int, int], pixels: int) -> tuple[ExactPath | None, str]:
+def exact_path(
+    vae: Any, encodes: bool, size: tuple[int, int], frames: int, pixels: int
+) -> tuple[ExactPath | None, str]:
     """The exact path of a VAE, or None; and in words why.
 
     Args:
         vae: a ComfyUI VAE object, its weights on its device.
         size: height and width of the frames in pixels.
+        frames: of the source: frames to encode, or latents to decode.
         pixels: per latent along a side.
     """
     place = {"device": vae.device, "dtype": vae.vae_dtype}
@@ -50,7 +54,13 @@ def exact_path(vae: Any, encodes: bool, size: tuple[int, int], pixels: int) -> t
                 return TiledEncode(network, source, tile, **place, prepare=vae.process_input)
             return TiledDecode(network, source, tile, **place, finish=vae.process_output)
 
-        return ExactPath(wan_job, None), "Wan 2.1: its layers are known, and a trial clip came out the same"
+        latents = 1 + (frames - 1) // FRAMES_PER_LATENT if encodes else frames
+
+        def wan_bytes(tile: int) -> int:
+            itemsize = vae.vae_dtype.itemsize
+            return peak_bytes(network, encodes=encodes, latents=latents, size=size, tile=tile, itemsize=itemsize)
+
+        return ExactPath(wan_job, wan_bytes), "Wan 2.1: its layers are known, and a trial clip came out the same"
     if getattr(vae, "latent_dim", 2) != 2:
         return None, found.why_not
     steps, why_not = chain_of(vae, encodes, pixels)

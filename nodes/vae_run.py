@@ -174,7 +174,7 @@ class TiledRun:
     def _predicted(self, source: Tensor, tile: int) -> int:
         """Bytes that one tile of that side needs beside the weights: by the exact path's own count, or by ComfyUI's
         estimate for the tile's shape."""
-        if self._exact is not None and self._exact.predicted is not None:
+        if self._exact is not None:
             return self._exact.predicted(tile)
         cut = tile if self.encodes else -(-tile // self._compression)
         shape = (1, *source.shape[1:-2], *(min(cut, length) for length in source.shape[-2:]))
@@ -190,7 +190,8 @@ class TiledRun:
         if self.options.mode == BLEND:
             self._report["mode_reason"] = "chosen"
             return None
-        found, reason = exact_path(self.vae, self.encodes, self._pixels(source), self._compression)
+        frames = source.shape[2] if source.ndim == 5 else 1
+        found, reason = exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
         if found is None and self.options.mode == EXACT:
             raise ValueError(f"{self.node}: expected a VAE with an exact path for mode exact: {reason}. Choose auto.")
         self._report["mode_reason"] = reason

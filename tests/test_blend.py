@@ -96,12 +96,12 @@ def test_a_network_of_small_reach_gives_the_result_of_the_whole() -> None:
     def network(z: Tensor) -> Tensor:
         return repeat(F.conv2d(z, kernel, padding=1))
 
-    latents = torch.randn(1, 4, 40, 52)
+    latents = torch.randn(1, 4, 32, 48)
     whole = network(latents)
     # An overlap of 8 latents discards 2 on each side: more than the 1 that the kernel reaches.
     exact = finished(BlendDecode(network, latents, 128, 64, COMPRESSION, **RUN))
     torch.testing.assert_close(exact, whole, atol=1e-5, rtol=0)
-    near = finished(BlendDecode(network, latents, 128, 16, COMPRESSION, **RUN))
+    near = finished(BlendDecode(network, latents, 128, 0, COMPRESSION, **RUN))
     assert (near - whole).abs().max() > 0.1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from steadyvsr.models.tiling import axis_spans, axis_weights, blend_weights, feather, grid_tiles, ramp
+from steadyvsr.models.tiling import axis_spans, axis_weights, blend_weights, even_spans, feather, grid_tiles, ramp
 
 
 @given(st.integers(1, 400), st.integers(2, 128), st.data())
@@ -51,7 +51,7 @@ def test_feathers_discard_the_outer_quarter_and_rise_over_the_middle_half() -> N
 @given(st.integers(1, 120), st.integers(2, 40), st.integers(1, 8), st.data())
 def test_axis_weights_add_up_to_one_at_every_scale(length: int, tile: int, factor: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tile - 1))
-    spans = [span.scaled(factor) for span in axis_spans(length, tile, overlap)]
+    spans = [span.scaled(factor) for span in even_spans(length, tile, overlap)]
     total = torch.zeros(length * factor)
     for span, weight in zip(spans, axis_weights(spans), strict=True):
         assert (weight >= 0).all()
@@ -61,6 +61,19 @@ def test_axis_weights_add_up_to_one_at_every_scale(length: int, tile: int, facto
 
 @given(st.integers(1, 400), st.integers(2, 64), st.integers(0, 32))
 def test_tiles_are_of_one_size_and_the_last_is_no_sliver(length: int, tile: int, overlap: int) -> None:
-    spans = axis_spans(length, tile, min(overlap, tile // 2))
+    spans = even_spans(length, tile, min(overlap, tile // 2))
     assert {span.stop - span.start for span in spans} == {min(tile, length)}
     assert all(span.scaled(8).start % 8 == 0 for span in spans)
+
+
+@given(st.integers(1, 400), st.integers(2, 128), st.data())
+def test_evenly_spread_tiles_are_as_many_and_overlap_as_asked_or_more(
+    length: int, tile: int, data: st.DataObject
+) -> None:
+    overlap = data.draw(st.integers(0, tile - 1))
+    spans = even_spans(length, tile, overlap)
+    assert len(spans) == len(axis_spans(length, tile, overlap))
+    assert spans[0].start == 0 and spans[-1].stop == length and spans[0].before == spans[-1].after == 0
+    shared = [left.after for left in spans[:-1]]
+    assert shared == [right.before for right in spans[1:]]
+    assert all(overlap <= amount for amount in shared) and max(shared, default=0) - min(shared, default=0) <= 1

@@ -2,9 +2,9 @@
 
 from .blend import BlendDecode, BlendEncode
 from .job import NotFinite, OnStep, TileJob
-from .plan import Span, Tile, axis_spans, axis_weights, blend_weights, feather, grid_tiles, ramp
+from .plan import Span, Tile, axis_spans, axis_weights, blend_weights, even_spans, feather, grid_tiles, ramp
 
 __all__ = [
     "BlendDecode", "BlendEncode", "NotFinite", "OnStep", "Span", "Tile", "TileJob", "axis_spans",
-    "axis_weights", "blend_weights", "feather", "grid_tiles", "ramp",
+    "axis_weights", "blend_weights", "even_spans", "feather", "grid_tiles", "ramp",
 ]  # fmt: skip

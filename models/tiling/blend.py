@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .job import NotFinite, OnStep
-from .plan import Span, axis_spans, axis_weights
+from .plan import Span, axis_weights, even_spans
 
 CPU = torch.device("cpu")
 MIN_CELLS = 2
@@ -156,7 +156,7 @@ class _Blend:
                 f"{self._compression}; got {tile}."
             )
         height, width = self._cells
-        return axis_spans(height, cells, overlap), axis_spans(width, cells, overlap)
+        return even_spans(height, cells, overlap), even_spans(width, cells, overlap)
 
     def _weights(self, spans: list[Span], factor: int, span: Span) -> Tensor:
         return axis_weights([item.scaled(factor) for item in spans])[spans.index(span)]

@@ -43,13 +43,19 @@ def axis_spans(length: int, tile: int, overlap: int) -> list[Span]:
     if tile >= length:
         return [Span(0, length, 0, 0)]
     count = -(-(length - overlap) // (tile - overlap))
-    starts = [min(i * (tile - overlap), length - tile) for i in range(count)]
-    spans = []
-    for i, start in enumerate(starts):
-        before = starts[i - 1] + tile - start if i else 0
-        after = start + tile - starts[i + 1] if i + 1 < count else 0
-        spans.append(Span(start, start + tile, before, after))
-    return spans
+    return _at([min(i * (tile - overlap), length - tile) for i in range(count)], tile)
+
+
+def even_spans(length: int, tile: int, overlap: int) -> list[Span]:
+    """As `axis_spans`, with as many tiles, but what they overlap by is spread evenly over all of them.
+
+    Raises:
+        ValueError: the overlap leaves a tile no room to advance.
+    """
+    count = len(axis_spans(length, tile, overlap))
+    if count == 1:
+        return [Span(0, length, 0, 0)]
+    return _at([i * (length - tile) // (count - 1) for i in range(count)], tile)
 
 
 def grid_tiles(height: int, width: int, tile: int, overlap: int) -> list[Tile]:
@@ -90,6 +96,15 @@ def blend_weights(tiles: list[Tile], height: int, width: int) -> list[Tensor]:
         weight / total[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop]
         for tile, weight in zip(tiles, ramps, strict=True)
     ]
+
+
+def _at(starts: list[int], tile: int) -> list[Span]:
+    spans = []
+    for i, start in enumerate(starts):
+        before = starts[i - 1] + tile - start if i else 0
+        after = start + tile - starts[i + 1] if i + 1 < len(starts) else 0
+        spans.append(Span(start, start + tile, before, after))
+    return spans
 
 
 def _edged(span: Span, rise: Callable[[int], Tensor]) -> Tensor:
