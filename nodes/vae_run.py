@@ -31,6 +31,8 @@ SHRINK, ERROR = "shrink", "error"
 MAX_TILE = 512
 SIDES = range(MAX_TILE, 0, -MIN_TILE)
 """Tiles to choose from where the user chose none."""
+NAMED_TILES = 3
+"""So many tiles that were not finite are named in the report; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class TiledRun:
     node_id: str | None
     notes: list[str] = field(default_factory=list)
     _exact: ExactPath | None = None
+    _again: list[str] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
 
     def run(self, source: Tensor) -> Tensor:
@@ -131,6 +134,7 @@ class TiledRun:
                 # Torch's own complaint, or one of a VAE that checks; only a mismatch of channels is known here.
                 self._explain_channels(source, error)
                 raise
+            self._note_again()
             result = job.result
             if isinstance(job, BlendDecode):
                 result = self.vae.process_output(result)
@@ -248,7 +252,7 @@ class TiledRun:
         except NotFinite as error:
             if job.dtype == torch.float32:
                 raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
-            self.notes.append(f"Computed again in float32: {str(error).partition('; ')[2]}")
+            self._again.append(str(error).partition("; ")[2])
         dtype, job.dtype = job.dtype, torch.float32
         weights.prepare(job.device, torch.float32)
         try:
@@ -258,6 +262,12 @@ class TiledRun:
         finally:
             job.dtype = dtype
             weights.prepare(job.device, dtype)
+
+    def _note_again(self) -> None:
+        named, more = self._again[:NAMED_TILES], len(self._again) - NAMED_TILES
+        self.notes += [f"Computed again in float32: {words}" for words in named]
+        if more > 0:
+            self.notes.append(f"Computed again in float32: {more} more tiles.")
 
     def _recalibrate(self, job: TileJob, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
         """Takes the side of tile that fits by what the first tile was measured to need."""
