@@ -74,12 +74,17 @@ def explicit(world: World) -> dict:
 
 
 def meant(world: World) -> dict:
-    """A call that asks for all of a device and spares everything but a pinned model; ComfyUI unloads one model so."""
+    """A call that asks for all of a device and spares all but a pinned model, and 0.33's function that does so."""
     world.prompt(A, B, C)
     retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
     others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
     mm.free_memory(1e30, FIRST, keep_loaded=others)
-    return {"after": world.state()}
+    seen = {"after": world.state()}
+    world.prompt(C)
+    if hasattr(mm, "unload_model_and_clones"):
+        mm.unload_model_and_clones(world.node(*C))
+        seen["by ComfyUI"] = world.state()
+    return seen
 
 
 def budget(world: World) -> dict:

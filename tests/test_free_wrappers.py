@@ -45,7 +45,8 @@ def test_an_owner_s_own_wish_is_not_filtered_and_holds_for_its_thread_only(obser
 
 
 def test_a_call_that_spares_all_but_a_kept_model_means_that_model(observed):
-    assert scenario(observed, "meant") == {"after": "AB/ABC"}
+    seen = scenario(observed, "meant")
+    assert seen["after"] == seen.get("by ComfyUI", "AB/ABC") == "AB/ABC"
 
 
 def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_prompt(observed):
