@@ -183,13 +183,15 @@ class LayeredJob:
             self._next_step(step)
 
     def _store(self, y: Tensor, step: Step, out: Box) -> None:
-        if self._out is None:
+        made = self._out
+        if made is None:
             height, width = (size * step.up // step.down for size in self._map.shape[-2:])
-            self._out = torch.empty(1, y.shape[1], height, width, dtype=y.dtype)
-        if self._out.dtype.itemsize < y.dtype.itemsize:
+            made = torch.empty(1, y.shape[1], height, width, dtype=y.dtype)
+        elif made.dtype.itemsize < y.dtype.itemsize:
             # A tile that fits no smaller number format was computed again in fp32.
-            self._out = self._out.to(y.dtype)
-        out.of(self._out)[:] = y.cpu()
+            made = made.to(y.dtype)
+        out.of(made)[:] = y.cpu()
+        self._out = made
 
     def _next_step(self, step: Step) -> None:
         assert self._out is not None
