@@ -546,6 +546,36 @@ def memory() -> dict:
     return found
 
 
+def other_ways() -> dict:
+    """A VAE with four positions in one latent; too little RAM for the exact path; a network that does not pass."""
+    found, exact, image_network = {}, pack("nodes.vae_exact"), pack("nodes.image_network")
+    vae = small_vaes.flux2_vae()
+    if vae is not None:
+        pixels = image(1, 128, 160)
+        whole = native(vae, "encode", pixels.movedim(-1, 1) * 2 - 1)
+        latents, of_latents = encode(vae, pixels)
+        frames, of_frames = decode(vae, whole)
+        found["flux2"] = [
+            [apart(latents, whole), of_latents["mode"], list(latents.shape)],
+            [apart(frames, shown(vae, native(vae, "decode", whole))), of_frames["mode"], list(frames.shape)],
+        ]
+    latents, share, exact.RAM_SHARE = latents_of("sd"), exact.RAM_SHARE, 1e-9
+    try:
+        _, found["little RAM"] = decode(vae_of("sd"), latents)
+    finally:
+        exact.RAM_SHARE = share
+    known, fresh = dict(image_network.TOLERANCE), small_vaes.sd_vae()
+    image_network.TOLERANCE.clear()
+    try:
+        _, found["trial"] = decode(fresh, latents)
+    finally:
+        image_network.TOLERANCE.update(known)
+    strange = small_vaes.sd_vae()
+    strange.first_stage_model.decoder.conv_out.padding_mode = "replicate"
+    _, found["strange"] = decode(strange, latents)
+    return found
+
+
 def interrupts() -> dict:
     """An interrupt in the middle, and an error that has nothing to do with memory: both pass, and nothing stays."""
     found = {}
@@ -584,7 +614,8 @@ def main() -> dict:
         **{f"oom {kind}": (lambda kind=kind: scripted_oom(kind)) for kind in KINDS},
         "ladder": ladder_alone,
         **{f"nan {kind}": (lambda kind=kind: not_a_number(kind)) for kind in ("wan", "sd")},
-        "bad": bad_input, "sizes": frames_and_sizes, "memory": memory, "interrupts": interrupts,
+        "bad": bad_input, "sizes": frames_and_sizes, "memory": memory, "others": other_ways,
+        "interrupts": interrupts,
     }  # fmt: skip
     found = {}
     for name, scenario in scenarios.items():

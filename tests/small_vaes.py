@@ -63,6 +63,17 @@ def flux_vae(seed: int = 0) -> comfy.sd.VAE:
     return vae
 
 
+def flux2_vae(seed: int = 0) -> comfy.sd.VAE | None:
+    """Four positions of the encoder in one latent, with fixed statistics; None where ComfyUI does not know it."""
+    sizes = {"ddconfig": {**SD_SIZES, "z_channels": 8, "batch_norm_latent": True}, "embed_dim": 8}
+    network = AutoencoderKL(**sizes)
+    if getattr(network, "bn", None) is None:
+        return None
+    vae = comfy.sd.VAE(sd=random_weights(network, seed), config={"params": sizes})
+    vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = 32, 16, 16
+    return vae
+
+
 def taesd_vae(seed: int = 0) -> comfy.sd.VAE:
     """A network of another kind, without a norm."""
     fixed = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}

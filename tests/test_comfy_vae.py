@@ -262,6 +262,28 @@ def test_the_first_tile_corrects_the_size(observed):
     assert shrunk["verified"] is False and "above 25.60 MiB" in shrunk["verified_reason"]
 
 
+def test_a_vae_with_four_positions_in_a_latent_is_exact_too(observed):
+    seen = scenario(observed, "others")
+    if "flux2" not in seen:
+        pytest.skip("this ComfyUI has no such VAE")
+    (latents, frames) = seen["flux2"]
+    assert latents[0] < 1e-4 and latents[1:] == ["exact", [1, 32, 8, 10]]
+    assert frames[0] < 1e-4 and frames[1:] == ["exact", [1, 128, 160, 3]]
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("little RAM", "the exact path would keep"),
+        ("trial", "a trial image differs by"),
+        ("strange", "the layers of its decoder are not those of a known kind: conv_out"),
+    ],
+)
+def test_where_the_exact_path_cannot_be_taken_tiles_are_blended_and_the_reason_stands_there(observed, case, reason):
+    report = scenario(observed, "others")[case]
+    assert report["mode"] == "blend" and report["mode_reason"].startswith(reason)
+
+
 @pytest.mark.parametrize("mode", ["auto", "blend"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_ends_a_run_and_nothing_stays(observed, kind, mode):
