@@ -164,7 +164,9 @@ class TiledRun:
 
     def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
         """Side and overlap to begin with."""
-        tile = self.options.tile or memory.largest_tile(SIDES)
+        tile = min(self.options.tile, MAX_TILE) or memory.largest_tile(SIDES)
+        if tile < self.options.tile:
+            self.notes.append(f"tile_size {self.options.tile} was lowered to {tile}, the largest.")
         smallest = 2 * self._compression
         if tile < smallest:
             self.notes.append(f"tile_size {tile} was raised to {smallest}: two latents of this VAE.")

@@ -24,7 +24,10 @@ from .vae_run import AUTO, BLEND, ERROR, EXACT, MAX_TILE, SHRINK, TiledRun, Tile
 
 CATEGORY = "SteadyVSR/VAE"
 ENCODE, DECODE = "VAE Encode (Tiled, Verified)", "VAE Decode (Tiled, Verified)"
-MIN_TILE = 64
+MIN_TILE, BUDGET_GB = 64, 2.0
+DELEGATED_TILE = 256
+STOCK_MAX = 4096
+"""Of ComfyUI's own tiled nodes: their workflows stay valid."""
 SPOT, OFF = "spot", "off"
 
 
@@ -34,16 +37,16 @@ def option_inputs() -> list[io.Input]:
             "tile_size",
             default=256,
             min=0,
-            max=MAX_TILE,
+            max=STOCK_MAX,
             step=32,
-            tooltip="Side of a tile in pixels, 64 to 512. 0: the largest that fits by prediction, corrected by what "
-            "the first tile was measured to take.",
+            tooltip="Side of a tile in pixels, at least 64; above 512 is lowered to 512. 0: the largest that fits by "
+            "prediction, corrected by what the first tile was measured to take.",
         ),
         io.Int.Input(
             "overlap",
             default=64,
             min=0,
-            max=256,
+            max=STOCK_MAX,
             step=8,
             tooltip="Pixels that neighbouring tiles share, where they are blended; at most half a tile. The exact path "
             "needs none.",
@@ -52,16 +55,18 @@ def option_inputs() -> list[io.Input]:
             "mode",
             options=[AUTO, EXACT, BLEND],
             default=AUTO,
+            optional=True,
             tooltip="exact: the result of the whole frame, tile by tile, for Wan 2.1 VAEs and image VAEs like those of "
             "SD, SDXL, SD3 and Flux. blend: overlapping tiles of any VAE. auto: exact where the VAE's layers are known "
             "and a trial comes out the same, else blend.",
         ),
         io.Float.Input(
             "memory_budget_gb",
-            default=2.0,
+            default=BUDGET_GB,
             min=0.0,
             max=1024.0,
             step=0.1,
+            optional=True,
             tooltip="GiB on the device that the VAE's weights and tiles may take together; the report says whether "
             "they did. 0: what is free.",
         ),
@@ -69,6 +74,7 @@ def option_inputs() -> list[io.Input]:
             "on_oom",
             options=[SHRINK, ERROR],
             default=SHRINK,
+            optional=True,
             tooltip="When memory runs out. shrink: other models leave the device, then smaller tiles, then a smaller "
             "number format. error: stop at once.",
             **supported(io.Combo.Input, advanced=True),
@@ -113,8 +119,8 @@ def options_of(
     Raises:
         ValueError: one of them is out of range; the message names it.
     """
-    if not (tile_size == 0 or MIN_TILE <= tile_size <= MAX_TILE):
-        raise ValueError(f"{node}: expected a tile_size of 0 or {MIN_TILE} to {MAX_TILE}; got {tile_size}.")
+    if tile_size != 0 and tile_size < MIN_TILE:
+        raise ValueError(f"{node}: expected a tile_size of 0 or at least {MIN_TILE}; got {tile_size}.")
     for name, value in (("overlap", overlap), ("memory_budget_gb", memory_budget_gb)):
         if value < 0:
             raise ValueError(f"{node}: expected {name} of at least 0; got {value}.")
@@ -167,9 +173,9 @@ class VAEEncodeTiled(io.ComfyNode):
         vae: Any,
         tile_size: int,
         overlap: int,
-        mode: str,
-        memory_budget_gb: float,
-        on_oom: str,
+        mode: str = AUTO,
+        memory_budget_gb: float = BUDGET_GB,
+        on_oom: str = SHRINK,
         allow_cpu: bool = False,
         verify: str = SPOT,
         odd_size: str = CROP,
@@ -216,9 +222,9 @@ class VAEDecodeTiled(io.ComfyNode):
         vae: Any,
         tile_size: int,
         overlap: int,
-        mode: str,
-        memory_budget_gb: float,
-        on_oom: str,
+        mode: str = AUTO,
+        memory_budget_gb: float = BUDGET_GB,
+        on_oom: str = SHRINK,
         allow_cpu: bool = False,
         verify: str = SPOT,
     ) -> io.NodeOutput:
@@ -248,11 +254,12 @@ def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tupl
         raise ValueError(
             f"{node}: expected a VAE with an exact path for mode exact; got one that tiles by itself. Choose auto."
         )
-    tile = options.tile or 256
+    tile = min(options.tile, MAX_TILE) or DELEGATED_TILE
     overlap = min(options.overlap, tile // 2)
     ratio = getattr(vae, "downscale_ratio" if encodes else "upscale_ratio", 8)
     unit = 1 if encodes else compression(ratio)
-    notes = [f"overlap {options.overlap} was lowered to {overlap}."] if overlap < options.overlap else []
+    notes = [f"tile_size {options.tile} was lowered to {tile}."] if tile < options.tile else []
+    notes += [f"overlap {options.overlap} was lowered to {overlap}."] if overlap < options.overlap else []
     tiled = getattr(vae, f"{method}_tiled", None)
     if tiled is not None:
         side = max(2, tile // unit)

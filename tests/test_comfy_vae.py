@@ -78,7 +78,7 @@ def test_any_size_tile_and_overlap_gives_the_right_shape_or_a_documented_error(o
     seen = scenario(observed, "random")
     assert seen["cases"] >= 2000 and seen["wrong"] == []
     assert set(seen["refused"]) == {
-        "a tile_size of 0 or 64", "overlap of at least 0", "images of at least 8×8 for this VAE",
+        "a tile_size of 0 or at least 64", "overlap of at least 0", "images of at least 8×8 for this VAE",
     }  # fmt: skip
     assert 100 < sum(seen["refused"].values()) < 1000 and seen["clamped"] > 200 and seen["tiled"] > 300
 
@@ -179,8 +179,7 @@ def test_nan_in_fp32_too_is_an_error_that_names_tile_and_dtype(observed, kind):
         ("video in image VAE", "expected images BHWC for an image VAE; got a video"),
         ("negative overlap", "expected overlap of at least 0; got -8"),
         ("negative budget", "expected memory_budget_gb of at least 0; got -1.0"),
-        ("small tile", "expected a tile_size of 0 or 64 to 512; got 32"),
-        ("large tile", "expected a tile_size of 0 or 64 to 512; got 1024"),
+        ("small tile", "expected a tile_size of 0 or at least 64; got 32"),
         ("mode", "expected mode of auto, exact, blend; got 'fast'"),
         ("exact", "expected a VAE with an exact path for mode exact: TAESD is neither"),
         ("exact owned", "expected a VAE with an exact path for mode exact; got one that tiles by itself"),
@@ -205,6 +204,7 @@ def test_vaes_that_cannot_be_computed_here_are_asked_as_they_offer_it(observed):
 def test_what_is_changed_in_the_input_is_said(observed):
     seen = scenario(observed, "bad")
     assert seen["clamped"] == [32, ["overlap 60 was lowered to 32, half of a tile."]]
+    assert seen["large tile"] == [512, ["tile_size 1024 was lowered to 512, the largest."]]
     assert seen["nested"] == ["Of several latents in one the first was decoded."]
     assert seen["still"] == [[1, 96, 136, 3], ["The image latents were decoded as clips of one frame."]]
     assert seen["flat"] == [[1, 96, 136, 3], []]
@@ -218,6 +218,15 @@ def test_what_is_changed_in_the_input_is_said(observed):
     assert difference < 1e-5 and notes == ["The first 3 of 4 channels were encoded."]
     assert sizes["filled"] == [[1, 4, 8, 8], ["The images have 3 channels; the missing 1 of 4 were filled."]]
     assert sizes["formatted"] == [1, 4, 1, 8, 8]
+
+
+@pytest.mark.parametrize("kind", ["wan", "sd"])
+def test_replacing_the_types_of_the_stock_nodes_is_all_that_a_workflow_needs(observed, kind):
+    seen = scenario(observed, "workflows")
+    assert seen[f"{kind} SteadyVSR_"] == seen[f"{kind} "]
+    (one,) = seen[f"{kind} "]
+    frames = 5 if kind == "wan" else 6
+    assert one[1:] == [[frames, 96, 136, 3], "torch.float32", "cpu"]
 
 
 def test_clips_and_single_images_keep_their_batch(observed):
