@@ -1,4 +1,4 @@
-"""Run by a real ComfyUI's Python, in its folder: the tiled VAE nodes on small random VAEs.
+"""Run by a real ComfyUI's Python, in its folder: what the tiled VAE nodes give, on small random VAEs.
 
     python comfyui_vae_session.py PACK_FOLDER BASE_FOLDER
 
@@ -9,150 +9,31 @@ Prints one JSON object on the last line; the assertions are in test_comfy_vae.py
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
-import importlib
-import json
-import os
 import random
 import sys
-import traceback
 import types
-from pathlib import Path
 
-PACK, BASE = Path(sys.argv[1]), Path(sys.argv[2])
-sys.path.insert(0, os.getcwd())
-sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
+import comfyui_vae_host as host  # starts ComfyUI; what follows needs that
+import execution
+import small_vaes
+import torch
+from comfyui_vae_host import (
+    KINDS,
+    apart,
+    decode,
+    encode,
+    error_of,
+    image,
+    latents_of,
+    native,
+    nodes,
+    pack,
+    psnr,
+    shown,
+    vae_of,
+)  # fmt: skip
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
-import comfy.model_management as mm  # noqa: E402
-import execution  # noqa: E402
-import small_vaes  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_iter  # noqa: E402
-
-import nodes  # noqa: E402
-
-CPU = torch.device("cpu")
 CASES, REAL_CASES = 2000, 20
-DEFAULTS = {"tile_size": 64, "overlap": 16, "mode": "auto", "memory_budget_gb": 2.0, "on_oom": "shrink"}
-KINDS = ("wan", "sd", "flux")
-
-
-def pack(module: str):
-    return importlib.import_module(str(PACK).replace(".", "_x_") + "." + module)
-
-
-def call(name: str, **inputs):
-    """A node's value and report."""
-    with torch.inference_mode():
-        node = nodes.NODE_CLASS_MAPPINGS[f"SteadyVSR_VAE{name}Tiled"].PREPARE_CLASS_CLONE({})
-        value, report = node.execute(**{**DEFAULTS, **inputs}).args
-    return value["samples"] if name == "Encode" else value, json.loads(report)
-
-
-def encode(vae, pixels, **inputs):
-    return call("Encode", pixels=pixels, vae=vae, **inputs)
-
-
-def decode(vae, latents, **inputs):
-    return call("Decode", samples={"samples": latents}, vae=vae, **inputs)
-
-
-def image(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """BHWC with coarse and fine parts, another one in each frame."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = [torch.rand(count, 3, max(2, height // k), max(2, width // k), generator=generator) for k in (64, 8, 2)]
-    shown = sum(F.interpolate(part, size=(height, width), mode="bilinear") for part in parts) / 3
-    return shown.clamp(0, 1).movedim(1, -1)
-
-
-def latents_of(kind: str, frames: int = 3, height: int = 12, width: int = 17, batch: int = 1, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = {"wan": (batch, 16, frames), "sd": (batch, 4), "flux": (batch, 16)}[kind]
-    return torch.randn(*shape, height, width, generator=generator)
-
-
-def native(vae, method: str, x: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
-        return getattr(vae.first_stage_model, method)(x.to(vae.vae_dtype)).float()
-
-
-def shown(vae, pixels: torch.Tensor) -> torch.Tensor:
-    """What ComfyUI makes of a network's pixels."""
-    with torch.inference_mode():
-        pixels = vae.process_output(pixels.clone()).movedim(1, -1)
-    return pixels.reshape(-1, *pixels.shape[-3:])
-
-
-def apart(result: torch.Tensor, wanted: torch.Tensor) -> float:
-    if result.shape != wanted.shape:
-        return float("inf")
-    return float((result - wanted).norm() / wanted.norm())
-
-
-def psnr(result: torch.Tensor, wanted: torch.Tensor) -> float:
-    spread = wanted.max() - wanted.min()
-    return float(-10 * ((result - wanted).square().mean() / spread**2).clamp_min(1e-20).log10())
-
-
-def error_of(function, *arguments, **keywords) -> str:
-    try:
-        function(*arguments, **keywords)
-    except Exception as error:  # noqa: BLE001  whatever it is, the test compares its words
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def live_bytes() -> int:
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-VAES: dict = {}
-
-
-def vae_of(kind: str):
-    if kind not in VAES:
-        VAES[kind] = small_vaes.SMALL_VAES[kind]()
-    return VAES[kind]
-
-
-class Local(torch.nn.Module):
-    """A network that treats every 8×8 block alone, and counts what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.largest = 0
-        self.calls = 0
-
-    def _look(self, x: torch.Tensor, unit: int) -> None:
-        self.calls += 1
-        self.largest = max(self.largest, unit * max(x.shape[-2:]))
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        self._look(x, 1)
-        z = F.avg_pool3d(x[:, :, ::4], (1, 8, 8)) if x.ndim == 5 else F.avg_pool2d(x, 8)
-        return torch.cat([z] * 6, 1)[:, :16] if x.ndim == 5 else torch.cat([z, z], 1)[:, :4]
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        self._look(z, 8)
-        x = z[:, :3].repeat_interleave(8, -1).repeat_interleave(8, -2)
-        return x.repeat_interleave(4, 2)[:, :, 3:] if z.ndim == 5 else x
-
-
-def local_vae(kind: str):
-    vae = small_vaes.SMALL_VAES[kind]()
-    vae.first_stage_model = Local()
-    vae.patcher = type(vae.patcher)(vae.first_stage_model, vae.patcher.load_device, vae.patcher.offload_device)
-    return vae
 
 
 def whole_frame(kind: str) -> dict:
@@ -183,7 +64,7 @@ def whole_frame(kind: str) -> dict:
 
 def random_cases() -> dict:
     """Random sizes, tiles and overlaps through both nodes, with a spy in the place of the network."""
-    drawn, vaes = random.Random(11), {kind: local_vae(kind) for kind in ("wan", "sd")}
+    drawn, vaes = random.Random(11), {kind: small_vaes.local_vae(kind) for kind in ("wan", "sd")}
     # Reading the memory of a process takes longer than these networks.
     pack("memory.probe").current()
     state = vars(sys.modules["steadyvsr_state"])
@@ -258,173 +139,6 @@ def random_real_cases(kind: str) -> dict:
             raise AssertionError(report["mode_reason"])
         worst, cases = max(worst, apart(result, wanted)), cases + 1
     return {"cases": cases, "worst": worst}
-
-
-class Card(TorchDispatchMode):
-    """Fails the third new storage of a tile that does not fit."""
-
-    def __init__(self, fits) -> None:
-        super().__init__()
-        self.fits, self.made = fits, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        made = [x for x in tree_iter(result) if isinstance(x, torch.Tensor)]
-        if any(x.untyped_storage()._cdata not in given for x in made):
-            self.made += 1
-            if self.made > 2 and not self.fits():
-                self.made = 0
-                raise mm.OOM_EXCEPTION("scripted")
-        return result
-
-
-@contextlib.contextmanager
-def card(fits):
-    """Both nodes under a card on which a tile fits only where `fits(job)`."""
-    run = pack("nodes.vae_run")
-    make, jobs = run.TiledRun._ladder, []
-
-    def ladder(self, job, *arguments):
-        made = make(self, job, *arguments)
-        around = made.around
-
-        def tried(compute):
-            jobs.append((job.done, job.tile, str(job.dtype)))
-
-            def checked():
-                with Card(lambda: fits(job)):
-                    compute()
-
-            around(checked)
-
-        made.around = tried
-        return made
-
-    run.TiledRun._ladder = ladder
-    try:
-        yield jobs
-    finally:
-        run.TiledRun._ladder = make
-
-
-def scripted_oom(kind: str) -> dict:
-    """One failure at each of several tiles; then cards on which only small tiles, small numbers, or nothing fits."""
-    vae, found = vae_of(kind), {"at": []}
-    latents = latents_of(kind, 2, 12, 14)
-    for mode in ("auto", "blend"):
-        wanted, calm = decode(vae, latents, mode=mode)
-        units = calm["units"]
-        for at in sorted({0, 1, units // 2, units - 1} if kind != "flux" else {2}):
-            failed = []
-
-            def fits(job, at=at, failed=failed):
-                if job.done == at and not failed:
-                    failed.append(at)
-                    return False
-                return True
-
-            mm.load_models_gpu([vae_of("taesd").patcher])
-            with card(fits) as jobs:
-                result, report = decode(vae, latents, mode=mode)
-            found["at"].append(
-                {"mode": mode, "at": at, "failed": len(failed), "tries": len(jobs), "units": units,
-                 "error": apart(result, wanted), "attempts": report["attempts"]}
-            )  # fmt: skip
-        before = live_bytes()
-        for name, rule in {
-            "tile": lambda job: job.tile <= 64,
-            "dtype": lambda job: job.dtype == torch.bfloat16,
-            "nothing": lambda job: False,
-        }.items():
-            mm.load_models_gpu([vae_of("taesd").patcher])
-            with card(rule):
-                if name == "nothing":
-                    found[f"{mode} {name}"] = {"error": error_of(decode, vae, latents, tile_size=128, mode=mode)}
-                    continue
-                result, report = decode(vae, latents, tile_size=128, overlap=32, mode=mode)
-            calm, _ = decode(vae, latents, tile_size=64, overlap=32, mode=mode)
-            found[f"{mode} {name}"] = {
-                "rungs": [item["tried"] for item in report["attempts"]], "error": apart(result, calm),
-                "tile": report["tile_size"], "dtype": report["dtype"], "attempts": report["attempts"],
-            }  # fmt: skip
-        del result
-        found[f"{mode} held"] = live_bytes() - before
-    return found
-
-
-def ladder_alone() -> dict:
-    """Every rung in order, on a job of which nothing fits, and what is said of a device that is no CPU."""
-    ladders = pack("nodes.tile_ladder")
-
-    class Job:
-        device, dtype, tile, done, total = torch.device("meta"), torch.float32, 256, 0, 1
-
-        def advance(self, on_step):
-            raise mm.OOM_EXCEPTION("scripted")
-
-        def cut(self, tile):
-            self.tile = tile
-
-    def ladder(shrink=True, allow_cpu=True, raises=None):
-        others, prepared = [True], []
-        job = Job()
-        if raises is not None:
-            job.advance = lambda on_step: (_ for _ in ()).throw(raises)
-        made = ladders.TileLadder(
-            "Node", job, lambda compute: compute(), ladders.smaller_tiles(256, 480, 64), torch.bfloat16, allow_cpu,
-            shrink, lambda: bool(others) and others.pop(), lambda *place: prepared.append([str(p) for p in place]),
-            lambda: 1 << 20,
-        )  # fmt: skip
-        return made, prepared
-
-    made, prepared = ladder()
-    words = error_of(made.advance, lambda: None)
-    no_cpu, _ = ladder(allow_cpu=False)
-    stopped, _ = ladder(shrink=False)
-    other, _ = ladder(raises=RuntimeError("shape"))
-    return {
-        "rungs": [item.tried for item in made.attempts], "prepared": prepared, "words": words,
-        "no_cpu": [item.tried for item in no_cpu.attempts] if error_of(no_cpu.advance, lambda: None) else [],
-        "no_cpu_words": error_of(ladder(allow_cpu=False)[0].advance, lambda: None),
-        "stopped": error_of(stopped.advance, lambda: None), "stopped_rungs": [i.tried for i in stopped.attempts],
-        "other": error_of(other.advance, lambda: None), "other_rungs": [i.tried for i in other.attempts],
-        "sides": {str(t): ladders.smaller_tiles(t, 2000, 64) for t in (64, 96, 256, 512)},
-        "small_image": ladders.smaller_tiles(512, 100, 64),
-    }  # fmt: skip
-
-
-def not_a_number(kind: str) -> dict:
-    """A VAE in bf16 whose network gives NaN in bf16 at one call; then in every number format."""
-    vae, latents = small_vaes.SMALL_VAES[kind](), latents_of(kind, 1, 12, 14)
-    vae.first_stage_model.to(torch.bfloat16)
-    vae.vae_dtype = torch.bfloat16
-    calm, _ = decode(vae, latents, mode="blend")
-    calls, state = [], {"always": False}
-
-    def spoil(module, args, output):
-        calls.append(args[0].dtype)
-        bad = (len(calls) == 2 and args[0].dtype == torch.bfloat16) or state["always"]
-        return output * float("nan") if bad else output
-
-    handle = vae.first_stage_model.decoder.register_forward_hook(spoil)
-    if kind == "wan":
-        handle.remove()
-        whole = vae.first_stage_model.decode
-
-        def decode_all(z):
-            return spoil(None, (z,), whole(z))
-
-        vae.first_stage_model.decode = decode_all
-    result, report = decode(vae, latents, mode="blend")
-    weights = {str(parameter.dtype) for parameter in vae.first_stage_model.parameters()}
-    state["always"] = True
-    words = error_of(decode, vae, latents, mode="blend")
-    return {
-        "dtypes": [str(dtype) for dtype in calls[:4]], "notes": report["notes"],
-        "finite": bool(result.isfinite().all()),
-        "error": apart(result, calm), "weights_after": sorted(weights), "words": words,
-    }  # fmt: skip
 
 
 def bad_input() -> dict:
@@ -504,48 +218,6 @@ def frames_and_sizes() -> dict:
     single.not_video = True
     result, report = encode(single, image(3, 32, 32))
     found["single images"] = [list(result.shape), report["samples"]]
-    return found
-
-
-def memory() -> dict:
-    """The books and the report: what is asked of ComfyUI, what is measured, and when it counts as verified."""
-    probe, tracker = pack("memory.probe"), pack("memory.tracker").StorageTracker
-    vae, latents, found, asked = vae_of("sd"), latents_of("sd", height=24, width=32), {}, []
-    load = mm.load_models_gpu
-
-    def loads(models, memory_required=0, **more):
-        asked.append(memory_required)
-        return load(models, memory_required=memory_required, **more)
-
-    mm.load_models_gpu = loads
-    try:
-        for mode in ("auto", "blend"):
-            asked.clear()
-            with probe.tracking(tracker()) as counted:
-                result, report = decode(vae, latents, mode=mode)
-                found[mode] = {"report": report, "own_peak": counted.peak, "asked": list(asked)}
-            found[mode]["whole"] = vae.memory_used_decode(latents.shape, vae.vae_dtype)
-            found[mode]["tile"] = vae.memory_used_decode((1, 4, 8, 8), vae.vae_dtype)
-        with probe.tracking(tracker()):
-            _, found["tight"] = decode(vae, latents, memory_budget_gb=0.017)
-        _, found["unmeasured"] = decode(vae, latents)
-        with probe.tracking(tracker()):
-            _, found["auto tile"] = decode(vae, latents, tile_size=0, memory_budget_gb=0.06, mode="blend")
-            _, found["shrunk"] = decode(vae, latents, tile_size=192, memory_budget_gb=0.025, mode="blend")
-            _, found["roomy"] = decode(vae, latents, tile_size=0, mode="blend")
-        kept, original = [], vae.process_output
-
-        def leaks(image):
-            kept.append(torch.ones(8 << 20))
-            return original(image)
-
-        vae.process_output = leaks
-        with probe.tracking(tracker()):
-            _, found["leak"] = decode(vae, latents, mode="blend")
-        vae.process_output = original
-    finally:
-        mm.load_models_gpu = load
-    del result
     return found
 
 
@@ -633,56 +305,11 @@ def other_ways() -> dict:
     return found
 
 
-def interrupts() -> dict:
-    """An interrupt in the middle, and an error that has nothing to do with memory: both pass, and nothing stays."""
-    found = {}
-    for kind in KINDS:
-        vae, latents = vae_of(kind), latents_of(kind, 2)
-        for mode in ("auto", "blend"):
-            decode(vae, latents, mode=mode)
-            before, count = live_bytes(), [0]
-            ask = mm.throw_exception_if_processing_interrupted
-
-            def stop(count=count):
-                count[0] += 1
-                if count[0] == 3:
-                    raise mm.InterruptProcessingException()
-
-            mm.throw_exception_if_processing_interrupted = stop
-            name = "none"
-            try:
-                decode(vae, latents, mode=mode)
-            except BaseException as error:  # noqa: BLE001  in 0.33 an interrupt is a BaseException
-                name = type(error).__name__
-            finally:
-                mm.throw_exception_if_processing_interrupted = ask
-            hooks = [m for m in vae.first_stage_model.modules() if m._forward_hooks or m._forward_pre_hooks]
-            found[f"{kind} {mode}"] = {"error": name, "held": live_bytes() - before, "hooks": len(hooks)}
-    return found
-
-
-def main() -> dict:
-    if not asyncio.run(nodes.load_custom_node(str(PACK))):
-        raise SystemExit("the pack did not load")
-    scenarios = {
+host.tell(
+    {
         **{f"whole {kind}": (lambda kind=kind: whole_frame(kind)) for kind in KINDS},
         "random": random_cases,
         **{f"random {kind}": (lambda kind=kind: random_real_cases(kind)) for kind in KINDS},
-        **{f"oom {kind}": (lambda kind=kind: scripted_oom(kind)) for kind in KINDS},
-        "ladder": ladder_alone,
-        **{f"nan {kind}": (lambda kind=kind: not_a_number(kind)) for kind in ("wan", "sd")},
-        "bad": bad_input, "sizes": frames_and_sizes, "memory": memory, "others": other_ways, "workflows": workflows,
-        "interrupts": interrupts,
-    }  # fmt: skip
-    found = {}
-    for name, scenario in scenarios.items():
-        if not ONLY or any(word in name for word in ONLY):
-            try:
-                found[name] = scenario()
-            except BaseException:  # noqa: BLE001  told by the test that needs it
-                found[name] = {"error": traceback.format_exc()[-3000:]}
-    return found
-
-
-ONLY = [word for word in os.environ.get("STEADYVSR_SCENARIOS", "").split(",") if word]
-sys.stdout.write("\n" + json.dumps(main()) + "\n")
+        "bad": bad_input, "sizes": frames_and_sizes, "others": other_ways, "workflows": workflows,
+    }
+)  # fmt: skip

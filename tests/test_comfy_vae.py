@@ -1,6 +1,7 @@
 """The tiled VAE nodes in a real ComfyUI: what they give beside whole frames, what they try, what they refuse and say.
 
-See test_comfy_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by comfyui_vae_session.py.
+See test_comfy_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by comfyui_vae_session.py
+and comfyui_vae_memory_session.py.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         (base / "custom_nodes").mkdir()
         (base / "input").mkdir()
         (base / "custom_nodes" / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
-        result = subprocess.run(
-            [PYTHON, str(ROOT / "tests" / "comfyui_vae_session.py"), str(base / "custom_nodes" / "steadyvsr"), base],
-            cwd=comfyui_path,
-            capture_output=True,
-            text=True,
-            timeout=SESSION_SECONDS,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
+        SESSIONS[comfyui_path] = {}
+        for script in ("comfyui_vae_session.py", "comfyui_vae_memory_session.py"):
+            result = subprocess.run(
+                [PYTHON, str(ROOT / "tests" / script), str(base / "custom_nodes" / "steadyvsr"), base],
+                cwd=comfyui_path,
+                capture_output=True,
+                text=True,
+                timeout=SESSION_SECONDS,
+            )
+            assert result.returncode == 0, result.stderr[-3000:]
+            SESSIONS[comfyui_path] |= json.loads(result.stdout.splitlines()[-1])
     return SESSIONS[comfyui_path]
 
 
