@@ -35,7 +35,7 @@ from .models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
 from .models.flashvsr.download import DownloadError, download_flashvsr
 from .models.flashvsr.inspection import CheckpointReport, inspect_checkpoint
 from .models.video import open_clip
-from .models.wan_vae import load_wan_vae
+from .models.wan_vae import StreamingDecoder, load_wan_vae
 from .upscale import (
     PRECISIONS,
     OutputOptions,
@@ -213,7 +213,7 @@ def _run_upscale(args: argparse.Namespace) -> int:
         if args.download:
             _download(args)
         model = _load_model(args, dtype, device)
-        vae = load_wan_vae(args.vae, dtype, device) if args.vae else None
+        vae = StreamingDecoder(load_wan_vae(args.vae, dtype, device)) if args.vae else None
         with tqdm(total=clip.frame_count, unit="frame", file=sys.stderr, disable=None, desc=clip.name) as bar:
 
             def show(phase: str, done: int, total: int | None) -> None:

@@ -23,11 +23,11 @@ from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.budget import History
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
-from steadyvsr.models.flashvsr.footprint import OWN_WAN, activation_bytes
+from steadyvsr.models.flashvsr.footprint import WanCosts, activation_bytes
 from steadyvsr.models.flashvsr.ladder import MemoryPlan
 from steadyvsr.models.flashvsr.lq_projection import CausalLQ4xProjection
 from steadyvsr.models.flashvsr.tc_decoder import TCDecoder
-from steadyvsr.models.wan_vae import WanVAE
+from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
 
 FRAMES = 29
 WITHIN = 0.10
@@ -87,6 +87,7 @@ def by_shapes(history: History) -> None:
             )
             prompt = torch.zeros(1, 512, config.text_dim, dtype=dtype)
             vae = WanVAE(with_encoder=False).to(dtype)
+        decoder = StreamingDecoder(vae)
         for network in networks:
             network.requires_grad_(False).to(dtype)
         model = FlashVSR(*networks, prompt, "v1.1", "flashvsr")
@@ -95,10 +96,10 @@ def by_shapes(history: History) -> None:
             for kv_ratio in KV_RATIOS:
                 clip, options = clip_of(size, 4.0), StreamOptions(kv_ratio=kv_ratio)
                 with ShapeTracker(weights) as tracker:
-                    run(model, clip, options, device="meta", dtype=dtype, vae=vae if wan else None, plan=plan)
-                costs, decoder = (OWN_WAN, "wan") if wan else (None, "tc")
+                    run(model, clip, options, device="meta", dtype=dtype, vae=decoder if wan else None, plan=plan)
+                costs, name_of = (WanCosts(), "wan") if wan else (None, "tc")
                 predicted = activation_bytes(config, size, kv_ratio, dtype.itemsize, plan=plan, wan_decoder=costs)
-                label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {decoder}, {plan}"
+                label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {name_of}, {plan}"
                 history.add(label, predicted, tracker.peak, "shapes")
 
 

@@ -35,7 +35,7 @@ from steadyvsr.models.flashvsr import (
     upscale_frames,
 )
 from steadyvsr.models.flashvsr.plan import step_latents
-from steadyvsr.models.wan_vae import WanVAE
+from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
 from torch import Tensor
 
 MARGIN_OF_A_CERTAIN_MASK = 1e-5
@@ -227,11 +227,14 @@ class Recorder:
         self.frames.append(frames.transpose(1, 2) * 2 - 1)
         return frames, memory
 
-    def decode_stream(self, latents: Tensor, cache: Any = None) -> Any:
-        frames, cache = self.decoder.decode_stream(latents, cache)
+    def decode_stream(self, latents: Tensor, cache: Any) -> Tensor:
+        frames = self.decoder.decode_stream(latents, cache)
         self.latents.append(latents.clone())
         self.frames.append(frames.clamp(-1, 1))
-        return frames, cache
+        return frames
+
+    def new_cache(self, device: Any = None) -> Any:
+        return self.decoder.new_cache(device)
 
     def copy_cache(self, cache: Any, device: Any = None) -> Any:
         return self.decoder.copy_cache(cache, device)
@@ -263,7 +266,8 @@ def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator
         vae = None
         recorder = Recorder(decoder)
         if case == "full":
-            vae = recorder = Recorder(WanVAE.from_state_dict(folder.tensors(entry["vae_weights"])))
+            wan = WanVAE.from_state_dict(folder.tensors(entry["vae_weights"]))
+            vae = recorder = Recorder(StreamingDecoder(wan))
         model = FlashVSR(network, made[order], recorder, io["in/context"], "v1", "golden")
         given = frames[: count + 4]
         result = list(upscale_frames(model, given, options, noise=io["in/noise"], vae=vae))[:count]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import comfy.latent_formats
 import comfy.ldm.wan.vae
 import torch
 from torch import Tensor
 
-from ..models.flashvsr.footprint import COMFYUI_WAN, WanCosts
+from ..models.flashvsr.footprint import WanCosts
+from ..models.wan_vae import StreamingDecoder
+from ..models.wan_vae.streamed import StreamCache
+from .wan_network import adopted
 
 LATENT_CHANNELS = 16
 
 
 class StreamingWanVAE:
-    """Decodes one latent after another with a feature cache that the caller owns.
+    """Decodes one latent after another, in tiles, with a cache that the caller owns.
 
     ComfyUI's own `decode` takes a whole clip and makes its cache anew each time; this drives the same layers.
 
@@ -43,54 +44,40 @@ class StreamingWanVAE:
         self.patcher = vae.patcher
         self.device = vae.device
         self.dtype = vae.vae_dtype
+        self._node = node
         self._format = comfy.latent_formats.Wan21()
+        self._decoder: StreamingDecoder | None = None
 
-    def decode_stream(self, latents: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
+    def new_cache(self, device: torch.device | None = None) -> StreamCache:
+        return StreamCache(device)
+
+    def copy_cache(self, cache: StreamCache, device: torch.device | None = None) -> StreamCache:
+        return cache.copy(device)
+
+    def decode_stream(self, latents: Tensor, cache: StreamCache) -> Tensor:
         """Decodes the next latents of a stream.
 
         Args:
             latents: NCTHW, normalised (Wan's per-channel mean and deviation removed).
-            cache: of the latents before, changed in place; None starts a stream.
+            cache: of the latents before, changed in place.
 
         Returns:
-            Frames NCTHW, nominally -1..1 and not clamped: 4T, or 4T - 3 at the start; and the cache.
+            Frames NCTHW, nominally -1..1 and not clamped: 4T, or 4T - 3 at the start.
+
+        Raises:
+            ValueError: the network does not compute what Wan 2.1 computes.
         """
-        network = self.patcher.model
+        if self._decoder is None:
+            found = adopted(self.patcher.model, self.device, self.dtype)
+            if found.vae is None:
+                raise ValueError(
+                    f"{self._node}: expected a Wan 2.1 VAE; got another network: {found.why_not}. "
+                    "Load Wan2.1_VAE.pth with Load VAE, or choose the decoder tc."
+                )
+            self._decoder = StreamingDecoder(found.vae)
         raw = self._format.process_out(latents.float()).to(device=self.device, dtype=self.dtype)
-        hidden = network.conv2(raw)
-        if cache is None:
-            slots = sum(isinstance(layer, comfy.ldm.wan.vae.CausalConv3d) for layer in network.decoder.modules())
-            cache = [None] * slots
-        cache[:] = self.copy_cache(cache, self.device)
-        frames = []
-        for step in range(hidden.shape[2]):
-            before = list(cache)
-            decoded = network.decoder(hidden[:, :, step : step + 1], feat_cache=cache, feat_idx=[0])
-            _keep_two_frames(cache, before)
-            # Newer versions return the decoded pieces as a list.
-            frames += decoded if isinstance(decoded, list) else [decoded]
-        return torch.cat(frames, 2).to(latents.device), cache
+        return self._decoder.decode_stream(raw, cache).to(latents.device)
 
     def costs(self) -> WanCosts:
-        """What it needs beside its weights."""
-        return replace(COMFYUI_WAN, itemsize=self.dtype.itemsize)
-
-    def copy_cache(self, cache: list, device: torch.device | None = None) -> list:
-        """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""
-        return [slot.to(device) if isinstance(slot, Tensor) and device is not None else slot for slot in cache]
-
-
-def _keep_two_frames(cache: list, before: list) -> None:
-    """Makes each slot hold its convolution's last two input frames in memory of its own.
-
-    Since 0.33 ComfyUI decodes two latents at a time and a slot holds whatever the last call had: after a single latent
-    that is one frame, and the frame before it would be taken for the zeros of a clip's start. The slots are views
-    there, too, each of which would keep a whole activation alive.
-    """
-    for slot, (now, past) in enumerate(zip(cache, before, strict=True)):
-        if not isinstance(now, Tensor) or now is past:
-            continue
-        if now.shape[2] == 1 and isinstance(past, Tensor):
-            cache[slot] = torch.cat([past[:, :, -1:].to(now), now], 2)
-        elif now.untyped_storage().nbytes() > now.numel() * now.element_size():
-            cache[slot] = now.clone()
+        """What it needs beside its weights, in a run that can be taken up again."""
+        return WanCosts(copies=2, itemsize=self.dtype.itemsize)

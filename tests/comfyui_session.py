@@ -338,11 +338,14 @@ def vae_decoder() -> dict:
         mm.load_models_gpu([vae.patcher])
         whole = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(latents))
         for split in ((6, 2, 2), (1,) * 10, (10,)):
-            cache, parts = None, []
-            for part in latents.split(split, 2):
-                frames, cache = streaming.decode_stream(part, cache)
-                parts.append(frames)
+            cache = streaming.new_cache()
+            parts = [streaming.decode_stream(part, cache) for part in latents.split(split, 2)]
             streamed[str(split)] = (torch.cat(parts, 2) - whole).abs().max().item()
+        wide = torch.randn(1, 16, 2, 2, 70, generator=torch.Generator().manual_seed(2))
+        cache = streaming.new_cache(CPU)
+        parts = torch.cat([streaming.decode_stream(part, cache) for part in wide.split(1, 2)], 2)
+        native = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(wide))
+        streamed[f"{len(cache.tiles)} tiles"] = (parts - native).abs().max().item()
     mm.free_memory(1e30, CPU)
     frames, report = upscale(model, clip(), decoder="vae", vae=vae)
     after = listed()

@@ -250,7 +250,7 @@ def test_the_full_decoder_gets_the_vae_that_was_named(tmp_path, engine, monkeypa
     source = make_clip(tmp_path / "in.mp4", 2)
     extra = ["--decoder", "vae", "--vae", "wan.safetensors"]
     assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4"), *extra]) == 0
-    assert engine.calls[0]["vae"] == ("vae", "wan.safetensors")
+    assert engine.calls[0]["vae"].vae == ("vae", "wan.safetensors")
 
 
 def test_a_cut_off_video_is_refused_before_the_work_and_kept_on_request(tmp_path, capsys, engine):

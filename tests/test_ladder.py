@@ -11,7 +11,7 @@ from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.memory.tracker import live_tensors
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.ladder import HELPS, MemoryPlan, plans, smaller
-from steadyvsr.models.wan_vae import WanVAE
+from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
 from steadyvsr.upscale import Ladder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,7 +239,8 @@ def test_at_the_bottom_the_error_leaves_and_nothing_is_held(phase: str) -> None:
 def test_a_wan_decoder_that_runs_out_of_memory_begins_the_latent_anew(plan: MemoryPlan) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae = WanVAE(dim=8, with_encoder=False).requires_grad_(False)
+        wan = WanVAE(dim=8, with_encoder=False).requires_grad_(False)
+    vae = StreamingDecoder(wan)
     frames, options = clip(2)[:, :16, :16].repeat(5, 1, 1, 1), StreamOptions(scale=4.0)
     wanted = torch.stack(list(upscale_frames(MODEL, frames, options, vae=vae)))
     failed: list[str] = []
@@ -253,7 +254,7 @@ def test_a_wan_decoder_that_runs_out_of_memory_begins_the_latent_anew(plan: Memo
             raise torch.OutOfMemoryError("scripted")
 
     started = [0]
-    layers = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.Conv3d)]
+    layers = [module for module in wan.decoder.modules() if isinstance(module, torch.nn.Conv3d)]
     layers[-2].register_forward_pre_hook(fail_once)  # when nearly all of the cache has been replaced
     run = upscale_frames(
         MODEL, frames, options, vae=vae, plan=plan, on_memory_error=again,

@@ -49,29 +49,44 @@ COLOUR_TENSORS = 3
 """Sets of frames in fp32 while they get their colours."""
 LAST_STAGE_TENSORS = 2
 """Maps at full resolution, of one strip, at the decoder's end."""
+
 @dataclass(frozen=True)
 class WanCosts:
-    """What a streamed Wan 2.1 decoder of full width (dim 96) needs, in elements per output pixel.
+    """What a streamed Wan 2.1 decoder of full width (dim 96) needs that computes tiles of at most 512 pixels.
 
     Counted from shapes with the tracker of benchmarks/budget_table.py; the same at every size.
 
     Attributes:
-        state: its feature cache.
-        work: activations beside it.
-        resting_work: activations and cache at work where the cache rests in RAM.
+        state: its feature cache, in elements per output pixel.
+        copies: of the cache that exist while it decodes: 2 in a run that can be taken up again after an error, which
+            keeps the old one until the new one is complete.
         itemsize: bytes of one number; None: those of the compute dtype.
     """
 
-    state: int
-    work: int
-    resting_work: int
+    copies: int = 1
     itemsize: int | None = None
+    state: int = 2364
+
+    def device_bytes(self, size: tuple[int, int], itemsize: int, resting: bool) -> tuple[int, int]:
+        """Bytes of the cache, and of everything else while a latent is decoded.
+
+        Args:
+            size: width and height of the output, padded.
+            itemsize: of the compute dtype.
+            resting: whether the cache rests in RAM.
+        """
+        itemsize = self.itemsize or itemsize
+        pixels = size[0] * size[1]
+        tile = (min(size[0], WAN_TILE) + WAN_TILE_READS) * (min(size[1], WAN_TILE) + WAN_TILE_READS)
+        work = WAN_TILE_WORK[resting] * tile + WAN_FRAME_WORK[resting] * pixels
+        if resting:
+            return 0, work * itemsize
+        return self.state * pixels * itemsize, (work + (self.copies - 1) * self.state * pixels) * itemsize
 
 
-OWN_WAN = WanCosts(state=2364, work=1360, resting_work=2760)
-"""`models.wan_vae` in a run that nothing takes up again after an error."""
-COMFYUI_WAN = WanCosts(state=2364, work=3286 + 2364, resting_work=5650)
-"""ComfyUI's own layers in a run that can be taken up again, which keeps the old cache until the new one is complete."""
+WAN_TILE, WAN_TILE_READS = 512, 14
+WAN_TILE_WORK, WAN_FRAME_WORK = {False: 1000, True: 1000}, {False: 30, True: 30}
+"""Elements alive beside the cache: per pixel that a tile reads, and per pixel of the frame."""
 
 
 def activation_bytes(
@@ -110,9 +125,7 @@ def activation_bytes(
     decoder = decoder_state_bytes(config, 0 if resting else pixels, itemsize)
     decode = _decode_bytes(config, pixels, itemsize, on_cpu, plan)
     if wan_decoder is not None:
-        of_wan = pixels * (wan_decoder.itemsize or itemsize)
-        decoder = 0 if resting else wan_decoder.state * of_wan
-        decode = (wan_decoder.resting_work if resting else wan_decoder.work) * of_wan
+        decoder, decode = wan_decoder.device_bytes(padded, itemsize, resting)
     # The tokens of a step wait for the tile whose turn it is.
     waiting = _lq_tokens_bytes(config, sum(tiled) - max(tiled), itemsize)
     projecting = _project_bytes(config, size, largest, itemsize, on_cpu)

@@ -37,12 +37,16 @@ Result = TypeVar("Result")
 class StreamingVAE(Protocol):
     """A Wan 2.1 decoder that keeps its memory with the caller."""
 
-    def decode_stream(self, latents: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """Normalised latents NCTHW → frames NCTHW in -1..1, not clamped: 4T, or 4T - 3 with `cache` None."""
+    def new_cache(self, device: torch.device | None = None) -> Any:
+        """Starts a stream, whose memory rests on `device` if that is given."""
         ...
 
     def copy_cache(self, cache: Any, device: torch.device | None = None) -> Any:
-        """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""
+        """A cache that `decode_stream` may change in place of this one; with `device` it rests there."""
+        ...
+
+    def decode_stream(self, latents: Tensor, cache: Any) -> Tensor:
+        """Normalised latents NCTHW → frames NCTHW in -1..1, not clamped: 4T, or 4T - 3 at the start."""
         ...
 
 
@@ -221,7 +225,7 @@ class _Run:
         self.latent_shape = (1, channels, LATENT_PAIR, rows, columns)
         self.constants = model.transformer.prepare(model.prompt.to(device, dtype))
         state.tiles = [whole_frame(rows, columns, device)]
-        state.decoder = DecoderMemory() if vae is None else None
+        state.decoder = DecoderMemory() if vae is None else vae.new_cache()
         self.plan, self.recoverable = MemoryPlan(), recoverable
 
     def follow(self, plan: MemoryPlan) -> None:
@@ -237,7 +241,7 @@ class _Run:
             index += len(parts)
         if isinstance(state.decoder, DecoderMemory):
             state.decoder.move(RAM if plan.decoder_frames == 1 else None, self.device)
-        elif self.vae is not None and state.decoder is not None and plan.decoder_frames == 1:
+        elif self.vae is not None and plan.decoder_frames == 1:
             state.decoder = self.vae.copy_cache(state.decoder, RAM)
         self.plan = plan
 
@@ -301,12 +305,10 @@ class _Run:
                 decoded = decoded.transpose(1, 2)
                 del condition
             else:
-                cache = state.decoder
-                if cache is not None and self.recoverable:
-                    # An exception leaves the cache that was given half changed.
-                    cache = self.vae.copy_cache(cache)
-                decoded, cache = self.vae.decode_stream(latent, cache)
-                state.decoder = self.vae.copy_cache(cache, RAM) if self.plan.decoder_frames == 1 else cache
+                # An exception leaves the cache that was given half changed.
+                cache = self.vae.copy_cache(state.decoder) if self.recoverable else state.decoder
+                decoded = self.vae.decode_stream(latent, cache)
+                state.decoder = cache
                 del cache
             state.decoded, state.noise = decoded, None
             state.latents = state.latents[:, :, 1:] if state.latents.shape[2] > 1 else None

@@ -282,10 +282,6 @@ class WanVAE(nn.Module):
         cache = CausalCache() if cache is None else cache
         return self._decode(latents, cache, whole=False), cache
 
-    def copy_cache(self, cache: CausalCache, device: torch.device | None = None) -> CausalCache:
-        """A cache that `decode_stream` may change in place of this one, its tensors on `device` if that is given."""
-        return cache.copy(device)
-
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents NCTHW as the encoder gives them, to mean 0 and deviation 1 per channel."""
         mean, std = self._statistics(latents)

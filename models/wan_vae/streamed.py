@@ -1,0 +1,86 @@
+"""Latents to frames as they come, in tiles: the Wan decoder of FlashVSR's full path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .areas import Area
+from .layers import CausalCache
+from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
+
+STREAM_TILE = 512
+"""Side in pixels. Every tile's past is kept from latent to latent, so smaller tiles would save little."""
+
+
+@dataclass
+class StreamCache:
+    """The past of one stream: of whole frames at latent resolution, and of each tile.
+
+    Attributes:
+        device: where it rests; None: where it was computed.
+    """
+
+    device: torch.device | None = None
+    frame: CausalCache = field(init=False)
+    tiles: list[CausalCache] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.frame = CausalCache(self.device)
+
+    def copy(self, device: torch.device | None = None) -> StreamCache:
+        """A cache of its own over the same tensors; with `device`, over tensors that lie there, now and later."""
+        copied = StreamCache(device or self.device)
+        copied.frame, copied.tiles = self.frame.copy(device), [tile.copy(device) for tile in self.tiles]
+        return copied
+
+
+class StreamingDecoder:
+    """A Wan 2.1 VAE that decodes one latent after another, each in tiles, exactly as the whole frame.
+
+    Args:
+        vae: the weights; they have to be on the device of the latents, or to follow their input.
+        tile: largest side of a tile in pixels.
+    """
+
+    def __init__(self, vae: WanVAE, tile: int = STREAM_TILE) -> None:
+        self.vae, self.tile = vae, tile
+
+    def new_cache(self, device: torch.device | None = None) -> StreamCache:
+        """Starts a stream. With `device` its past rests there, and each layer brings its part when its turn comes."""
+        return StreamCache(device)
+
+    def copy_cache(self, cache: StreamCache, device: torch.device | None = None) -> StreamCache:
+        """A cache that `decode_stream` may change in place of this one; with `device` it rests there from now on."""
+        return cache.copy(device)
+
+    @torch.no_grad()
+    def decode_stream(self, latents: Tensor, cache: StreamCache) -> Tensor:
+        """Decodes the next latents of a stream.
+
+        Args:
+            latents: NCTHW, normalised as the VAE has it.
+            cache: of the latents before; changed in place, and used up by an exception.
+
+        Returns:
+            Frames NCTHW, nominally -1..1 and not clamped: 4T, or 4T - 3 at the start.
+        """
+        n, _, t, h, w = latents.shape
+        height, width = h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT
+        tiles = Area.whole(height, width).parts(self.tile, PIXELS_PER_LATENT)
+        cache.tiles = cache.tiles or [CausalCache(cache.device) for _ in tiles]
+        first = 0 if cache.frame.started else FRAMES_PER_LATENT - 1
+        frames = latents.new_empty(n, 3, FRAMES_PER_LATENT * t - first, height, width)
+        stop, decoder = 0, self.vae.decoder
+        for i in range(t):
+            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.frame.started else 1)
+            with cache.frame.chunk():
+                x = self.vae.conv2(self.vae.denormalise(latents[:, :, i : i + 1]))
+                x = decoder.global_stage(x, cache.frame)
+            for area, past in zip(tiles, cache.tiles, strict=True):
+                with past.chunk():
+                    read = decoder.local_areas(area)[0].of(x).contiguous()
+                    area.of(frames)[:, :, start:stop] = decoder.local_stage(read, past, area)
+        return frames
