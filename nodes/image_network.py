@@ -69,7 +69,7 @@ def _steps(
         inner = 2 ** (len(network.encoder.down) - 1)
         steps = encoder_steps(network.encoder, inner)
         wide = steps[-1].channels[1]
-        tail = _Tail(network, pixels)
+        tail = _Tail(network, steps[0].channels[0], pixels)
         return [*steps, Step("encode", tail, (wide, channels), inner, down=pixels // inner, whole=True)]
     head = _Head(network)
     probe = head(torch.zeros(1, channels, PROBE_LATENTS, PROBE_LATENTS, device=device, dtype=dtype))
@@ -99,12 +99,12 @@ class _Head:
 class _Tail:
     """What `encode` makes of what the encoder gives."""
 
-    def __init__(self, network: Any, pixels: int) -> None:
-        self._network, self._pixels = network, pixels
+    def __init__(self, network: Any, image_channels: int, pixels: int) -> None:
+        self._network, self._channels, self._side = network, image_channels, pixels * PROBE_LATENTS
 
     def __call__(self, features: Tensor) -> Tensor:
-        side = self._pixels * PROBE_LATENTS
-        nothing = torch.zeros(1, 3, side, side, device=features.device, dtype=features.dtype)
+        size = (1, self._channels, self._side, self._side)
+        nothing = torch.zeros(size, device=features.device, dtype=features.dtype)
         with _hooked(self._network.encoder.register_forward_hook, lambda *_: features):
             return self._network.encode(nothing)
 
@@ -131,7 +131,8 @@ def _trial(
     height, width = TRIAL_LATENTS
     generator = torch.Generator().manual_seed(0)
     if encodes:
-        source = torch.rand(1, 3, height * pixels, width * pixels, generator=generator) * 2 - 1
+        size = (1, steps[0].channels[0], height * pixels, width * pixels)
+        source = torch.rand(size, generator=generator) * 2 - 1
     else:
         source = torch.randn(1, channels, height, width, generator=generator)
     job = LayeredJob(steps, source, 2 * pixels, device=device, dtype=dtype)

@@ -208,8 +208,8 @@ def frames_and_sizes() -> dict:
     wide = small_vaes.SMALL_VAES["sd"]()
     wide.first_stage_model.encoder.conv_in = torch.nn.Conv2d(4, 32, 3, padding=1)
     wide.output_channels, wide.pad_channel_value = 4, 1.0
-    filled, report = encode(wide, image(1, 64, 64), mode="blend")
-    found["filled"] = [list(filled.shape), report["notes"]]
+    filled, report = encode(wide, image(1, 64, 64))
+    found["filled"] = [list(filled.shape), report["notes"], report["mode"]]
     formatted = small_vaes.SMALL_VAES["sd"]()
     formatted.format_encoded = lambda latents: latents.unsqueeze(2)
     result, _ = encode(formatted, image(1, 64, 64))
