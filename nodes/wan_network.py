@@ -76,7 +76,7 @@ def adopted(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Ado
         network: `first_stage_model` of a ComfyUI VAE; its weights on `device`.
         device, dtype: of the trial.
     """
-    if type(network).__module__ != comfy.ldm.wan.vae.__name__ or not isinstance(network, comfy.ldm.wan.vae.WanVAE):
+    if (type(network).__module__, type(network).__name__) != (comfy.ldm.wan.vae.__name__, "WanVAE"):
         return Adoption(None, f"{type(network).__name__} is not ComfyUI's Wan 2.1 VAE")
     try:
         vae = _around(network)

@@ -316,7 +316,7 @@ phases_card.take_small_models()
 FILES = phases_card.write_models(BASE)
 if not asyncio.run(nodes.load_custom_node(str(PACK))):
     raise SystemExit("the pack did not load")
-for extra in ("nodes_model_advanced", "nodes_primitive"):
+for extra in ("nodes_model_advanced", "nodes_primitive", "nodes_video", "nodes_preview_any"):
     asyncio.run(nodes.load_custom_node(os.path.join("comfy_extras", f"{extra}.py"), module_parent="comfy_extras"))
 nodes.NODE_CLASS_MAPPINGS.update(
     {"Test_PutOnCard": PutOnCard, "Test_Keep": Keep, "Test_Lists": Lists, "Test_Sink": Sink}

@@ -75,3 +75,20 @@ def seven_phases(files: dict[str, str], seed: int = 1, **limits: float) -> dict[
         "gate decode": gate("VAE decode", ["decode", 0], model_1=["vae", 0], **limits),
         "report": {"class_type": "SteadyVSR_MemoryReport", "inputs": {"value": ["gate decode", 0], "label": "end"}},
     }  # fmt: skip
+
+
+def tiled_phases(files: dict[str, str], tile: int = 64) -> dict[str, dict]:
+    """The same with our VAE nodes, frames of several tiles, and a video file at the end."""
+    prompt = seven_phases(files)
+    tiles = {"vae": ["vae", 0], "tile_size": tile, "overlap": 16}
+    prompt["image"]["inputs"] |= {"width": 2 * WIDTH, "height": HEIGHT + HEIGHT // 2}
+    prompt["encode"] = {"class_type": "SteadyVSR_VAEEncodeTiled", "inputs": {"pixels": ["gate patch", 0], **tiles}}
+    prompt["decode"] = {"class_type": "SteadyVSR_VAEDecodeTiled", "inputs": {"samples": ["gate sample", 0], **tiles}}
+    prompt["video"] = {"class_type": "CreateVideo", "inputs": {"images": ["gate decode", 0], "fps": 16.0}}
+    prompt["save"] = {
+        "class_type": "SaveVideo",
+        "inputs": {"video": ["video", 0], "filename_prefix": "tiled", "format": "auto", "codec": "auto"},
+    }
+    for name in ("encode", "decode"):
+        prompt[f"{name} report"] = {"class_type": "PreviewAny", "inputs": {"source": [name, 1]}}
+    return prompt
