@@ -121,6 +121,12 @@ def reports() -> dict:
         }
         known = read | {first - second for first in read for second in read} | parameters
         amounts = {spelled(number).split()[0] for number in known}
+        # The last press was before this run: what is told of it is what was recorded then, and nothing else.
+        press = pack("patches.snapshots").last_press()
+        recorded = set(numbers_of(json.loads(json.dumps(press and press.to_json()))))
+        told = {
+            number for report in outcome["reports"].values() for number in numbers_of(report.pop("last_press", None))
+        }
         said = [number for report in outcome["reports"].values() for number in numbers_of(report)]
         texts = [text for report in outcome["reports"].values() for text in texts_of(report)]
         in_text = [amount for text in texts for amount in re.findall(r"(?<![\d.])\d+\.\d\d(?! s)(?= |$)", text)]
@@ -130,6 +136,7 @@ def reports() -> dict:
                 "reports": sorted(outcome["reports"]),
                 "numbers": len(said),
                 "unexplained": sorted(set(said) - known),
+                "press_as_recorded": bool(told) and told <= recorded,
                 "in_text": len(in_text),
                 "unexplained_in_text": sorted(set(in_text) - amounts),
                 "salted": sum(number >= salt for number in said if number in answers and number - salt in read),
@@ -142,12 +149,15 @@ def reports() -> dict:
 
 
 def read_by_loaders() -> set[int]:
-    """What the loaders' reports are made of, counted here: sizes of files, tensors of the LoRA, uses of an entry."""
-    files = {path.stat().st_size for path in (BASE / "models").rglob("*.safetensors")}
+    """What the loaders' reports are made of, counted here: sizes of files and of what is in them, uses of an entry."""
+    paths = list((BASE / "models").rglob("*.safetensors"))
+    files = {path.stat().st_size for path in paths}
+    files |= {sum(tensor.nbytes for tensor in load_file(path).values()) for path in paths}
     lora = load_file(BASE / "models" / "loras" / FILES["lora"])
-    counts = {
-        number for entry in pack("patches.retention").registry().entries() for number in (entry.loads, entry.hits)
-    }
+    entries = pack("patches.retention").registry().entries()
+    patchers = [patcher for entry in entries for patcher in entry.patchers]
+    files |= {sum(weight.nbytes for weight in patcher.model.parameters()) for patcher in patchers}
+    counts = {number for entry in entries for number in (entry.loads, entry.hits)}
     return files | counts | {sum(tensor.nbytes for tensor in lora.values()), len(lora) // 2}
 
 

@@ -138,6 +138,7 @@ def test_every_number_of_every_report_was_read_in_that_run(observed, run):
     assert {"unet", "clip", "vae", "lora", "report", "gate sample"} < set(seen["reports"])
     assert len(seen["reports"]) == len(PHASES) + 5 and seen["numbers"] > 300 and seen["in_text"] > 50
     assert (seen["unexplained"], seen["unexplained_in_text"]) == ([], [])
+    assert seen["press_as_recorded"] is True
 
 
 def test_what_only_one_run_could_read_stands_in_its_reports_and_in_no_other(observed):
