@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.wan_vae import CausalCache, TiledDecode, TiledEncode, peak_bytes
+from steadyvsr.models.wan_vae.tiled import TiledJob
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +54,7 @@ class _Counted:
         return x
 
     def _frame_cache(self) -> CausalCache:
-        return _CacheOnMeta(super()._frame_cache().device)  # type: ignore[misc]
+        return _CacheOnMeta(TiledJob._frame_cache(self).device)  # type: ignore[arg-type]
 
     def _to_ram(self, x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype)
@@ -92,9 +93,10 @@ def ours(
     height, width = size
     shape = (16, (frames + 3) // 4, height // 8, width // 8) if kind == "decode" else (3, frames, height, width)
     clip = torch.zeros(1, *shape, dtype=torch.bfloat16)
+    job_of: Any = Decode if kind == "decode" else Encode
 
     def work() -> None:
-        job = (Decode if kind == "decode" else Encode)(vae, clip, tile, device=META, dtype=torch.bfloat16)
+        job = job_of(vae, clip, tile, device=META, dtype=torch.bfloat16)
         assert job.total > 1
         while job.done < job.total:
             job.advance(lambda: None)

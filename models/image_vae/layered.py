@@ -206,7 +206,7 @@ class LayeredJob:
         self._known, self._moments = self._moments, []
         self._index += 1
         if self._index < len(self._steps):
-            self._left = self._boxes(self._steps[self._index], tuple(self._map.shape[-2:]))
+            self._left = self._boxes(self._steps[self._index], (self._map.shape[-2], self._map.shape[-1]))
             return
         if self._sample == 0:
             self.result = torch.empty(self._source.shape[0], *self._map.shape[1:], dtype=self._map.dtype)
@@ -224,7 +224,7 @@ class LayeredJob:
         self._out: Tensor | None = None
         self._known: list[Tensor] = []
         self._moments: list[Tensor] = []
-        self._left = self._boxes(self._steps[0], tuple(self._map.shape[-2:]))
+        self._left = self._boxes(self._steps[0], (self._map.shape[-2], self._map.shape[-1]))
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Height and width of each layer's input."""
