@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-SECONDS = 2.0
+SECONDS = 5.0
 """Default time that one search may take; a heap of a million objects costs about 0.2 s for each level."""
 LEVELS = 12
 """References from a tensor up to a name."""
