@@ -1,13 +1,14 @@
 """Encode or decode with any network in tiles that are blended: the way for networks of which nothing is known.
 
 Each tile is seen alone, over all its frames, so what a network does across the frame (attention, normalisation) differs
-from tile to tile; see `group_norm` for the part of it that can be repaired. Time is never split: a causal network would
-start anew at every cut. The result is gathered in fp32 on the CPU, and only one tile at a time lies on the device.
+from tile to tile; `image_vae` and `wan_vae` are the ways for networks that are known. Time is never split: a causal
+network would start anew at every cut. The result is gathered in fp32 on the CPU, and one tile at a time is on the device.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ Network = Callable[[Tensor], Tensor]
 """Maps one tile, NCHW or NCTHW with N = 1, to its result; the tile's device and dtype say where and how."""
 
 
-class _Blend:
+class _Blend(ABC):
     """Attributes as of `TileJob`, and:
 
     Attributes:
@@ -180,11 +181,11 @@ class _Blend:
         row, column = row.scaled(self._compression), column.scaled(self._compression)
         return f"rows {row.start}–{row.stop}, columns {column.start}–{column.stop}"
 
-    def _count_cells(self, height: int, width: int) -> tuple[int, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def _count_cells(self, height: int, width: int) -> tuple[int, int]: ...
 
-    def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor: ...
 
 
 class BlendEncode(_Blend):
