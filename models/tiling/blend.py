@@ -2,7 +2,7 @@
 
 Each tile is seen alone, over all its frames, so what a network does across the frame (attention, normalisation) differs
 from tile to tile; `image_vae` and `wan_vae` are the ways for networks that are known. Time is never split: a causal
-network would start anew at every cut. The result is gathered in fp32 on the CPU, and one tile at a time is on the device.
+network would start anew at every cut. The result is gathered in fp32 on the CPU; one tile at a time is on the device.
 """
 
 from __future__ import annotations
