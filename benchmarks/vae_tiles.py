@@ -124,7 +124,7 @@ def with_shared_norms(network: Any, encodes: bool, source: Tensor, how: str) -> 
     norms = SharedNorms(network)
     if how == "two sweeps":
         sweep = kind(call, source, tile, overlap, PIXELS, device=torch.device("cpu"), dtype=torch.float32)
-        rows, columns = (axis_weights(spans) for spans in sweep._spans)
+        rows, columns = (axis_weights(spans) for spans in sweep._grids[0])
         for row in rows:
             for column in columns:
                 with norms.measuring(row, column):

@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..models.tiling import BlendDecode, BlendEncode, NotFinite, TileJob
+from ..models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ..patches import residency
 from . import node_status
 from .ladder import EVERYTHING
@@ -207,7 +207,10 @@ class TiledRun:
         if self._exact is not None:
             return self._exact.job(source, tile)
         network, size = self.vae.first_stage_model, self._compression
-        place = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
+        place: dict[str, Any] = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
+        # A norm over groups of channels takes its statistics from all that it sees.
+        if source.ndim == 4 and any(isinstance(layer, nn.GroupNorm) for layer in network.modules()):
+            place["shapes"] = THREE_GRIDS
         if self.encodes:
             prepare = self.vae.process_input
             return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=prepare)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steadyvsr.models.tiling import BlendDecode, BlendEncode, NotFinite
+from steadyvsr.models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -215,3 +215,24 @@ def test_the_spot_sees_seams_and_is_silent_where_there_are_none() -> None:
     assert good.total == good.grid[0] * good.grid[1] + 1 and alone.total == 1
     assert good.spot_db is not None and bad.spot_db is not None
     assert good.spot_db > 100 and bad.spot_db < 60 and alone.spot_db is None
+
+
+@pytest.mark.parametrize("kind", [BlendEncode, BlendDecode])
+def test_three_grids_are_three_results_and_their_mean(kind):
+    """A network that is wrong by a number of its own for each tile: three grids in the mean, each with its share."""
+    source = torch.rand(1, 3, 96, 128) if kind is BlendEncode else torch.rand(1, 4, 12, 16)
+    plain = pool if kind is BlendEncode else repeat
+    shapes: list[tuple[int, ...]] = []
+
+    def network(tile: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(tile.shape[-2:]))
+        return plain(tile)
+
+    job = kind(network, source, 64, 16, COMPRESSION, shapes=THREE_GRIDS, **RUN)
+    result = finished(job)
+    unit = 1 if kind is BlendEncode else COMPRESSION
+    sides = {(height * unit, width * unit) for height, width in shapes}
+    assert sides == {(64, 64), (32, 128), (96, 32)} and len(shapes) == job.total > 6
+    torch.testing.assert_close(result, plain(source))
+    single = kind(plain, source, 512, 16, COMPRESSION, shapes=THREE_GRIDS, **RUN)
+    assert single.total == 1  # an image of one tile is computed once

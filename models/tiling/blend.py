@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ CPU = torch.device("cpu")
 MIN_CELLS = 2
 """Fewest latent cells along the side of a tile: one could not overlap and still advance."""
 
+SQUARE = ((1.0, 1.0),)
+THREE_GRIDS = ((1.0, 1.0), (0.5, 2.0), (2.0, 0.5))
+"""Height and width of tiles of one area, as shares of their side. A network that looks across its tile errs differently
+in each grid, so their mean errs less, at three times the work; ComfyUI's own tiled nodes do the same for images."""
+
 Network = Callable[[Tensor], Tensor]
 """Maps one tile, NCHW or NCTHW with N = 1, to its result; the tile's device and dtype say where and how."""
 
@@ -30,7 +35,7 @@ class _Blend(ABC):
 
     Attributes:
         overlap: of neighbouring tiles, in pixels; at most half a tile.
-        grid: tiles along the height and along the width.
+        grid: tiles along the height and along the width, of the first grid.
         spot_db: PSNR of the result against one more tile, laid across the seams in its middle; None before that, or
             where there are no seams.
     """
@@ -47,6 +52,7 @@ class _Blend(ABC):
         dtype: torch.dtype,
         prepare: Network = lambda tile: tile,
         spot: bool = False,
+        shapes: Sequence[tuple[float, float]] = SQUARE,
     ) -> None:
         if source.ndim not in (4, 5) or 0 in source.shape:
             raise ValueError(f"tiles: expected NCHW or NCTHW without an empty axis; got {tuple(source.shape)}.")
@@ -57,9 +63,9 @@ class _Blend(ABC):
         self._network, self._prepare = network, prepare
         self._source, self._compression = source, compression
         self._cells = self._count_cells(source.shape[-2], source.shape[-1])
-        self._done, self._spot = 0, spot
+        self._done, self._spot, self._shapes = 0, spot, shapes
         self.spot_db: float | None = None
-        self._spans = self._plan(tile)
+        self._grids = self._plan(tile)
         self.tile = tile
 
     @property
@@ -68,13 +74,17 @@ class _Blend(ABC):
 
     @property
     def total(self) -> int:
-        count = self.grid[0] * self.grid[1]
+        count = self._tiles_of_sample
         return self._source.shape[0] * count + (self._spot and count > 1)
 
     @property
     def grid(self) -> tuple[int, int]:
-        rows, columns = self._spans
+        rows, columns = self._grids[0]
         return len(rows), len(columns)
+
+    @property
+    def _tiles_of_sample(self) -> int:
+        return sum(len(rows) * len(columns) for rows, columns in self._grids)
 
     def cut(self, tile: int) -> None:
         """Goes on in tiles of this side, with an overlap of half a tile at most.
@@ -87,12 +97,12 @@ class _Blend(ABC):
         overlap = self.overlap
         self.overlap = min(overlap, tile // 2)
         try:
-            spans = self._plan(tile)
+            grids = self._plan(tile)
         except ValueError:
             self.overlap = overlap
             raise
-        if spans != self._spans:
-            self._spans, self._done, self.result = spans, 0, torch.empty(0)
+        if grids != self._grids:
+            self._grids, self._done, self.result = grids, 0, torch.empty(0)
         self.tile = tile
 
     def advance(self, on_step: OnStep) -> None:
@@ -103,12 +113,16 @@ class _Blend(ABC):
             ValueError: the network's results do not fit together.
         """
         on_step()
-        rows, columns = self._spans
-        sample, position = divmod(self._done, len(rows) * len(columns))
+        sample, position = divmod(self._done, self._tiles_of_sample)
+        rows, columns = self._grids[0]
         if sample == self._source.shape[0]:
             self.spot_db = self._check_spot(_across(rows), _across(columns))
             self._done += 1
             return
+        for rows, columns in self._grids:
+            if position < len(rows) * len(columns):
+                break
+            position -= len(rows) * len(columns)
         row, column = rows[position // len(columns)], columns[position % len(columns)]
         tile = self._compute(self._cut_out(sample, row, column), f"sample {sample}, {self._words(row, column)}")
         scale = self._scale_of(tile, row, column)
@@ -121,7 +135,7 @@ class _Blend(ABC):
                 f"{tuple(self.result.shape)}."
             )
         y, x = row.scaled(scale[0]), column.scaled(scale[1])
-        tile *= self._weights(rows, scale[0], row)[:, None]
+        tile *= self._weights(rows, scale[0], row)[:, None] / len(self._grids)
         tile *= self._weights(columns, scale[1], column)
         self.result[sample, ..., y.start : y.stop, x.start : x.stop] += tile[0]
         self._done += 1
@@ -148,16 +162,24 @@ class _Blend(ABC):
             raise NotFinite(f"tiles: expected finite numbers; got NaN or infinity in {name}, in {dtype}.{reason}")
         return result
 
-    def _plan(self, tile: int) -> tuple[list[Span], list[Span]]:
-        """Spans in latent cells along the height and the width."""
+    def _plan(self, tile: int) -> list[tuple[list[Span], list[Span]]]:
+        """Grids: spans in latent cells along the height and the width; grids that are the same once."""
         cells, overlap = tile // self._compression, self.overlap // self._compression
         if cells < MIN_CELLS:
             raise ValueError(
                 f"tiles: expected at least {MIN_CELLS * self._compression} pixels for {MIN_CELLS} latent cells of "
                 f"{self._compression}; got {tile}."
             )
-        height, width = self._cells
-        return even_spans(height, cells, overlap), even_spans(width, cells, overlap)
+        grids = []
+        for shape in self._shapes:
+            sides = [max(MIN_CELLS, int(cells * share)) for share in shape]
+            rows, columns = (
+                even_spans(length, side, min(overlap, side // 2))
+                for length, side in zip(self._cells, sides, strict=True)
+            )
+            if (rows, columns) not in grids:
+                grids.append((rows, columns))
+        return grids
 
     def _weights(self, spans: list[Span], factor: int, span: Span) -> Tensor:
         return axis_weights([item.scaled(factor) for item in spans])[spans.index(span)]
@@ -199,6 +221,7 @@ class BlendEncode(_Blend):
         device, dtype: of the computation.
         prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
         spot: computes one more tile at the end, to compare.
+        shapes: of the tiles of each grid; the result is the mean of all grids.
 
     Raises:
         ValueError: one of these.
@@ -226,6 +249,7 @@ class BlendDecode(_Blend):
         device, dtype: of the computation.
         prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
         spot: computes one more tile at the end, to compare.
+        shapes: of the tiles of each grid; the result is the mean of all grids.
 
     Raises:
         ValueError: one of these.
