@@ -116,18 +116,13 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
         unknown = [id for id in ids if id not in known]
         if unknown:
             raise NotFound(f"no kept model has the id {str(unknown[0])[:40]!r}.")
-    before = {entry.id: entry.policy for entry in registry().owned()}
     given_up = registry().release(ids)
-    lines = tuple(
-        Line(entry.name, before[entry.id], True, entry.size_bytes, entry.size_bytes, entry.id) for entry in given_up
-    )
-    names = ", ".join(entry.name for entry in given_up) or "no model"
-    card = ReceiptCard(
-        f"Release {names}",
-        f"{size_text(sum(entry.size_bytes for entry in given_up))} are ComfyUI's to free now; nothing was moved yet",
-        "DONE",
-        lines,
-    )
+    title = f"Release {given_up[0].name}" if len(given_up) == 1 else "Release kept models"
+    line = "none is kept"
+    if given_up:
+        sizes = ", ".join(f"{entry.name} {size_text(entry.size_bytes)}" for entry in given_up)
+        line = f"no longer kept: {sizes}; goes now if nothing uses it, else with the next press"
+    card = ReceiptCard(title, line, "DONE")
     return {"receipt": receipts.give(card)}
 
 
@@ -217,7 +212,7 @@ def _press_receipt(press: snapshots.Press) -> None:
 
 
 GETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "state": panel_state.state,
+    "state": lambda: {**panel_state.state(), "sampler": sampler().figures()},
     "receipts": lambda: {"receipts": receipts.newest()},
     "snapshots": lambda: {"snapshots": snapshots.to_json()},
     "ledger": lambda: ledger.current().to_json(),

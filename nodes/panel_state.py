@@ -155,7 +155,7 @@ def _ram_parts(reading: Reading, models: list[dict[str, Any]]) -> dict[str, int 
     return {
         "kept": kept,
         "models": rest,
-        "working": _difference(reading.process.bytes, kept + rest),
+        "own": _difference(reading.process.bytes, kept + rest),
         "others": _difference(reading.used.bytes, reading.process.bytes),
         "free": _difference(reading.total.bytes, reading.used.bytes),
     }

@@ -23,18 +23,26 @@ class Sampler:
     """Knows which pages watch. A page that is gone without saying so is forgotten with its websocket.
 
     Attributes:
-        cpu_seconds: what the running or last thread has used of a core.
+        cpu_seconds: what its threads have used of one core since the process began.
+        seconds: how long they have run, on the clock.
+        pushes: how many states were sent.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watching: set[str] = set()
         self._thread: threading.Thread | None = None
-        self.cpu_seconds = 0.0
+        self.cpu_seconds = self.seconds = 0.0
+        self.pushes = 0
 
-    @property
-    def running(self) -> bool:
-        return self._thread is not None
+    def figures(self) -> dict[str, bool | int | float]:
+        """What the push to open panels costs; nothing of it grows while `running` is false."""
+        return {
+            "running": self._thread is not None,
+            "cpu_seconds": self.cpu_seconds,
+            "seconds": self.seconds,
+            "pushes": self.pushes,
+        }
 
     def watch(self, client: str, wanted: bool) -> None:
         """Starts or ends the push to one page, by the id of its websocket."""
@@ -45,17 +53,22 @@ class Sampler:
                 self._thread.start()
 
     def _run(self) -> None:
-        started = time.thread_time()
-        while self._audience():
+        cpu, clock = time.thread_time(), time.monotonic()
+        while clients := self._audience():
             try:
                 state = panel_state.state()
             except RuntimeError as error:  # a list of ComfyUI changed while it was read, or a driver failed
                 log.debug("no state this time: %s", error)
             else:
-                for client in self._audience():
+                for client in clients:
                     PromptServer.instance.send_sync(EVENT, state, client)
-            self.cpu_seconds = time.thread_time() - started
+                    self.pushes += 1
+            _wake_worker()
             time.sleep(PERIOD_SECONDS)
+            now_cpu, now = time.thread_time(), time.monotonic()
+            self.cpu_seconds += now_cpu - cpu
+            self.seconds += now - clock
+            cpu, clock = now_cpu, now
 
     def _audience(self) -> list[str]:
         """The pages that watch and are still there; without any the thread ends, and nobody can miss that."""
@@ -65,6 +78,17 @@ class Sampler:
             if not self._watching:
                 self._thread = None
             return sorted(self._watching)
+
+
+def _wake_worker() -> None:
+    """Lets ComfyUI's worker act on a press that it has not heard.
+
+    A flag that is set while the worker collects garbage wakes nobody, and the worker then waits for the next prompt.
+    """
+    queue: Any = PromptServer.instance.prompt_queue
+    if queue.flags and not queue.currently_running:
+        with queue.mutex:
+            queue.not_empty.notify()
 
 
 def sampler() -> Sampler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -16,6 +17,36 @@ from steadyvsr.tests.test_comfy_flashvsr import WORKFLOW
 
 pytestmark = pytest.mark.comfy
 
+SLOW_COLLECTION = """
+import gc
+import sys
+import time
+
+collect = gc.collect
+
+
+def slow(*arguments):
+    # Once: the collection at the end of the first press.
+    if sys._getframe(1).f_code.co_name == "prompt_worker":
+        gc.collect = collect
+        time.sleep(3)
+    return collect(*arguments)
+
+
+class SlowCollection:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "plan", "test", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"turn": ("INT", {"default": 0})}}
+
+    def plan(self, turn):
+        gc.collect = slow
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {"Test_SlowCollection": SlowCollection}
+"""
 NETWORKS = ["CausalLQ4xProjection", "TCDecoder", "Transformer"]
 SETTLE_SECONDS = 30
 
@@ -37,7 +68,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Ser
 @pytest.fixture
 def server(servers, comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     if comfyui_path not in servers:
-        servers[comfyui_path] = Server(comfyui_path, base_folder(tmp_path_factory.mktemp("panel")))
+        base = base_folder(tmp_path_factory.mktemp("panel"))
+        (base / "custom_nodes" / "slow_collection.py").write_text(SLOW_COLLECTION)
+        servers[comfyui_path] = Server(comfyui_path, base)
         servers[comfyui_path].wait()
     running = servers[comfyui_path]
     running.post("/steadyvsr/release", {})
@@ -128,6 +161,30 @@ def test_the_ram_card_holds_the_numbers_of_the_machine(server):
     assert 0 < ram["used"] < ram["total"]
     parts = ram["parts"]
     assert sum(parts.values()) == pytest.approx(ram["total"], rel=1e-6)
+
+
+def test_a_press_that_comes_while_comfyui_collects_garbage_is_acted_on_while_a_panel_is_open(server):
+    aiohttp = pytest.importorskip("aiohttp", reason="needs aiohttp: pip install -e .[test]")
+
+    def presses() -> int:
+        looks = server.get("/steadyvsr/snapshots")["snapshots"]
+        return max([look["press"] for look in looks if look["stage"] == "post-collect"], default=0)
+
+    async def press_twice() -> None:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=page"):
+            server.post("/steadyvsr/watch", {"client": "page", "open": True})
+            before = presses()
+            server.post("/free", {"unload_models": True})
+            await asyncio.sleep(1)
+            assert presses() == before, "ComfyUI still collects"
+            server.post("/free", {"unload_models": True})
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while presses() < before + 2:
+                assert time.monotonic() < deadline, f"{presses() - before} of 2 presses were acted on"
+                await asyncio.sleep(0.2)
+
+    assert server.run({"1": {"class_type": "Test_SlowCollection", "inputs": {"turn": 1}}})["status"]["completed"]
+    asyncio.run(press_twice())
 
 
 REFUSED = [

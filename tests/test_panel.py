@@ -189,7 +189,7 @@ def test_a_pushed_state_changes_numbers_badge_and_timeline_without_replacing_but
     state["devices"][0]["parts"]["working"] = 8 * GIB
     server.push("steadyvsr.state", state)
     until(page, lambda: legend(page)["working"] == "8.00 GiB", "the pushed number")
-    assert "MODEL · bf16 · cuda:0 · 20 s ago" in panel(page).inner_text()
+    assert "MODEL · bf16 · cuda:0 · 20 s ago" in panel(page).inner_text().replace("\u00a0", " ")
     assert offload.evaluate("element => element === document.activeElement")
     assert "almost full" in panel(page).inner_text()
     assert "92%" in tab(page).inner_text()

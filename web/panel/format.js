@@ -10,10 +10,11 @@ export function size(bytes) {
   return `${(bytes / MIB).toFixed(bytes && Math.abs(bytes) < 10 * MIB ? 1 : 0)} MiB`;
 }
 
-/** A part of a whole in the whole's unit: "15.0 of 24.0 GiB"; what is unknown is said so. */
+/** A part of a whole: "15.0 of 24.0 GiB", or "3.3 MiB of 24.0 GiB"; what is unknown is said so. */
 export function share(part, whole) {
   if (part === null || whole === null) return `${size(part)} of ${size(whole)}`;
   const [unit, name] = whole >= GIB / 2 ? [GIB, "GiB"] : [MIB, "MiB"];
+  if (part && Math.abs(part) < unit / 20) return `${size(part)} of ${(whole / unit).toFixed(1)} ${name}`;
   return `${(part / unit).toFixed(1)} of ${(whole / unit).toFixed(1)} ${name}`;
 }
 
@@ -41,6 +42,7 @@ export const PARTS = [
   { id: "kept", label: "Kept by us" },
   { id: "models", label: "Other models" },
   { id: "working", label: "In use by runs" },
+  { id: "own", label: "ComfyUI itself" },
   { id: "pool", label: "Pool, unused" },
   { id: "context", label: "Driver's own" },
   { id: "others", label: "Other processes" },

@@ -8,7 +8,8 @@ function facts(model, time) {
   const parts = [model.kind, model.dtype, model.device];
   if (model.dead) parts.push("lost by ComfyUI");
   if (model.last_used !== null) parts.push(age(time - model.last_used));
-  return parts.filter(Boolean).join(" · ");
+  // A line may break between facts, not within one.
+  return parts.filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 function modelRow(actions) {
