@@ -9,10 +9,11 @@ import pytest
 import torch
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.image_vae import LayeredJob, decoder_steps, encoder_steps, map_bytes, predicted_bytes
-from steadyvsr.models.image_vae.layered import Box
+from steadyvsr.models.image_vae.layered import Box, _moments
 from steadyvsr.models.tiling import NotFinite
 from steadyvsr.tests.image_vae_double import LATENT_CHANNELS, Decoder, Encoder, random_network
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 PIXELS = 4
@@ -211,3 +212,27 @@ def test_what_is_built_otherwise_is_refused_with_its_name() -> None:
     strange.mid.block_1.gate = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"mid\.block_1"):
         decoder_steps(strange, PIXELS)
+
+
+def test_statistics_become_fp64_on_the_cpu_alone() -> None:
+    """Macs and some Intel cards know no fp64."""
+
+    class OnCard(TorchFunctionMode):
+        """Everything that was not fetched with `cpu` counts as on the card."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fetched: set[int] = set()
+            self.widened: list[bool] = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.double:
+                self.widened.append(id(args[0]) in self.fetched)
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.cpu:
+                self.fetched.add(id(result))
+            return result
+
+    with OnCard() as card:
+        _moments(torch.randn(1, 8, 4, 4), 4)
+    assert card.widened and all(card.widened)

@@ -201,6 +201,32 @@ def test_not_a_number_is_named_with_its_place_and_type(vae):
         run(job)
 
 
+def test_features_of_a_tile_that_fits_no_fp16_are_kept_in_the_format_they_were_computed_in(vae):
+    """The last block before the features gives huge numbers in one tile: infinity in fp16, a number in fp32."""
+    frames = random_frames(5, 32, 32)
+    calls = []
+
+    def loud(module, inputs, output):
+        calls.append(output.dtype)
+        return output * 1e9 if len(calls) == 3 or output.dtype == torch.float32 else output
+
+    job = TiledEncode(vae, frames, 16, device=CPU, dtype=torch.float16)
+    handle = vae.encoder.downsamples[8].register_forward_hook(loud)
+    try:
+        job.advance(lambda: None)
+        with pytest.raises(NotFinite, match="float16"):
+            job.advance(lambda: None)
+        job.dtype = torch.float32
+        job.advance(lambda: None)
+        job.dtype = torch.float16
+        while job.total - job.done > 1:
+            job.advance(lambda: None)
+    finally:
+        handle.remove()
+    job.dtype = torch.float32
+    assert run(job).isfinite().all()
+
+
 # Memory
 
 

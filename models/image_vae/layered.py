@@ -306,7 +306,8 @@ def _moments(x: Tensor, groups: int) -> Tensor:
     flat = x.reshape(groups, -1)
     pieces = flat.split(max(1, groups // PIECES))
     found = [torch.var_mean(piece.to(_wide(x.dtype)), dim=1, correction=0) for piece in pieces]
-    variance, mean = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))
+    # fp64 on the CPU alone: not every accelerator knows it.
+    variance, mean = (torch.cat(parts).cpu().double() for parts in zip(*found, strict=True))
     count = torch.full_like(mean, flat.shape[1])
     return torch.stack([count, mean, variance * count])
 

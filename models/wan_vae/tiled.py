@@ -269,6 +269,9 @@ class TiledEncode(TiledJob):
             if len(self._features) <= i:
                 whole = self.result.shape[-2:]
                 self._features.append(torch.empty(*x.shape[:3], *whole, dtype=x.dtype))
+            if self._features[i].dtype.itemsize < x.dtype.itemsize:
+                # A tile that fits no smaller number format was computed again in fp32.
+                self._features[i] = self._features[i].to(x.dtype)
             at_latents.of(self._features[i])[:] = self._to_ram(x)
             del x
             on_step()
