@@ -12,13 +12,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.ldm.modules.diffusionmodules.model as diffusion_modules
-import comfy.model_management as mm
 import torch
 from torch import Tensor, nn
 
 from ..memory.state import shared
 from ..models.image_vae import LayeredJob, Step, decoder_steps, encoder_steps
-from .wan_network import TOLERANCE
+from .ladder import memory_errors
+from .wan_network import carried_out, differs
 
 TRIAL_LATENTS = (3, 5)
 PROBE_LATENTS = 2
@@ -48,7 +48,9 @@ def chain_of(vae: Any, encodes: bool, pixels: int) -> tuple[list[Step], str]:
     try:
         with torch.no_grad():
             steps = _steps(network, encodes, vae.latent_channels, pixels, *place)
-    except (ValueError, AttributeError) as error:
+    except memory_errors():
+        raise
+    except (ValueError, AttributeError, RuntimeError) as error:
         return [], f"the layers of its {name} are not those of a known kind: {error}"
     trials: WeakKeyDictionary[nn.Module, dict[str, str]] = shared("image_vae_trials", WeakKeyDictionary)
     known = trials.setdefault(network, {})
@@ -135,13 +137,10 @@ def _trial(
         source = torch.rand(size, generator=generator) * 2 - 1
     else:
         source = torch.randn(1, channels, height, width, generator=generator)
-    job = LayeredJob(steps, source, 2 * pixels, device=device, dtype=dtype)
+
+    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        job = LayeredJob(steps, source, 2 * pixels, device=device, dtype=dtype)
+        return carried_out(job), (network.encode if encodes else network.decode)(source.to(device, dtype))
+
     with torch.no_grad():
-        native = (network.encode if encodes else network.decode)(source.to(device, dtype))
-        while job.done < job.total:
-            job.advance(mm.throw_exception_if_processing_interrupted)
-    native = native.to(job.result)
-    if native.shape != job.result.shape:
-        return f"a trial image has shape {tuple(job.result.shape)}, not {tuple(native.shape)}"
-    error = float((job.result - native).norm() / native.norm())
-    return "" if error <= TOLERANCE.get(dtype, 0.0) else f"a trial image differs by {error:.1e} in {dtype}"
+        return differs("a trial image", both, network, device, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import time
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from ..models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ..patches import residency
 from . import node_status
-from .ladder import EVERYTHING
+from .cast_weights import CastWeights
+from .ladder import EVERYTHING, is_out_of_memory, memory_errors
 from .tile_ladder import MIN_TILE, TileLadder, smaller_tiles
 from .vae_exact import ExactPath, exact_path
 from .vae_layout import compression, output_dtype
@@ -58,37 +60,6 @@ class TileOptions:
     spot: bool = True
 
 
-class CastWeights(nn.Module):
-    """The weights of a VAE where and in the number format in which tiles are computed.
-
-    Where ComfyUI has them otherwise, copies stand in their place for as long as `run` runs; its own stay as they are.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.network = vae.first_stage_model
-        self._own = (vae.device, vae.vae_dtype)
-        self._copies: dict[str, Tensor] = {}
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Makes them ready for tiles of that kind."""
-        self._copies = {}
-        if (device, dtype) != self._own:
-            self._copies = {
-                name: value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
-                for name, value in [*self.named_parameters(), *self.named_buffers()]
-            }
-
-    def run(self, compute: Callable[[], None]) -> None:
-        if self._copies:
-            torch.func.functional_call(self, self._copies, (compute,))
-        else:
-            compute()
-
-    def forward(self, compute: Callable[[], None]) -> None:
-        compute()
-
-
 @dataclass
 class TiledRun:
     """One execution of a tiled VAE node.
@@ -126,7 +97,8 @@ class TiledRun:
             self._exact = self._exact_path(source)
             tile, overlap = self._first_tile(memory)
             memory.load(tile)
-            job, weights = self._job(source, tile, overlap), CastWeights(self.vae)
+            job = self._job(source, tile, overlap)
+            weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
             ladder = self._ladder(job, weights, memory, source)
             try:
                 self._carry_out(job, ladder, weights, memory, source)
@@ -196,12 +168,29 @@ class TiledRun:
         if self.options.mode == BLEND:
             self._report["mode_reason"] = "chosen"
             return None
-        frames = source.shape[2] if source.ndim == 5 else 1
-        found, reason = exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
+        found, reason = self._tried_exact_path(source)
         if found is None and self.options.mode == EXACT:
-            raise ValueError(f"{self.node}: expected a VAE with an exact path for mode exact: {reason}. Choose auto.")
+            raise ValueError(
+                f"{self.node}: expected a VAE with an exact path for mode exact; got one without: {reason}. "
+                "Choose auto."
+            )
         self._report["mode_reason"] = reason
         return found
+
+    def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
+        """As `exact_path`; where memory runs out in its trial, once more without the other models on the device."""
+        frames = source.shape[2] if source.ndim == 5 else 1
+        while True:
+            try:
+                return exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+            # Out of the handler: the error's traceback holds the tensors of the trial.
+            gc.collect()
+            mm.soft_empty_cache()
+            if not self._unload_others():
+                return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
         if self._exact is not None:

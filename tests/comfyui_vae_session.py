@@ -277,7 +277,7 @@ def workflows() -> dict:
 
 def other_ways() -> dict:
     """A VAE with four positions in one latent; too little RAM for the exact path; a network that does not pass."""
-    found, exact, image_network = {}, pack("nodes.vae_exact"), pack("nodes.image_network")
+    found, exact, tolerance = {}, pack("nodes.vae_exact"), pack("nodes.wan_network").TOLERANCE
     vae = small_vaes.flux2_vae()
     if vae is not None:
         pixels = image(1, 128, 160)
@@ -293,15 +293,67 @@ def other_ways() -> dict:
         _, found["little RAM"] = decode(vae_of("sd"), latents)
     finally:
         exact.RAM_SHARE = share
-    known, fresh = dict(image_network.TOLERANCE), small_vaes.sd_vae()
-    image_network.TOLERANCE.clear()
+    known, fresh = dict(tolerance), small_vaes.sd_vae()
+    tolerance.clear()
     try:
         _, found["trial"] = decode(fresh, latents)
     finally:
-        image_network.TOLERANCE.update(known)
+        tolerance.update(known)
     strange = small_vaes.sd_vae()
     strange.first_stage_model.decoder.conv_out.padding_mode = "replicate"
     _, found["strange"] = decode(strange, latents)
+    narrow = small_vaes.sd_vae()
+    narrow.latent_channels = 8
+    _, found["channels"] = decode(narrow, latents)
+    half = small_vaes.wan_vae()
+    for parameter in half.first_stage_model.encoder.parameters():
+        parameter.data.fill_(float("nan"))
+    _, found["no encoder"] = decode(half, latents_of("wan"))
+    return found | {f"overflow {kind}": overflow(kind) for kind in ("sd", "wan")} | trial_without_memory()
+
+
+def overflow(kind: str) -> dict:
+    """A VAE in fp16 whose first layers give more than fp16 holds, as SDXL's do."""
+    vae, latents = small_vaes.SMALL_VAES[kind](), latents_of(kind, 2, 9, 10)
+    network = vae.first_stage_model.half()
+    vae.vae_dtype = torch.float16
+    first = network.decoder.conv_in if kind == "sd" else network.decoder.conv1
+    first.weight.data = (first.weight.float() * 1e6).clamp(-6e4, 6e4).half()
+    result, report = decode(vae, latents)
+    weights = sorted({str(parameter.dtype) for parameter in network.parameters()})
+    whole = native(types.SimpleNamespace(first_stage_model=network.float(), vae_dtype=torch.float32), "decode", latents)
+    return {"report": report, "error": apart(result, shown(vae, whole)), "weights": weights}
+
+
+def trial_without_memory() -> dict:
+    """Memory runs out in the trial: always; once, with another model to unload; with on_oom error."""
+    run, latents, found = pack("nodes.vae_run").TiledRun, latents_of("wan"), {"unloaded": 0}
+    unload = run._unload_others
+
+    def short_of(times: int):
+        vae, left = small_vaes.wan_vae(), [times]
+        whole = vae.first_stage_model.decode
+
+        def short(z):
+            if z.shape[-1] == 3 and left[0]:  # of the trial
+                left[0] -= 1
+                raise host.mm.OOM_EXCEPTION("scripted")
+            return whole(z)
+
+        vae.first_stage_model.decode = short
+        return vae
+
+    def unloaded(self) -> bool:
+        found["unloaded"] += 1
+        return True
+
+    _, found["no memory"] = decode(short_of(9), latents)
+    found["stopped"] = error_of(decode, short_of(1), latents, on_oom="error")
+    run._unload_others = unloaded
+    try:
+        found["room"] = decode(short_of(1), latents)[1]["mode"]
+    finally:
+        run._unload_others = unload
     return found
 
 

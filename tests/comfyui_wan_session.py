@@ -8,6 +8,7 @@ observed, or {"error": traceback}. The assertions are in test_comfy_wan.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ comfy.options.enable_args_parsing()
 importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
 import comfy.ldm.wan.vae as wan  # noqa: E402
 import torch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 PACK = "steadyvsr"
 CLIPS = int(GIVEN[0]) if GIVEN else 26
@@ -158,9 +160,34 @@ def half() -> dict:
     return {"ours": error(ours.double(), truth), "theirs": error(rounded.decode(z).double(), truth)}
 
 
+class TF32(TorchDispatchMode):
+    """Convolutions in fp32 as newer cards compute them: of inputs and weights 10 bits remain."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "conv" in func.__name__:
+            args = (*(short(x) for x in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def short(x: torch.Tensor) -> torch.Tensor:
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32() -> dict:
+    """How far the two orders of computing are apart in fp32 and in TF32, and what is allowed."""
+    theirs, seen = network(dim=32), {}
+    ours = adopted(theirs, CPU, torch.float32).vae
+    z = torch.randn(1, LATENT_CHANNELS, 2, 2, 3)
+    for name, mode in (("fp32", contextlib.nullcontext()), ("tf32", TF32())):
+        with mode:
+            result, _ = run(TiledDecode(ours, z, 16, device=CPU, dtype=torch.float32, finish=lambda x: x))
+            seen[name] = error(result, theirs.decode(z))
+    return seen | {name: wan_network.tolerance(torch.device(name), torch.float32) for name in ("cpu", "cuda")}
+
+
 def main() -> None:
     results = {}
-    for scenario in (clips, others, once, half):
+    for scenario in (clips, others, once, half, tf32):
         try:
             with torch.inference_mode():
                 results[scenario.__name__] = scenario()

@@ -184,7 +184,7 @@ def test_nan_in_fp32_too_is_an_error_that_names_tile_and_dtype(observed, kind):
         ("negative budget", "expected memory_budget_gb of at least 0; got -1.0"),
         ("small tile", "expected a tile_size of 0 or at least 64; got 32"),
         ("mode", "expected mode of auto, exact, blend; got 'fast'"),
-        ("exact", "expected a VAE with an exact path for mode exact: TAESD is neither"),
+        ("exact", "expected a VAE with an exact path for mode exact; got one without: TAESD is neither"),
         ("exact owned", "expected a VAE with an exact path for mode exact; got one that tiles by itself"),
         ("nan pixels", "The values that go into it are not finite already"),
     ],
@@ -289,11 +289,28 @@ def test_a_vae_with_four_positions_in_a_latent_is_exact_too(observed):
         ("little RAM", "the exact path would keep"),
         ("trial", "a trial image differs by"),
         ("strange", "the layers of its decoder are not those of a known kind: conv_out"),
+        ("channels", "the layers of its decoder are not those of a known kind: Given groups=1"),
+        ("no encoder", "encoding a trial clip is not finite in torch.float32"),
+        ("no memory", "its trial ran out of memory"),
     ],
 )
 def test_where_the_exact_path_cannot_be_taken_tiles_are_blended_and_the_reason_stands_there(observed, case, reason):
     report = scenario(observed, "others")[case]
     assert report["mode"] == "blend" and report["mode_reason"].startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["sd", "wan"])
+def test_a_vae_that_fits_no_fp16_is_tried_in_fp32_and_exact_in_it(observed, kind):
+    seen = scenario(observed, "others")[f"overflow {kind}"]
+    assert seen["report"]["mode"] == "exact" and seen["report"]["dtype"] == "float16"
+    assert "in float16" in seen["report"]["notes"][0] and seen["error"] < 2e-2
+    assert seen["weights"] == ["torch.float16"]
+
+
+def test_a_trial_without_memory_makes_room_once_and_on_oom_error_stops(observed):
+    seen = scenario(observed, "others")
+    assert seen["room"] == "exact" and seen["unloaded"] == 1
+    assert seen["stopped"] == "OutOfMemoryError: scripted"
 
 
 @pytest.mark.parametrize("mode", ["auto", "blend"])

@@ -56,3 +56,9 @@ def test_a_network_is_tried_once_and_its_weights_are_looked_up_at_each_use(obser
 def test_half_precision_is_as_near_to_the_truth_as_comfyuis_own(observed):
     seen = scenario(observed, "half")
     assert 1e-4 < seen["ours"] <= 1.05 * seen["theirs"]
+
+
+def test_a_card_that_rounds_convolutions_to_tf32_is_allowed_what_that_costs(observed):
+    seen = observed["tf32"]
+    assert 20 * seen["fp32"] < seen["tf32"], "rounded, it was further apart"
+    assert 5 * seen["tf32"] < seen["cuda"] and seen["cpu"] <= 1e-3
