@@ -49,6 +49,13 @@ COLOUR_TENSORS = 3
 """Sets of frames in fp32 while they get their colours."""
 LAST_STAGE_TENSORS = 2
 """Maps at full resolution, of one strip, at the decoder's end."""
+WAN_TILE, WAN_TILE_READS = 512, 14
+"""Side in pixels of the tiles of `wan_vae.StreamingDecoder`, and how many more of each side they read at most."""
+WAN_CACHE = 2364
+"""Elements of its feature cache per output pixel."""
+WAN_TILE_WORK, WAN_FRAME_WORK = 1000, 30
+"""Elements alive beside the cache: per pixel that a tile reads, and per pixel of the frame."""
+
 
 @dataclass(frozen=True)
 class WanCosts:
@@ -57,7 +64,6 @@ class WanCosts:
     Counted from shapes with the tracker of benchmarks/budget_table.py; the same at every size.
 
     Attributes:
-        state: its feature cache, in elements per output pixel.
         copies: of the cache that exist while it decodes: 2 in a run that can be taken up again after an error, which
             keeps the old one until the new one is complete.
         itemsize: bytes of one number; None: those of the compute dtype.
@@ -65,7 +71,6 @@ class WanCosts:
 
     copies: int = 1
     itemsize: int | None = None
-    state: int = 2364
 
     def device_bytes(self, size: tuple[int, int], itemsize: int, resting: bool) -> tuple[int, int]:
         """Bytes of the cache, and of everything else while a latent is decoded.
@@ -78,15 +83,11 @@ class WanCosts:
         itemsize = self.itemsize or itemsize
         pixels = size[0] * size[1]
         tile = (min(size[0], WAN_TILE) + WAN_TILE_READS) * (min(size[1], WAN_TILE) + WAN_TILE_READS)
-        work = WAN_TILE_WORK[resting] * tile + WAN_FRAME_WORK[resting] * pixels
+        work = (WAN_TILE_WORK * tile + WAN_FRAME_WORK * pixels) * itemsize
         if resting:
-            return 0, work * itemsize
-        return self.state * pixels * itemsize, (work + (self.copies - 1) * self.state * pixels) * itemsize
-
-
-WAN_TILE, WAN_TILE_READS = 512, 14
-WAN_TILE_WORK, WAN_FRAME_WORK = {False: 1000, True: 1000}, {False: 30, True: 30}
-"""Elements alive beside the cache: per pixel that a tile reads, and per pixel of the frame."""
+            return 0, work
+        cache = WAN_CACHE * pixels * itemsize
+        return cache, work + (self.copies - 1) * cache
 
 
 def activation_bytes(
