@@ -25,18 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .batch import Manifest, Night, WorkerSettings, find_jobs, folder_settings, holds_videos, run_night
-from .demo import run_demo
-from .doctor import examine
-from .memory.host import fix_heap_growth
-from .models.flashvsr import FlashVSR, StreamOptions
-from .models.flashvsr.checkpoint import load_flashvsr
-from .models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
-from .models.flashvsr.download import DownloadError, download_flashvsr
-from .models.flashvsr.inspection import CheckpointReport, inspect_checkpoint
-from .models.video import open_clip
-from .models.wan_vae import StreamingDecoder, load_wan_vae
-from .upscale import (
+from .app.clip import (
     PRECISIONS,
     OutputOptions,
     RunReport,
@@ -46,6 +35,17 @@ from .upscale import (
     peak_rss_bytes,
     upscale_clip,
 )
+from .app.demo import run_demo
+from .app.doctor import examine
+from .app.folder import Manifest, Night, WorkerSettings, find_jobs, folder_settings, holds_videos, run_night
+from .memory.host import fix_heap_growth
+from .models.flashvsr import FlashVSR, StreamOptions
+from .models.flashvsr.checkpoint import load_flashvsr
+from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
+from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
+from .models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
+from .models.video import open_clip
+from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 NANO = Path(__file__).parent / "assets" / "nano.safetensors"

@@ -24,8 +24,8 @@ from steadyvsr.memory.budget import History
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
 from steadyvsr.models.flashvsr.footprint import WanCosts, activation_bytes
-from steadyvsr.models.flashvsr.ladder import MemoryPlan
 from steadyvsr.models.flashvsr.lq_projection import CausalLQ4xProjection
+from steadyvsr.models.flashvsr.memory_plan import MemoryPlan
 from steadyvsr.models.flashvsr.tc_decoder import TCDecoder
 from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
 

@@ -18,7 +18,14 @@ from steadyvsr.memory.budget import CONTEXT_BYTES, POOL_SHARE, RESERVE_BYTES, Ne
 from steadyvsr.memory.reading import GIB
 from steadyvsr.models.flashvsr import CausalLQ4xProjection, FlashVSRConfig, TCDecoder, Transformer, padded_size
 from steadyvsr.models.flashvsr.footprint import activation_bytes, cache_bytes, decoder_state_bytes
-from steadyvsr.models.flashvsr.ladder import DECODER_CHUNKS, DECODER_STRIPS, KV_CACHE, TILES, MemoryPlan, plans
+from steadyvsr.models.flashvsr.memory_plan import (
+    DECODER_CHUNKS,
+    DECODER_STRIPS,
+    KV_CACHE,
+    TILES,
+    MemoryPlan,
+    plans,
+)
 
 CARDS_GB = (6, 8, 12, 16, 24)
 SIZES = ((1280, 720), (1920, 1080), (2560, 1440), (3840, 2160))

@@ -35,7 +35,7 @@ def mean_us(call: Callable[[], Any]) -> float:
 def model_management(comfyui: Path | None) -> Any:
     """ComfyUI's module, of a checkout or of the tests' double."""
     if comfyui is None:
-        double = Path(__file__).resolve().parents[1] / "tests" / "books_double.py"
+        double = Path(__file__).resolve().parents[1] / "tests" / "patches" / "books_double.py"
         spec = importlib.util.spec_from_file_location("books_double", double)
         if spec is None or spec.loader is None:
             raise SystemExit(f"{double}: expected the tests' double of ComfyUI; got nothing.")
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     target = options.json and options.json.resolve()
     mm = model_management(options.comfyui and options.comfyui.resolve())
-    wrappers = importlib.import_module("steadyvsr.patches.wrappers")
+    wrappers = importlib.import_module("steadyvsr.patches.hooks")
     device = mm.get_torch_device()
     calls: dict[str, tuple] = {"soft_empty_cache": (), "free_memory": (0, device)}
     best: dict[str, dict[str, float]] = {name: {"stock": float("inf"), "wrapped": float("inf")} for name in calls}

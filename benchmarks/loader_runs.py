@@ -28,7 +28,7 @@ def main() -> int:
         pack.parent.mkdir()
         pack.symlink_to(ROOT, target_is_directory=True)
         done = subprocess.run(
-            [options.python, str(ROOT / "tests" / "comfyui_loaders_session.py"), str(pack), folder],
+            [options.python, str(ROOT / "tests" / "comfy" / "loaders_session.py"), str(pack), folder],
             cwd=options.comfyui,
             env={**os.environ, "STEADYVSR_RUNS": str(options.runs)},
             capture_output=True,

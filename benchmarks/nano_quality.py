@@ -19,9 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import torch
-from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
-from steadyvsr.models.flashvsr.checkpoint import load_flashvsr
-from steadyvsr.training.clips import (
+from steadyvsr.app.drawn_clips import (
     HELD_OUT_FRAMES,
     HELD_OUT_HEIGHT,
     HELD_OUT_SEEDS,
@@ -30,7 +28,9 @@ from steadyvsr.training.clips import (
     enlarge,
     make_clip,
 )
-from steadyvsr.training.metrics import psnr, ssim
+from steadyvsr.app.metrics import psnr, ssim
+from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
+from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "nano.safetensors"

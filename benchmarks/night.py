@@ -18,12 +18,12 @@ from statistics import median
 
 import psutil
 import torch
-from steadyvsr import batch
+from steadyvsr.app import folder as batch
+from steadyvsr.app.clip import OutputOptions
 from steadyvsr.cli import NANO
 from steadyvsr.memory import leak
 from steadyvsr.models.flashvsr import StreamOptions
 from steadyvsr.models.video import ClipWriter, open_clip
-from steadyvsr.upscale import OutputOptions
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 17
 CORRUPT_EVERY = 10
@@ -103,8 +103,7 @@ def main() -> int:
         kill = KillOnce(f"{options.clips // 2:02d}.mp4")
         bad = run(folder / "mixed", folder / "bad", 2, kill)
         same = [
-            frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name)
-            for result in bad.done
+            frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name) for result in bad.done
         ]
         time.sleep(1)
         left = [path.name for path in (folder / "bad").rglob("*") if ".part" in path.name]

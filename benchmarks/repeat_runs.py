@@ -21,7 +21,7 @@ import torch
 from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
-from steadyvsr.models.flashvsr.ladder import MemoryPlan, smaller
+from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, smaller
 
 RUNS, FIRST_COMPARED, WARM_UP = 200, 3, 10
 FRAMES, SIDE, SCALE = 25, 32, 4.0

@@ -3,7 +3,7 @@
     python -m steadyvsr.benchmarks.seven_phases --comfyui PATH [--python PYTHON] [--json FILE]
 
 load → LoRA → text encode → sampling patch → VAE encode → sample → VAE decode with small random models, each ended by a
-Phase Gate, three rounds, then once for each phase with its offload stubbed out. Runs tests/comfyui_phases_session.py
+Phase Gate, three rounds, then once for each phase with its offload stubbed out. Runs tests/comfy/phases_session.py
 with the Python that has ComfyUI's requirements.
 """
 
@@ -33,7 +33,7 @@ def observe(comfyui: Path, python: str) -> dict:
         pack = Path(folder) / "custom_nodes" / "steadyvsr"
         pack.parent.mkdir()
         pack.symlink_to(ROOT, target_is_directory=True)
-        script = ROOT / "tests" / "comfyui_phases_session.py"
+        script = ROOT / "tests" / "comfy" / "phases_session.py"
         command = [python, str(script), str(pack), folder, *SCENARIOS]
         run = subprocess.run(command, cwd=comfyui, capture_output=True, text=True)
     if run.returncode:

@@ -39,7 +39,7 @@ PIXELS = 8
 def start_comfyui(folder: Path) -> tuple[Any, Any]:
     """ComfyUI's `nodes` and the tests' small VAEs."""
     os.chdir(folder)
-    sys.path[:0] = [str(folder), str(Path(__file__).resolve().parents[1] / "tests")]
+    sys.path[:0] = [str(folder), str(Path(__file__).resolve().parents[1] / "tests" / "comfy")]
     sys.argv = ["main.py", "--cpu"]
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     target = options.json and options.json.resolve()
     stock, small = start_comfyui(options.comfyui.resolve())
-    ours = importlib.import_module("steadyvsr.nodes.vae_tiled")
+    ours = importlib.import_module("steadyvsr.nodes.vae.nodes")
     version = importlib.import_module("comfyui_version").__version__
     table, failed = {}, []
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
     python -m steadyvsr.benchmarks.verdicts [--json FILE]
 
-The cards, the plants and the series are those of the tests (tests/test_offload.py, test_holders.py, test_leak.py).
+The cards, the plants and the series are those of tests/memory (test_offload.py, test_holders.py, test_leak.py).
 Exits with 1 if a verdict is wrong, fewer than nine of ten holders are named, or more than 1 % of level series alarm.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from steadyvsr.memory import leak
-from steadyvsr.tests import test_holders, test_leak, test_offload
+from steadyvsr.tests.memory import test_holders, test_leak, test_offload
 
 GIB = 1 << 30
 MIB = 1 << 20

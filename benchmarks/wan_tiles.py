@@ -135,7 +135,7 @@ def load(comfyui: Path) -> tuple[Any, Any, str]:
     importlib.import_module("comfy.options").enable_args_parsing()
     importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
     wan = importlib.import_module("comfy.ldm.wan.vae")
-    wan_network = importlib.import_module("steadyvsr.nodes.wan_network")
+    wan_network = importlib.import_module("steadyvsr.nodes.vae.wan")
     with META:
         network = wan.WanVAE(
             dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],

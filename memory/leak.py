@@ -16,7 +16,7 @@ WINDOW_RUNS = 32
 SIGNIFICANCE = 3.0
 """Slope over its standard error. These three and the rule on the rise were chosen together on 20,000 drawn series: a
 slope of an eighth of the noise's range is found by run 12 in 96 % of them, a level series of 40 runs is reported in
-0.6 % (uniform and normal noise; tests/test_leak.py draws others)."""
+0.6 % (uniform and normal noise; tests/memory/test_leak.py draws others)."""
 STEP_SHARE = 0.35
 """One jump that leaves less than this share of the line's squared residuals is a step (another model kept), no leak."""
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import leak, probe
+from .process import shared
 from .reading import GIB, Figure, Reading, size_text
-from .state import shared
 
 log = logging.getLogger("steadyvsr.memory")
 

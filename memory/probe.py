@@ -20,8 +20,8 @@ import torch
 
 from .host import machine_memory, process_memory
 from .nvml import Nvml, NvmlReading
+from .process import shared
 from .reading import WHOLE_DEVICE, Figure, Reading, exact, unknown
-from .state import shared
 from .tracker import StorageTracker
 
 Device = torch.device | str

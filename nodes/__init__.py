@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from ..patches import wrappers
+from ..patches import hooks as wrappers
 from ..patches.residency import read_dynamic_vram
 from .doctor import Doctor
-from .flashvsr import LoadFlashVSR, Upscale, UpscaleVideo
+from .flashvsr.model_sets import register_model_folder
+from .flashvsr.nodes import LoadFlashVSR, Upscale, UpscaleVideo
 from .free import FreeMemory, ReleaseKept
 from .guidance import GuidanceMemory, LeanSampling
-from .loaders import LoadCheckpoint, LoadCLIP, LoadDiffusionModel, LoadVAE
-from .lora import ApplyLoRA
-from .memory import MemoryReport, PhaseGate
-from .model_sets import register_model_folder
-from .panel import register_routes
-from .vae_tiled import VAEDecodeTiled, VAEEncodeTiled
+from .loaders.lora import ApplyLoRA
+from .loaders.nodes import LoadCheckpoint, LoadCLIP, LoadDiffusionModel, LoadVAE
+from .panel.routes import register_routes
+from .phases import MemoryReport, PhaseGate
+from .vae.nodes import VAEDecodeTiled, VAEEncodeTiled
 
 
 class FlashVSRExtension(ComfyExtension):

@@ -14,13 +14,13 @@ from comfy.ldm.wan.model import WanModel
 from comfy_api.v0_0_2 import io, ui
 from torch import Tensor
 
-from ..doctor import Guidance, examine, guidance_of, peak_of
+from ..app.doctor import Guidance, examine, guidance_of, peak_of
 from ..memory import offload, probe
 from ..models.flashvsr import FlashVSR
 from ..models.flashvsr.checkpoint import load_flashvsr
 from ..patches import residency
-from . import model_sets
-from .compat import patcher_class, supported
+from ..patches.versions import patcher_class, supported
+from .flashvsr import model_sets
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
 
 NODE = "Memory Doctor"

@@ -9,10 +9,11 @@ from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
 
 from ..memory.reading import size_text
-from ..patches import snapshots, wrappers
+from ..patches import hooks as wrappers
+from ..patches import presses as snapshots
+from ..patches.kept import registry
 from ..patches.residency import residents
-from ..patches.retention import registry
-from .compat import supported
+from ..patches.versions import supported
 
 CATEGORY = "SteadyVSR/Memory"
 FREE, RELEASE = "Free Memory", "Release Kept Models"

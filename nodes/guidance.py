@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..memory import ledger, probe
 from ..patches import residency
+from ..patches.versions import supported, unique_id
 from . import node_status, receipts
-from .compat import supported, unique_id
 from .receipts import ReceiptCard
 
 log = logging.getLogger("steadyvsr.nodes")

@@ -11,7 +11,7 @@ from typing import Any
 
 from server import PromptServer
 
-from ..memory.state import shared
+from ..memory.process import shared
 
 RING_RECEIPTS = 64
 EVENT = "steadyvsr.receipt"

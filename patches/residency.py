@@ -16,9 +16,9 @@ import comfy.model_patcher
 import torch
 
 from ..memory import budget, ledger, offload, probe
-from ..memory.state import shared
+from ..memory.process import shared
 from . import prompt
-from .retention import registry, same_model
+from .kept import registry, same_model
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ ARROWS = {
     "models": set(),
     "memory": set(),
     "patches": {"memory"},
-    "nodes": {"patches", "memory", "models"},
-    "training": {"models"},
-    "batch": {"models", "memory"},
-    "": {"models", "memory", "training", "batch"},
+    "app": {"models", "memory"},
+    "nodes": {"app", "patches", "memory", "models"},
+    "training": {"app", "models"},
+    "": {"app", "models", "memory"},
 }
 LOGGING_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".json", ".js", ".css", ".yml", ".yaml"}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from steadyvsr.app.drawn_clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
+from steadyvsr.app.metrics import psnr, ssim
 from steadyvsr.models.flashvsr import FlashVSRConfig, TCDecoder
-from steadyvsr.training.clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
 from steadyvsr.training.initialise import cell_colours, hand_over, initialise_decoder
-from steadyvsr.training.metrics import psnr, ssim
 from steadyvsr.training.parallel import decode_clip
 from steadyvsr.training.train_nano import VALIDATION_SEEDS, Schedule, Trainer
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..app.drawn_clips import SCALE
 from ..models.flashvsr.lq_projection import PIXELS_PER_TOKEN, CausalLQ4xProjection
 from ..models.flashvsr.tc_decoder import TCDecoder
 from ..models.flashvsr.transformer import Transformer
-from .clips import SCALE
 
 CELL = 8
 FRAMES_PER_CELL = 4

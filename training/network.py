@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..models.flashvsr.checkpoint import save_merged
+from ..models.flashvsr.checkpoint.load import save_merged
 from ..models.flashvsr.config import FlashVSRConfig, StreamOptions
 from ..models.flashvsr.lq_projection import CausalLQ4xProjection
 from ..models.flashvsr.tc_decoder import TCDecoder

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..app.drawn_clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
+from ..app.metrics import psnr
 from ..models.flashvsr.config import FlashVSRConfig
-from .clips import HELD_OUT_SEEDS, TRAINING_SEED_LIMIT, degrade, enlarge, make_clip
 from .initialise import cell_colours, hand_over
-from .metrics import psnr
 from .network import CLIP_FRAMES, LATENT_FRAMES, NANO, OUTPUT_FRAMES, NanoNetwork, export
 from .parallel import decode_clip
 

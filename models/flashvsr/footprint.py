@@ -1,7 +1,7 @@
 """How many bytes a run needs beside the weights: activations at their worst moment, and the state between steps.
 
 Plain integers from sizes. The terms are counted from the shapes in `transformer`, `lq_projection`, `tc_decoder` and
-`stream`; the factors in capitals are how many such tensors are alive at the worst moment. tests/test_footprint.py
+`stream`; the factors in capitals are how many such tensors are alive at the worst moment. test_footprint.py
 compares the result with a tracker of all live storages. Not counted: work space inside convolution and attention
 kernels, and what an allocator keeps beyond live tensors.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..tiling import grid_tiles
 from .config import LATENT_STRIDE, FlashVSRConfig
-from .ladder import MemoryPlan
+from .memory_plan import MemoryPlan
 from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
 from .tc_decoder import CPU_STRIP_PIXELS, STRIP_PIXELS
 from .tiles import TILE_OVERLAP_PIXELS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .colour import METHODS
 from .config import LATENT_STRIDE, StreamOptions
-from .ladder import MemoryPlan
+from .memory_plan import MemoryPlan
 from .model import FlashVSR
 from .plan import STEP_FRAMES, output_size, padded_size, step_inputs, step_latents, step_outputs
 from .tc_decoder import FRAMES_PER_LATENT, DecoderMemory
@@ -368,9 +368,7 @@ class _Attempts:
     A unit changes the run's state at its end or part by part, so that after an exception it can be made again.
     """
 
-    def __init__(
-        self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None
-    ) -> None:
+    def __init__(self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None) -> None:
         self.plan, self._errors, self._on_error = plan, errors, on_error
 
     @property

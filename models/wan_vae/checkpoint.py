@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from ..flashvsr.weight_file import CheckpointError, WeightFile
 from ..operations import cast_on_use
+from ..weight_file import CheckpointError, WeightFile
 from .model import WanVAE
 from .state_dict import strip_prefix
 

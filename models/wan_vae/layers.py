@@ -144,12 +144,14 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, operations) -> None:
         super().__init__()
         # the numbers of the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights
-        self.residual = nn.ModuleDict({
-            "0": RMSNorm(channels_in, 3),
-            "2": operations.Conv3d(channels_in, channels_out, 3, padding=(0, 1, 1)),
-            "3": RMSNorm(channels_out, 3),
-            "6": operations.Conv3d(channels_out, channels_out, 3, padding=(0, 1, 1)),
-        })
+        self.residual = nn.ModuleDict(
+            {
+                "0": RMSNorm(channels_in, 3),
+                "2": operations.Conv3d(channels_in, channels_out, 3, padding=(0, 1, 1)),
+                "3": RMSNorm(channels_out, 3),
+                "6": operations.Conv3d(channels_out, channels_out, 3, padding=(0, 1, 1)),
+            }
+        )
         self.shortcut = operations.Conv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     @staticmethod

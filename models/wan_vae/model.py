@@ -35,11 +35,13 @@ LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 def middle_blocks(channels: int, operations) -> nn.ModuleList:
-    return nn.ModuleList([
-        ResidualBlock(channels, channels, operations),
-        AttentionBlock(channels, operations),
-        ResidualBlock(channels, channels, operations),
-    ])
+    return nn.ModuleList(
+        [
+            ResidualBlock(channels, channels, operations),
+            AttentionBlock(channels, operations),
+            ResidualBlock(channels, channels, operations),
+        ]
+    )
 
 
 def read_through(blocks: Any, area: Area) -> list[Area]:

@@ -1,0 +1,329 @@
+"""Runs the jobs of a folder: admission, workers, retries, a record after every clip, a table at the end.
+
+Each worker is an executor with one process, so that a process which dies takes down no other. What it had in its hands
+is done again once, alone, with the smallest plan that gives the same frames.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ...memory import leak, probe
+from ...memory.budget import may_load
+from ...memory.reading import size_text
+from . import worker
+from .admission import Workers, admit
+from .clips import Job
+from .manifest import Manifest
+from .worker import DISK_FULL, DONE, FAILED, NO_MODEL, OUT_OF_MEMORY, SMALL, STOPPED, ClipResult, WorkerSettings
+
+FIRST_STEADY_CLIP = 3
+"""Memory after the first clips still holds what libraries set up once."""
+
+Say = Callable[[str], None]
+Progress = Callable[[int, str, int, "int | None"], None]
+
+
+@dataclass(frozen=True)
+class Night:
+    """What to run and how.
+
+    Attributes:
+        jobs: all clips of the folder.
+        settings: for each device one, with that device in it.
+        workers: how many in all; None for as many as fit.
+        force: take that many although they do not fit.
+    """
+
+    jobs: tuple[Job, ...]
+    settings: tuple[WorkerSettings, ...]
+    workers: int | None = None
+    force: bool = False
+
+
+@dataclass
+class NightReport:
+    """What came of it.
+
+    Attributes:
+        results: one for each clip that was tried, in the order of the jobs.
+        skipped: names that an earlier run had finished.
+        admissions: why each device got how many workers.
+        redone: names that were done again after their worker died or ran out of memory.
+        growth: by worker, how the bytes after a clip grow, from the third clip on.
+        stopped: why the run ended before its last clip, or "".
+        seconds: of the whole run.
+    """
+
+    results: list[ClipResult] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    admissions: list[str] = field(default_factory=list)
+    redone: list[str] = field(default_factory=list)
+    growth: dict[str, str] = field(default_factory=dict)
+    stopped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> list[ClipResult]:
+        return [result for result in self.results if result.state == DONE]
+
+    @property
+    def failed(self) -> list[ClipResult]:
+        return [result for result in self.results if result.state != DONE]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {**vars(self), "results": [asdict(result) for result in self.results]}
+
+    def table(self) -> str:
+        """One line for each clip, then the sums."""
+        rows = [("clip", "result", "frames", "fps", "peak", "after")]
+        for result in self.results:
+            fps = f"{result.frames / result.seconds:.2f}" if result.frames and result.seconds else "-"
+            what = result.state if result.state == DONE else f"{result.state}: {result.error}"
+            sizes = size_text(result.footprint), size_text(result.after)
+            rows.append((result.name, what, str(result.frames), fps, *sizes))
+        widths = [min(60, max(len(row[column]) for row in rows)) for column in range(6)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(
+            f"{len(self.done)} done, {len(self.failed)} failed, {len(self.skipped)} finished before, "
+            f"{self.seconds:.0f} s"
+        )
+        return "\n".join([*lines, *([self.stopped] if self.stopped else [])])
+
+
+class _Slot:
+    """One worker: an executor with a single process, bound to a device."""
+
+    def __init__(self, number: int, settings: WorkerSettings, events: Any, stop: Any) -> None:
+        self.number, self.settings = number, settings
+        self._arguments = (settings, number, events, stop)
+        self._executor: ProcessPoolExecutor | None = None
+        self.job: Job | None = None
+        self.future: Future[ClipResult] | None = None
+
+    def submit(self, job: Job, small: bool = False) -> None:
+        if self._executor is None:
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(1, context, worker.start, self._arguments)
+        plan = (SMALL,) if small else ()
+        self.job = job
+        self.future = self._executor.submit(worker.upscale, job.name, str(job.source), str(job.output), *plan)
+
+    def take(self) -> tuple[Job, ClipResult | None]:
+        """The finished job and its result; None where the process died."""
+        assert self.job is not None and self.future is not None
+        job, future = self.job, self.future
+        self.job = self.future = None
+        try:
+            return job, future.result()
+        except BrokenProcessPool:
+            self.close()
+            return job, None
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+
+def run_night(night: Night, manifest: Manifest, say: Say, progress: Progress = lambda *_: None) -> NightReport:
+    """Runs every job that the manifest does not call finished.
+
+    Args:
+        say: takes a line for the user.
+        progress: called with worker number, clip, frames done, frames in all.
+
+    Raises:
+        KeyboardInterrupt: after the workers have stopped cleanly; a rerun goes on where this one ended.
+    """
+    started = time.monotonic()
+    report = NightReport()
+    waiting = deque(job for job in night.jobs if not manifest.finished(job))
+    report.skipped = [job.name for job in night.jobs if job not in waiting]
+    context = multiprocessing.get_context("spawn")
+    events, stop = context.Queue(), context.Event()
+    listener = threading.Thread(target=_listen, args=(events, progress), daemon=True)
+    listener.start()
+    slots = [_Slot(number, settings, events, stop) for number, settings in enumerate(night.settings)]
+    try:
+        work = _Run(night, manifest, say, report, waiting, slots, events, stop)
+        try:
+            work.all()
+        except KeyboardInterrupt:
+            work.stop_clean()
+            raise
+    finally:
+        stop.set()
+        for slot in slots:
+            slot.close()
+        events.put(None)
+        listener.join(5)
+        order = {job.name: index for index, job in enumerate(night.jobs)}
+        report.results.sort(key=lambda result: order[result.name])
+        report.growth = growth_of(report.results)
+        report.seconds = time.monotonic() - started
+    return report
+
+
+def _listen(events: Any, progress: Progress) -> None:
+    for event in iter(events.get, None):
+        progress(*event)
+
+
+class _Run:
+    def __init__(
+        self,
+        night: Night,
+        manifest: Manifest,
+        say: Say,
+        report: NightReport,
+        waiting: deque[Job],
+        slots: list[_Slot],
+        events: Any,
+        stop: Any,
+    ) -> None:
+        self.night, self.manifest, self.say, self.report = night, manifest, say, report
+        self.waiting, self.slots, self.events, self.stop = waiting, slots, events, stop
+        self.again: deque[Job] = deque()
+
+    def all(self) -> None:
+        admitted: set[str] = set()
+        while (self.waiting or self._busy()) and not self.report.stopped:
+            for slot in self.slots:
+                # A device gets its other workers when the first clip has shown what one takes.
+                if slot.job is None and self.waiting and self._may_start(slot):
+                    slot.submit(self.waiting.popleft())
+            for slot in self._finished():
+                job, result = slot.take()
+                device = slot.settings.device
+                if result is not None and result.state == DONE and device not in admitted:
+                    admitted.add(device)
+                    self._admit(slot, result)
+                self._settle(job, result)
+        while self.again and not self.report.stopped:
+            self._alone(self.again.popleft())
+
+    def stop_clean(self) -> None:
+        """Lets every worker stop at its next step, and records a clip that was just finished."""
+        self.report.stopped = "stopped by the user"
+        self.stop.set()
+        busy = self._busy()
+        wait([slot.future for slot in busy if slot.future])
+        for slot in busy:
+            job, result = slot.take()
+            if result is not None and result.state == DONE:
+                self._record(job, result)
+
+    def _busy(self) -> list[_Slot]:
+        return [slot for slot in self.slots if slot.future is not None]
+
+    def _finished(self) -> list[_Slot]:
+        busy = self._busy()
+        done, _ = wait([slot.future for slot in busy if slot.future], timeout=0.5, return_when=FIRST_COMPLETED)
+        return [slot for slot in busy if slot.future in done]
+
+    def _may_start(self, slot: _Slot) -> bool:
+        """Whether there is room for a worker that does not run yet, by measurement."""
+        if slot._executor is not None or self.night.force or not self._busy():
+            return True
+        known = [result.footprint for result in self.report.results if result.footprint]
+        answer = may_load(max(known, default=0), probe.read(slot.settings.device))
+        return answer.allowed or answer.free is None
+
+    def _admit(self, first: _Slot, result: ClipResult) -> None:
+        settings = first.settings
+        cpu = torch.device(settings.device).type == "cpu"
+        total = psutil.virtual_memory().total if cpu else probe.read(settings.device).total.bytes
+        if total is None:
+            self.report.admissions.append(f"{settings.device}: its size cannot be read, so it gets one worker")
+            return
+        asked = None if self.night.workers is None else max(1, self.night.workers // len(self.night.settings))
+        cores = (os.cpu_count() or 1) if cpu else None
+        found: Workers = admit(result.footprint, total, asked=asked, force=self.night.force, cores=cores)
+        line = f"{settings.device}: {found.reason}"
+        self.report.admissions.append(line)
+        self.say(line)
+        for _ in range(found.count - 1):
+            self.slots.append(_Slot(len(self.slots), settings, self.events, self.stop))
+
+    def _settle(self, job: Job, result: ClipResult | None) -> None:
+        if result is None:
+            self.say(f"{job.name}: its worker died; it will be done again alone")
+            self.again.append(job)
+        elif result.state == OUT_OF_MEMORY:
+            self.say(f"{job.name}: out of memory; it will be done again alone")
+            self.again.append(job)
+        else:
+            self._record(job, result)
+
+    def _record(self, job: Job, result: ClipResult) -> None:
+        if result.state == STOPPED:
+            return
+        if result.state == NO_MODEL:
+            self.report.stopped = f"The model could not be loaded: {result.error}"
+            return
+        if result.state == DISK_FULL:
+            self.report.stopped = (
+                f"{job.name}: {result.error} What was finished before is safe; make room on the disk and run again."
+            )
+            self.stop.set()
+        self.report.results.append(result)
+        self.manifest.record(
+            job, DONE if result.state == DONE else FAILED, frames=result.frames, error=result.error,
+            seconds=round(result.seconds, 3),
+        )  # fmt: skip
+        self.say(f"{job.name}: {result.state}{f', {result.error}' if result.error else f', {result.frames} frames'}")
+
+    def _alone(self, job: Job) -> None:
+        """Once more, with nothing beside it and the smallest plan; a second failure stands."""
+        self.report.redone.append(job.name)
+        for slot in self.slots:
+            slot.close()
+        slot = _Slot(len(self.slots), self.night.settings[0], self.events, self.stop)
+        self.slots.append(slot)
+        slot.submit(job, small=True)
+        wait([slot.future] if slot.future else [])
+        _, result = slot.take()
+        slot.close()
+        if result is None:
+            result = ClipResult(job.name, FAILED, "its worker died twice (killed, out of memory, or a crash)")
+        elif result.state == OUT_OF_MEMORY:
+            result = replace(result, state=FAILED, error=f"out of memory even alone: {result.error}")
+        self._record(job, result)
+
+
+def growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
+    """How each worker's bytes after a clip grow from clip to clip, the first two left out."""
+    series: dict[int, list[int]] = {}
+    for result in results:
+        series.setdefault(result.pid, []).append(result.after)
+    found = {}
+    for number, values in enumerate(series.values()):
+        growth = leak.fit(values[FIRST_STEADY_CLIP - 1 :])
+        if growth is not None:
+            found[f"worker {number}"] = str(growth)
+    return found
+
+
+def folder_settings(settings: WorkerSettings) -> dict[str, Any]:
+    """What of the settings changes a result: the record of a folder depends on it."""
+    plain = asdict(replace(settings, device="", threads=1))
+    weights = Path(settings.model)
+    files = [weights] if weights.is_file() else sorted(path for path in weights.glob("*") if path.is_file())
+    plain["weights"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    plain["model"] = weights.name
+    return plain

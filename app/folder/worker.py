@@ -1,0 +1,184 @@
+"""A worker process: one model on one device, one clip after another, memory returned after each."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...memory import probe
+from ...memory.host import fix_heap_growth, trim
+from ...models.flashvsr import FlashVSR, StreamOptions
+from ...models.flashvsr.checkpoint import load_flashvsr
+from ...models.flashvsr.memory_plan import MemoryPlan
+from ...models.video import open_clip
+from ..clip import OutputOptions, choose_dtype, open_writer, peak_rss_bytes, upscale_clip
+
+DONE, FAILED, DISK_FULL, STOPPED = "done", "failed", "disk full", "stopped"
+OUT_OF_MEMORY, NO_MODEL = "out of memory", "no model"
+PROGRESS_SECONDS = 0.5
+SMALL = MemoryPlan(kv_in_ram=True, decoder_frames=1)
+"""For a clip whose worker died: the smallest plan that gives the same frames."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is started with. Plain values: they go to another process.
+
+    Attributes:
+        device: as torch writes it.
+        model: path of the weights.
+        threads: of torch on the CPU.
+        version, lq_cache_order, precision: as the command line spells them.
+    """
+
+    device: str
+    model: str
+    options: StreamOptions
+    output: OutputOptions
+    version: str = "auto"
+    lq_cache_order: str = "fixed"
+    precision: str = "auto"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """What became of a clip, and what it took.
+
+    Attributes:
+        state: done | failed | disk full | stopped | out of memory | no model.
+        error: why, where it is not done.
+        footprint: bytes that the worker took at its worst moment: on a card what its allocator held and the driver's
+            context, on the CPU resident memory.
+        after: bytes that the worker holds when the clip is over, and where that number comes from.
+        pid: of the worker.
+    """
+
+    name: str
+    state: str
+    error: str = ""
+    frames: int = 0
+    seconds: float = 0.0
+    footprint: int = 0
+    after: int = 0
+    after_source: str = ""
+    pid: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class _Stopped(Exception):
+    pass
+
+
+@dataclass
+class _Worker:
+    settings: WorkerSettings
+    model: FlashVSR
+    device: torch.device
+    events: Any
+    stop: Any
+    number: int
+
+
+_worker: _Worker | None = None
+_failure = ""
+"""Why there is no worker: an executor would say of an error in `start` only that the process broke."""
+
+
+def start(settings: WorkerSettings, number: int, events: Any, stop: Any) -> None:
+    """Makes this process a worker: loads the model once. Ctrl-C is the parent's business: it sets `stop`."""
+    global _worker, _failure
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(settings.threads)
+    fix_heap_growth()
+    device = torch.device(settings.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        model = load_flashvsr(
+            settings.model, settings.version, settings.lq_cache_order, dtype=choose_dtype(settings.precision, device),
+            device=device,
+        )  # fmt: skip
+    except (ValueError, OSError, RuntimeError) as error:
+        _failure = str(error)
+        return
+    _worker = _Worker(settings, model, device, events, stop, number)
+
+
+def upscale(name: str, source: str, output: str, plan: MemoryPlan = MemoryPlan()) -> ClipResult:  # noqa: B008  frozen
+    """Upscales one clip in this worker. Whatever goes wrong with the clip is in the result; nothing is raised."""
+    if _worker is None:
+        return ClipResult(name, NO_MODEL, _failure)
+    started = time.perf_counter()
+    try:
+        result = _upscale(_worker, name, Path(source), Path(output), plan)
+    except _Stopped:
+        result = ClipResult(name, STOPPED)
+    except torch.OutOfMemoryError as error:
+        result = ClipResult(name, OUT_OF_MEMORY, str(error).splitlines()[0])
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        result = ClipResult(name, DISK_FULL if full else FAILED, str(error))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        result = ClipResult(name, FAILED, f"{error}" or type(error).__name__)
+    footprint, (after, source_of_after) = _footprint(_worker.device), _returned(_worker.device)
+    seconds = time.perf_counter() - started
+    return replace(
+        result, seconds=seconds, footprint=footprint, after=after, after_source=source_of_after, pid=os.getpid()
+    )
+
+
+def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: MemoryPlan) -> ClipResult:
+    settings = worker.settings
+    clip = open_clip(source)
+    clip.verify()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # An older result is replaced at the end, by renaming.
+    writer = open_writer(clip, output, settings.options.scale, replace(settings.output, force=True))
+    said = 0.0
+
+    def step(phase: str, done: int, total: int | None) -> None:
+        nonlocal said
+        if worker.stop.is_set():
+            raise _Stopped
+        if time.perf_counter() - said >= PROGRESS_SECONDS:
+            said = time.perf_counter()
+            worker.events.put((worker.number, name, done, total or clip.frame_count))
+
+    report = upscale_clip(
+        worker.model, clip, writer, settings.options, device=worker.device,
+        dtype=choose_dtype(settings.precision, worker.device), on_step=step, plan=plan,
+    )  # fmt: skip
+    if not report.complete:
+        Path(report.output).unlink(missing_ok=True)
+        return ClipResult(name, FAILED, report.notes[-1], notes=report.notes)
+    return ClipResult(name, DONE, frames=report.frames, notes=report.notes)
+
+
+def _footprint(device: torch.device) -> int:
+    if device.type != "cuda":
+        return peak_rss_bytes()
+    reading = probe.read(device)
+    reserved = torch.cuda.max_memory_reserved(device)
+    # The context is what the driver counts beyond the pool; where it does not tell, the pool alone is known.
+    context = max(0, (reading.process.bytes or 0) - (reading.reserved.bytes or 0))
+    return reserved + context
+
+
+def _returned(device: torch.device) -> tuple[int, str]:
+    """Gives memory back and says what this worker still holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim()
+    reading = probe.read(device, settled=True)
+    figure = reading.driver if device.type == "cpu" or reading.process.bytes is not None else reading.reserved
+    return figure.bytes or 0, figure.source

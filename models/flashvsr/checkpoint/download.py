@@ -1,0 +1,276 @@
+"""Fetches the released FlashVSR weights, on request only: nothing runs at import, and nothing else here calls it.
+
+Where from: the authors' Hugging Face repositories (transformer, LQ projection, TC decoder; the addresses and the stated
+hashes come from `huggingface_hub`, so that HF_ENDPOINT is honoured), and the authors' GitHub repository for the prompt
+context (4 MB), which their Hugging Face repositories do not have. Copies of it on Hugging Face exist in other forms,
+but the GitHub file's hash is published, so that is the one taken.
+
+Transfers are made here, because recent versions of `huggingface_hub` drop what has arrived when they are interrupted:
+a file grows as NAME.part and is continued by the next call.
+
+What is trusted: a file counts as there when its size and sha256 are right. Those of v1.1 and of the prompt stand in
+`parts.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub itself states (git
+LFS), which shows damage on the way but not a changed repository. No token is sent. `.ckpt` and `.pth` files are
+pickles; `load_flashvsr` reads them with weights_only=True, which runs no code in them.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import importlib
+import logging
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...weight_file import file_sha256
+from .parts import KNOWN_FILES, VERSIONS
+from .sources import PROMPT_URL
+
+REPOSITORIES = {"v1": "JunhaoZhuang/FlashVSR", "v1.1": "JunhaoZhuang/FlashVSR-v1.1"}
+WEIGHTS = ("diffusion_pytorch_model_streaming_dmd.safetensors", "LQ_proj_in.ckpt", "TCDecoder.ckpt")
+PROMPT = "posi_prompt.pth"
+
+_PROMPT_REPOSITORY = "OpenImagingLab/FlashVSR"
+_CONNECTIONS = 5
+"""Interruptions of one file before giving up; each continues where the last one stopped."""
+_PAUSE_SECONDS = 2
+_TRANSIENT_STATUS = (408, 425, 429)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
+_TIMEOUT_SECONDS = 60
+_CHUNK_BYTES = 1 << 20
+_RESERVE_BYTES = 64 << 20
+"""Left free on the disk."""
+
+log = logging.getLogger("steadyvsr.download")
+
+Progress = Callable[[str, int, int], None]
+"""(file name, bytes of the set that are there, bytes of the set). Called for every MiB; may raise to cancel."""
+
+
+class DownloadError(RuntimeError):
+    """A file could not be fetched, or is not what it should be. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file of the set.
+
+    Attributes:
+        sha256: None where nobody states one: then only the size is checked.
+    """
+
+    name: str
+    url: str
+    size_bytes: int
+    sha256: str | None
+
+
+def download_flashvsr(
+    version: str,
+    folder: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    hub: Any = None,
+    urlopen: Callable[..., Any] = urllib.request.urlopen,
+) -> Path:
+    """Makes `folder` a complete official checkpoint folder: transformer, projection, decoder and prompt (6.4 GB).
+
+    Files that are there and right are kept; a wrong one is replaced once the new one is complete and right; an
+    interrupted call is continued by the next.
+
+    Args:
+        version: v1 | v1.1.
+        folder: created if needed. The files of the two versions have the same names: use one folder for each.
+        hub: the `huggingface_hub` module (imported when needed) or a stand-in.
+        urlopen: opens a `urllib.request.Request`.
+
+    Returns:
+        The folder, for `load_flashvsr(folder, version=version)`.
+
+    Raises:
+        ValueError: unknown version.
+        DownloadError: no connection, a full disk, `huggingface_hub` missing, a file that twice arrived damaged, or a
+            folder that holds the other version.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"download_flashvsr: expected version {' or '.join(VERSIONS)}; got {version!r}.")
+    folder = Path(folder)
+    hub = hub or _import_hub()
+    wanted = [_prompt(), *_weights(hub, version)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [file for file in wanted if not _is_there(folder, file, hub, version)]
+        _check_space(folder, missing)
+        total = sum(file.size_bytes for file in wanted)
+        done = total - sum(file.size_bytes for file in missing)
+        for file in missing:
+            _fetch(
+                folder, file, urlopen, lambda name, size, before=done: progress and progress(name, before + size, total)
+            )
+            done += file.size_bytes
+    except OSError as error:
+        raise DownloadError(
+            f"{folder}: expected a folder to write {version} to; {error}. Free space or choose another."
+        ) from error
+    return folder
+
+
+def _import_hub() -> Any:
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise DownloadError(
+            "download_flashvsr: expected the package huggingface_hub; it is not installed. Run "
+            "`pip install huggingface_hub`, or fetch the files by hand from https://huggingface.co/JunhaoZhuang."
+        ) from error
+
+
+def _prompt() -> Wanted:
+    (known,) = (known for known in KNOWN_FILES if known.name == f"{_PROMPT_REPOSITORY} {PROMPT}")
+    return Wanted(PROMPT, PROMPT_URL, known.size_bytes, known.sha256)
+
+
+def _weights(hub: Any, version: str) -> list[Wanted]:
+    repository = REPOSITORIES[version]
+    known = {file.name: file for file in KNOWN_FILES}
+    stated = {}
+    if any(f"{repository} {name}" not in known for name in WEIGHTS):
+        stated = _stated_by_hub(hub, repository)
+    wanted = []
+    for name in WEIGHTS:
+        size_bytes, sha256 = stated.get(name, (0, None))
+        if file := known.get(f"{repository} {name}"):
+            size_bytes, sha256 = file.size_bytes, file.sha256
+        if sha256 is None:
+            log.warning(
+                "%s: %s has no published sha256 and the hub states none: only its size is checked.", repository, name
+            )
+        wanted.append(Wanted(name, hub.hf_hub_url(repository, name), size_bytes, sha256))
+    return wanted
+
+
+def _stated_by_hub(hub: Any, repository: str) -> dict[str, tuple[int, str | None]]:
+    """File name → size and LFS sha256, as the hub states them."""
+    try:
+        infos = hub.HfApi().get_paths_info(repository, list(WEIGHTS), token=False)
+    except Exception as error:  # the client lets errors of requests or httpx through, by its version
+        raise DownloadError(
+            f"{repository}: expected the sizes and hashes of its files from the hub; {type(error).__name__}: {error}. "
+            f"Try again later."
+        ) from error
+    stated = {info.path: (info.size, info.lfs.sha256 if info.lfs else None) for info in infos}
+    absent = [name for name in WEIGHTS if name not in stated]
+    if absent:
+        raise DownloadError(f"{repository}: expected the files {', '.join(WEIGHTS)}; it has no {', '.join(absent)}.")
+    return stated
+
+
+def _is_there(folder: Path, file: Wanted, hub: Any, version: str) -> bool:
+    """Whether the file is whole and right.
+
+    Raises:
+        DownloadError: it is the other version's file.
+    """
+    path = folder / file.name
+    if not path.is_file():
+        return False
+    if _is_file(path, file):
+        return True
+    (other,) = set(VERSIONS) - {version}
+    if file.name in WEIGHTS and any(_is_file(path, of_other) for of_other in _weights(hub, other) if of_other.sha256):
+        raise DownloadError(
+            f"{path}: expected the file of {version}; it is that of {other}. Choose another folder for {version}."
+        )
+    log.warning("%s: incomplete, damaged or another file; it will be replaced.", path)
+    return False
+
+
+def _is_file(path: Path, file: Wanted) -> bool:
+    return path.stat().st_size == file.size_bytes and file.sha256 in (None, file_sha256(path))
+
+
+def _check_space(folder: Path, missing: list[Wanted]) -> None:
+    arrived = [part.stat().st_size for file in missing if (part := _part_path(folder / file.name)).is_file()]
+    needed = sum(file.size_bytes for file in missing) - sum(arrived)
+    free = shutil.disk_usage(folder).free
+    if missing and needed + _RESERVE_BYTES > free:
+        raise DownloadError(
+            f"{folder}: expected {needed / 1e9:.2f} GB of free space; got {free / 1e9:.2f} GB. Free space or choose "
+            f"another folder."
+        )
+
+
+def _part_path(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _fetch(folder: Path, file: Wanted, urlopen: Callable[..., Any], report: Callable[[str, int], object]) -> None:
+    """Fetches one file: continued where an earlier attempt stopped, and once more from the start if that is damaged."""
+    path = folder / file.name
+    part = _part_path(path)
+    digest = None
+    for _ in range(2):
+        _transfer(file, part, urlopen, report)
+        digest = file_sha256(part)
+        if digest == (file.sha256 or digest):
+            os.replace(part, path)
+            return
+        log.warning("%s: arrived with sha256 %s instead of %s; fetched again.", path, digest, file.sha256)
+        part.unlink()
+    raise DownloadError(
+        f"{path}: expected sha256 {file.sha256}; got {digest}, twice. {file.url} holds another file, or something on "
+        f"the way changes it. Try another network, or fetch it by hand."
+    )
+
+
+def _transfer(file: Wanted, part: Path, urlopen: Callable[..., Any], report: Callable[[str, int], object]) -> None:
+    """Appends to `part` until it has the right size."""
+    error: Exception | None = None
+    for _ in range(_CONNECTIONS):
+        error = None
+        size_bytes = part.stat().st_size if part.is_file() else 0
+        if size_bytes > file.size_bytes:
+            part.unlink()
+            size_bytes = 0
+        if size_bytes == file.size_bytes:
+            return
+        request = urllib.request.Request(file.url, headers={"Range": f"bytes={size_bytes}-"} if size_bytes else {})
+        try:
+            with urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+                # 200 instead of 206: a server that cannot continue sends all of it.
+                continued = response.status == 206 and size_bytes > 0
+                _append(response, part, file, size_bytes if continued else 0, report)
+        except urllib.error.HTTPError as caught:
+            error = caught
+            if caught.code < 500 and caught.code not in _TRANSIENT_STATUS:
+                break
+        except (OSError, http.client.HTTPException) as caught:
+            if isinstance(caught, OSError) and caught.errno in _DISK_ERRORS:
+                raise
+            error = caught
+        if error:
+            log.warning("%s: the connection broke (%s).", file.url, error)
+            time.sleep(_PAUSE_SECONDS)
+    if not part.is_file() or part.stat().st_size != file.size_bytes:
+        raise DownloadError(
+            f"{file.url}: expected {file.size_bytes} bytes; got {part.stat().st_size if part.is_file() else 0}"
+            f"{f' ({error})' if error else ''}. Try again: what has arrived is kept and continued."
+        ) from error
+
+
+def _append(response: Any, part: Path, file: Wanted, start: int, report: Callable[[str, int], object]) -> None:
+    with part.open("ab") as out:
+        out.truncate(start)
+        size_bytes = start
+        while size_bytes <= file.size_bytes and (chunk := response.read(_CHUNK_BYTES)):
+            out.write(chunk)
+            size_bytes += len(chunk)
+            report(file.name, min(size_bytes, file.size_bytes))

@@ -1,0 +1,265 @@
+"""What is known about FlashVSR checkpoints: which keys belong to which part, which files are which release.
+
+Parts are told from their keys, never from file names: names are copied, renamed and mispaired (the most reported
+"ghosting" of FlashVSR is a projection of one release used as that of the other; their shapes are identical).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...weight_file import CheckpointError, WeightFile, tensors_sha256
+
+NETWORKS = ("transformer", "lq_projection", "decoder")
+PARTS = (*NETWORKS, "prompt")
+VERSIONS = ("v1", "v1.1")
+FAMILY = "flashvsr"
+
+MERGED_PREFIXES = {"transformer": "", "lq_projection": "lq_proj_in.", "decoder": "tc_decoder."}
+"""Of the networks in one merged file."""
+MERGED_PROMPT = "positive_conditioning"
+MERGED_FORMAT = "steadyvsr-merged"
+"""Metadata `format` of the merged files written here; theirs alone have a `sha256` of the tensors to check."""
+
+CONDITION_CHANNELS = 4 * 8 * 8 * 3
+"""Input channels of the TC decoder before the latent's: tells it from the TAEHV decoders, which share its key names."""
+
+_MARKERS = {
+    "transformer": (
+        "patch_embedding.weight",
+        "blocks.0.self_attn.q.weight",
+        "time_projection.1.weight",
+        "head.head.weight",
+    ),
+    "lq_projection": ("linear_layers.0.weight", "norm1.gamma", "norm2.gamma"),
+    "decoder": ("decoder.1.weight", "decoder.5.conv.0.weight", "decoder.10.weight", "decoder.26.weight"),
+    "vae": ("conv2.weight", "decoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
+}
+"""Two markers under one prefix identify a part (a Wan VAE too, so that its keys are not taken for something else)."""
+_KEYS = {
+    "transformer": re.compile(r"(patch_embedding|text_embedding|time_embedding|time_projection|blocks|head)\."),
+    "lq_projection": re.compile(r"(conv[12]|norm[12]|linear_layers)\."),
+    "decoder": re.compile(r"(decoder|encoder)\."),
+    "vae": re.compile(r"(encoder|decoder|conv[12])\."),
+}
+_IGNORED = {"decoder": "encoder."}
+"""Keys of a part that no network here has: of the autoencoder that the TC decoder was made from."""
+_PROMPT_NAMES = ("", "context", MERGED_PROMPT, "posi_prompt", "posi_context", "prompt", "prompt_emb", "prompt_embeds")
+_IDENTITY = {
+    "transformer": ("patch_embedding.bias", "head.modulation"),
+    "lq_projection": ("norm1.gamma", "conv1.bias"),
+    "decoder": ("decoder.1.bias", "decoder.26.bias"),
+    "prompt": ("context",),
+}
+"""Small tensors whose raw bytes stand for a part."""
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A published file.
+
+    Attributes:
+        version: of the transformer and the LQ projection in it; None where the releases share the file.
+        size_slack_bytes: how exactly the size is known; the hash decides.
+    """
+
+    name: str
+    sha256: str
+    size_bytes: int
+    version: str | None
+    size_slack_bytes: int = 0
+
+
+# The v1 transformer and projection are missing: no published hash of them was found.
+KNOWN_FILES = (
+    KnownFile(
+        "JunhaoZhuang/FlashVSR-v1.1 diffusion_pytorch_model_streaming_dmd.safetensors",
+        "bd28180edcf3446c028e32fc6b731a80bf7e4da2ab4caac3186b9499964d37be",
+        5676070392,
+        "v1.1",
+    ),
+    KnownFile(
+        "JunhaoZhuang/FlashVSR-v1.1 LQ_proj_in.ckpt",
+        "d6d011cdaaba6a52645086caa08fa04124e746f6ca568140a24007591142bfd2",
+        575694948,
+        "v1.1",
+    ),
+    KnownFile(
+        "JunhaoZhuang/FlashVSR-v1.1 TCDecoder.ckpt",
+        "e224bdcf2f52745cbf4d393ff5374c2ba09e90285d5d19062d2bf63b915b6161",
+        189018333,
+        None,
+    ),
+    KnownFile(
+        "JunhaoZhuang/FlashVSR-v1.1 Wan2.1_VAE.pth",
+        "38071ab59bd94681c686fa51d75a1968f64e470262043be31f7a094e442fd981",
+        507609880,
+        None,
+    ),
+    KnownFile(
+        "OpenImagingLab/FlashVSR posi_prompt.pth",
+        "4601107a11e4e11a936a6b79df579e54dbc99872132bf542151f0ffd65b4b1ef",
+        4195504,
+        None,
+    ),
+    KnownFile(
+        "ausboss/FlashVSR-v1.1-ComfyUI (all parts, fp16)",
+        "dd833652205e2efdb6d524a669908156b13620e77b8b3f2aedfcc3086eae1569",
+        3508600000,  # counted from the tensors; the exact size is not published
+        "v1.1",
+        size_slack_bytes=2000000,
+    ),
+)
+
+KNOWN_PROJECTIONS: dict[str, str] = {}
+"""sha256 of the raw bytes of norm1.gamma and conv1.bias, as stored → version. Empty: it would have to be computed from
+the released files, which were not available when this was written. `steadyvsr inspect` prints it for any file."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one part lies.
+
+    Attributes:
+        names: official key → name in the file ("context" for the prompt).
+        ignored: names of the part that nothing here uses.
+    """
+
+    part: str
+    file: WeightFile
+    names: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+    def entries(self) -> dict[str, Tensor]:
+        """Official key → tensor on the meta device."""
+        return {key: self.file.entries[name] for key, name in self.names.items()}
+
+    def fingerprint(self) -> str | None:
+        """sha256 of the raw bytes of the part's identity tensors, as stored; None where one is missing."""
+        keys = _IDENTITY.get(self.part, ())
+        if not keys or any(key not in self.names for key in keys):
+            return None
+        return tensors_sha256(tensor for _, tensor in self.file.read(self.names[key] for key in keys))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A version, and how it is known."""
+
+    version: str
+    how: str
+
+
+def find_parts(file: WeightFile) -> dict[str, Source]:
+    """Part → where it lies in the file; prefixes are stripped, whatever they are. A Wan VAE is the part "vae".
+
+    Raises:
+        CheckpointError: the file holds one part twice.
+    """
+    names = list(file.entries)
+    prompts = [name for name in names if _is_prompt(file, name)]
+    if prompts:
+        names.remove(prompts[0])
+    prefixes = _find_prefixes(file, names)
+    keys: dict[str, dict[str, str]] = {part: {} for part in prefixes}
+    ignored: dict[str, list[str]] = {part: [] for part in prefixes}
+    for name in names:
+        part = _part_of(name, prefixes)
+        if part is None:
+            continue
+        key = name.removeprefix(prefixes[part])
+        if part in _IGNORED and key.startswith(_IGNORED[part]):
+            ignored[part].append(name)
+        else:
+            keys[part][key] = name
+    sources = {part: Source(part, file, keys[part], tuple(ignored[part])) for part in prefixes}
+    if prompts:
+        sources["prompt"] = Source("prompt", file, {"context": prompts[0]})
+    return sources
+
+
+def known_version(source: Source) -> Evidence | None:
+    """The release that a transformer or LQ projection belongs to, where anything trustworthy tells it.
+
+    In order of cost: the metadata of a merged file, the projection's fingerprint, and the sha256 of the whole file,
+    which is computed only if the size is that of a published file.
+    """
+    if source.part not in ("transformer", "lq_projection"):
+        return None
+    stated = metadata_version(source.file)
+    if stated:
+        return Evidence(stated, "the metadata of the file")
+    if source.part == "lq_projection" and KNOWN_PROJECTIONS:
+        version = KNOWN_PROJECTIONS.get(source.fingerprint() or "")
+        if version:
+            return Evidence(version, "the sha256 of norm1.gamma and conv1.bias")
+    known = known_file(source.file)
+    if known and known.version:
+        return Evidence(known.version, f"the sha256 of the file, which is that of {known.name}")
+    return None
+
+
+def known_file(file: WeightFile) -> KnownFile | None:
+    """The published file that this one is a copy of, by sha256; hashes only if the size fits."""
+    fitting = [known for known in KNOWN_FILES if abs(known.size_bytes - file.size_bytes) <= known.size_slack_bytes]
+    digest = file.sha256() if fitting else None
+    return next((known for known in fitting if known.sha256 == digest), None)
+
+
+def metadata_version(file: WeightFile) -> str | None:
+    """`version` in the header of a merged file; "1", "1.0", "1.1" count only where `family` stands beside it."""
+    stated = file.metadata.get("version", "").strip().lower()
+    if "family" in file.metadata:
+        stated = {"1": "v1", "1.0": "v1", "v1.0": "v1", "1.1": "v1.1"}.get(stated, stated)
+    return stated if stated in VERSIONS else None
+
+
+def version_hint(names: Iterable[str]) -> str | None:
+    """The version that file or folder names suggest. Only ever shown as a hint: names are not trusted."""
+    text = " ".join(names).lower()
+    if re.search(r"1[._]1(?!\d)", text.replace("wan2_1", "").replace("wan2.1", "")):
+        return "v1.1"
+    return None
+
+
+def _is_prompt(file: WeightFile, name: str) -> bool:
+    named = name.split(".")[0] in _PROMPT_NAMES
+    return file.entries[name].ndim in (2, 3) and (named or len(file.entries) == 1)
+
+
+def _find_prefixes(file: WeightFile, names: Iterable[str]) -> dict[str, str]:
+    """Part → the prefix under which at least two of its markers lie."""
+    names = set(names)
+    found = {}
+    for part, markers in _MARKERS.items():
+        hits = [
+            name.removesuffix(marker) for marker in markers for name in names if ("." + name).endswith("." + marker)
+        ]
+        prefixes = sorted({prefix for prefix in hits if hits.count(prefix) >= 2 and not _is_taehv(file, part, prefix)})
+        if len(prefixes) > 1:
+            listed = " and ".join(repr(prefix) for prefix in prefixes)
+            raise CheckpointError(
+                f"{file.path}: expected one {part}; got {len(prefixes)}, under {listed}. Split the file."
+            )
+        if prefixes:
+            found[part] = prefixes[0]
+    return found
+
+
+def _is_taehv(file: WeightFile, part: str, prefix: str) -> bool:
+    first = file.entries.get(prefix + "decoder.1.weight")
+    return part == "decoder" and first is not None and first.ndim == 4 and first.shape[1] <= CONDITION_CHANNELS
+
+
+def _part_of(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """The part with the longest prefix that fits; where parts share one, the one whose keys look like this name."""
+    fitting = [part for part, prefix in prefixes.items() if name.startswith(prefix)]
+    if not fitting:
+        return None
+    longest = max(len(prefixes[part]) for part in fitting)
+    fitting = [part for part in fitting if len(prefixes[part]) == longest]
+    return next((part for part in fitting if _KEYS[part].match(name[longest:])), fitting[0])

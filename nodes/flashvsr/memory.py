@@ -1,0 +1,294 @@
+"""The memory of one FlashVSR run in ComfyUI: predicted before, watched during, summed up after.
+
+A plan is chosen that fits; when the device still runs out, other models are unloaded, then the run goes down the
+engine's ladder (`models.flashvsr.memory_plan`), and at its bottom the error holds the table of attempts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+
+from ...memory import budget, ledger, probe
+from ...memory.process import shared
+from ...memory.reading import Reading, size_text
+from ...models.flashvsr.footprint import activation_bytes
+from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
+from ...patches.residency import residents
+from .model import LoadedFlashVSR
+from .wan_decoder import StreamingWanVAE
+
+PHASE = "FlashVSR"
+UNLOAD_OTHERS = "unload others"
+CLEAN = ("pressure", "never", "every step")
+EVERYTHING = 1e30
+"""Bytes to ask ComfyUI for when all other models shall go."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user allows a run.
+
+    Attributes:
+        budget_gb: GiB on the device, the model's own weights included; 0: what is free.
+        tile: side of spatial tiles in output pixels; 0: whole frames as long as they fit.
+        clean: pressure | never | every step: when the allocator's pool is emptied between two process steps.
+        log_steps: one ledger line for each process step.
+    """
+
+    budget_gb: float = 0.0
+    tile: int = 0
+    clean: str = CLEAN[0]
+    log_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Something that did not fit, and what was then tried.
+
+    Attributes:
+        phase: project | transform | decode.
+        frame: output frames that were finished.
+        plan: that did not fit.
+        tried: the rung that was taken next; "" at the bottom.
+        free: bytes that were free before it; None where that cannot be read.
+    """
+
+    phase: str
+    frame: int
+    plan: str
+    tried: str
+    free: int | None
+
+
+@dataclass
+class RunMemory:
+    """One run's memory. Its methods are called in the order in which they stand here.
+
+    Attributes:
+        node: display name, which errors begin with.
+        patchers: of every network that the run uses.
+        vae: replaces the model's own decoder, or None.
+        size: width and height of the output.
+    """
+
+    node: str
+    model: LoadedFlashVSR
+    patchers: list[Any]
+    vae: StreamingWanVAE | None
+    size: tuple[int, int]
+    kv_ratio: float
+    limits: Limits
+    plan: MemoryPlan = field(init=False)
+    attempts: list[Attempt] = field(default_factory=list)
+    _report: dict[str, Any] = field(default_factory=dict)
+    _steps: int = 0
+    _done: int = 0
+    _phase: str = ""
+    _cleanings: int = 0
+    _cleaning_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            self.plan = MemoryPlan(tile=self.limits.tile or None)
+        except ValueError as error:
+            raise ValueError(f"{self.node}: {error} Choose 0 or another tile.") from error
+
+    def need(self, plan: MemoryPlan) -> budget.Need:
+        """Predicted bytes on the device."""
+        model = self.model
+        activations = activation_bytes(
+            model.config,
+            self.size,
+            self.kv_ratio,
+            model.dtype.itemsize,
+            prompt_tokens=model.prompt.shape[1],
+            on_cpu=model.device.type == "cpu",
+            plan=plan,
+            wan_decoder=None if self.vae is None else self.vae.costs(),
+        )
+        return budget.Need(weights=sum(patcher.model_size() for patcher in self.patchers), activations=activations)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The ledger's phase around the run; the weights are on the device inside it, and the report is complete
+        after it."""
+        before = self._read(settled=True)
+        with ledger.current().phase(PHASE):
+            self._choose(before)
+            mm.load_models_gpu(self.patchers, memory_required=self.need(self.plan).activations)
+            loaded = self._read()
+            yield
+            held = sum(patcher.loaded_size() for patcher in self.patchers)
+        self._sum_up(before, loaded, held)
+
+    def on_step(self, phase: str, done: int, total: int | None) -> None:
+        """For the engine's `on_step`: what belongs between two process steps."""
+        border, self._phase, self._done = phase == "project" and self._phase != "project", phase, done
+        if not border:
+            return
+        if self._steps:
+            ledger.mark(PHASE, step=self._steps, quiet=not self.limits.log_steps)
+            if self._wants_cleaning():
+                started = time.perf_counter()
+                mm.soft_empty_cache()
+                self._cleanings += 1
+                self._cleaning_seconds += time.perf_counter() - started
+        self._steps += 1
+
+    def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
+        """For the engine: makes room, or gives the next plan.
+
+        Raises:
+            mm.OOM_EXCEPTION: nothing is left to try; the message holds the table of attempts.
+        """
+        if not is_out_of_memory(error):
+            return None
+        mm.soft_empty_cache()
+        free = self._read().free
+        if self._unload_others():
+            self._attempt(phase, UNLOAD_OTHERS, free)
+            return plan
+        found = smaller(plan, phase, self.size)
+        self._attempt(phase, found[0] if found else "", free)
+        if found is None:
+            raise mm.OOM_EXCEPTION(
+                f"{self.node}: the device is out of memory, and nothing is left to try ({error}).\n{self.table()}\n"
+                "Choose a smaller scale, a smaller precision or another device."
+            )
+        self.plan = found[1]
+        return self.plan
+
+    def table(self) -> str:
+        """The attempts, one line each."""
+        rows = [("phase", "frame", "free", "did not fit", "then")]
+        rows += [
+            (item.phase, str(item.frame), size_text(item.free), item.plan, item.tried or "error")
+            for item in self.attempts
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+    def summary(self) -> dict[str, Any]:
+        """For the line on the node: bytes predicted and read, the budget, and what to change if it did not fit."""
+        peak = self._report["peak"]
+        known = next((peak[name]["bytes"] for name in ("allocated", "driver") if peak[name]["bytes"] is not None), None)
+        return {
+            "predicted": self._report["predicted"]["bytes"],
+            "measured": known,
+            "budget": self._report["budget_bytes"] if self.limits.budget_gb > 0 else None,
+            "advice": "it did not fit at first: see the attempts in the report" if self.attempts else "",
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What was predicted, what was read, and what became of the plan; bytes with their sources."""
+        return self._report
+
+    def _choose(self, before: Reading) -> None:
+        """The first plan that is predicted to fit."""
+        start, weights = self.plan, self.need(self.plan).weights
+        limited = self.limits.budget_gb > 0
+        allowed = budget.gib(self.limits.budget_gb) if limited else self._available(before, weights)
+        settings = [(name, plan) for name, plan in plans(start, self.size) if limited or name != TILES]
+        self._report |= {
+            "budget_bytes": allowed,
+            "budget_source": "budget_gb" if limited else f"free ({before.used.source or 'unknown'})",
+        }
+        if allowed is not None:
+            try:
+                found = budget.fit(allowed, settings, lambda setting: self.need(setting[1]), weights if limited else 0)
+            except ValueError as error:
+                raise ValueError(f"{self.node}: {error}") from error
+            if limited and not found.fits:
+                lines = [f"{size_text(size)}  {name}: {plan}" for (name, plan), size in found.tried]
+                raise ValueError(
+                    f"{self.node}: expected a budget_gb in which a plan fits; got {size_text(allowed)}. "
+                    "Predicted:\n" + "\n".join(lines) + "\nRaise budget_gb, or choose a smaller scale."
+                )
+            # By prediction alone no frame is made worse: tiles wait for a real error, or for a budget.
+            self.plan = (found.setting or settings[-1])[1]
+        need = self.need(self.plan)
+        self._report |= {
+            "predicted": {"weights_bytes": need.weights, "activations_bytes": need.activations, "bytes": need.tensors},
+            "plan_at_start": str(self.plan),
+        }
+
+    def _available(self, before: Reading, weights: int) -> int | None:
+        """Bytes that the run can have: what is free, and what ComfyUI would move away for it."""
+        if before.free is None:
+            return None
+        if self.model.device.type == "cpu":
+            # There the weights are in RAM already, and nothing can be moved away.
+            return before.free + weights
+        return before.free + sum(item.bytes for item in residents(self.model.device) if not item.dead)
+
+    def _wants_cleaning(self) -> bool:
+        if self.limits.clean == "pressure":
+            return ledger.current().levels.of(self._read()) in ("warn", "critical")
+        return self.limits.clean == "every step"
+
+    def _unload_others(self) -> bool:
+        """Whether a model that this run does not use left the device."""
+        own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is mine for mine in self.patchers)]
+        before = sum(item.bytes for item in residents(self.model.device))
+        mm.free_memory(EVERYTHING, self.model.device, keep_loaded=own)
+        mm.soft_empty_cache()
+        return sum(item.bytes for item in residents(self.model.device)) < before
+
+    def _attempt(self, phase: str, tried: str, free: int | None) -> None:
+        self.attempts.append(Attempt(phase, self._done, str(self.plan), tried, free))
+
+    def _read(self, *, settled: bool = False) -> Reading:
+        return probe.read(self.model.device, settled=settled)
+
+    def _sum_up(self, before: Reading, loaded: Reading, held: int) -> None:
+        phase, after = ledger.current().phases[-1], self._read(settled=True)
+        peak = phase.peaks.get(after.device, ledger.Peak().with_(after))
+        self._report |= {
+            "before": _figures(before),
+            "peak": {name: _figure(figure) for name, figure in vars(peak).items()},
+            "after": _figures(after),
+            "plan_at_end": str(self.plan),
+            "attempts": [vars(item) for item in self.attempts],
+            "cleanings": {
+                "when": self.limits.clean, "times": self._cleanings, "seconds": round(self._cleaning_seconds, 4),
+            },
+        }  # fmt: skip
+        if peak.allocated.bytes is not None and loaded.allocated.bytes is not None and not self.attempts:
+            # What others have on the device is no part of the prediction.
+            measured = peak.allocated.bytes - (loaded.allocated.bytes - held)
+            predicted = held + self._report["predicted"]["activations_bytes"]
+            label = f"{self.model.name} {self.size[0]}×{self.size[1]} kv {self.kv_ratio:g}, {self.plan}"
+            compared = history().add(label, predicted, measured, peak.allocated.source)
+            self._report["predicted"]["error"] = round(compared.error, 4)
+
+
+def history() -> budget.History:
+    """Predicted against measured peaks of the runs of this process."""
+    return shared("flashvsr_history", budget.History)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether one of `memory_errors` means just that."""
+    # Newer versions tell an out-of-memory error of the accelerator from its other errors.
+    return bool(mm.is_oom(error)) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)
+
+
+def memory_errors() -> tuple[type[Exception], ...]:
+    """Exceptions that may mean that the device is out of memory."""
+    accelerator = getattr(mm, "ACCELERATOR_ERROR", None)
+    return (mm.OOM_EXCEPTION,) if accelerator is None else (mm.OOM_EXCEPTION, accelerator)
+
+
+def _figures(reading: Reading) -> dict[str, Any]:
+    names = ("allocated", "reserved", "used", "process")
+    return {name: _figure(getattr(reading, name)) for name in names}
+
+
+def _figure(figure: Any) -> dict[str, Any]:
+    return {"bytes": figure.bytes, "source": figure.source or figure.note}

@@ -1,0 +1,114 @@
+"""A FlashVSR model in ComfyUI's hands: one patcher for each network, so that ComfyUI moves and counts the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.ops
+import torch
+from torch import Tensor
+
+from ...models.flashvsr import FlashVSR, FlashVSRConfig
+from ...models.flashvsr.checkpoint import load_flashvsr
+from ...patches.residency import torch_devices
+from ...patches.versions import patcher_class
+
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedFlashVSR:
+    """What the FLASHVSR socket carries. The patchers are the only owners of the networks.
+
+    Attributes:
+        name: of the model set, for reports.
+        transformer, lq_projection, decoder: ModelPatchers.
+        prompt: the text context BLD, part of the model.
+        version: v1 | v1.1.
+        family: of the checkpoint.
+        device, dtype: where and in what to compute.
+        attention: auto | gather | flex.
+    """
+
+    name: str
+    transformer: Any
+    lq_projection: Any
+    decoder: Any
+    prompt: Tensor
+    version: str
+    family: str
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+
+    @property
+    def config(self) -> FlashVSRConfig:
+        return self.transformer.model.config
+
+    def patchers(self, decoder: bool = True) -> list[Any]:
+        """The patchers that a run needs; without the tiny decoder where a VAE decodes."""
+        return [self.transformer, self.lq_projection, *([self.decoder] if decoder else [])]
+
+    def networks(self) -> FlashVSR:
+        """The networks as the engine takes them. Keep it only as long as a run: it refers to the weights."""
+        return FlashVSR(
+            transformer=self.transformer.model,
+            lq_projection=self.lq_projection.model,
+            decoder=self.decoder.model,
+            prompt=self.prompt,
+            version=self.version,
+            family=self.family,
+        )
+
+
+def device_choices() -> list[str]:
+    """auto, every accelerator of ComfyUI, cpu."""
+    return ["auto", *dict.fromkeys([*map(str, torch_devices()), "cpu"])]
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; auto takes bf16 where the device is good at it, else fp16, else fp32 (the CPU)."""
+    dtype = PRECISIONS[precision]
+    if dtype is not None:
+        return dtype
+    if mm.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
+
+
+def load(
+    name: str, path: Path, version: str, precision: str, device: str, attention: str, lq_cache_order: str
+) -> LoadedFlashVSR:
+    """Reads a checkpoint into RAM and wraps its networks; nothing is put on the device before a run."""
+    load_device = mm.get_torch_device() if device == "auto" else torch.device(device)
+    offload_device = torch.device("cpu") if load_device.type == "cpu" else mm.unet_offload_device()
+    dtype = choose_dtype(precision, load_device)
+    # manual_cast brings weights to the input's device and dtype at use: what partial loading on a small card needs.
+    model = load_flashvsr(
+        path,
+        version=version,
+        lq_cache_order=lq_cache_order,
+        dtype=dtype,
+        device=offload_device,
+        operations=comfy.ops.manual_cast,
+    )
+    patcher = patcher_class()
+    transformer, lq_projection, decoder = (
+        patcher(network, load_device=load_device, offload_device=offload_device)
+        for network in (model.transformer, model.lq_projection, model.decoder)
+    )
+    return LoadedFlashVSR(
+        name=name,
+        transformer=transformer,
+        lq_projection=lq_projection,
+        decoder=decoder,
+        prompt=model.prompt,
+        version=model.version,
+        family=model.family,
+        device=load_device,
+        dtype=dtype,
+        attention=attention,
+    )

@@ -1,0 +1,75 @@
+"""What a FlashVSR run will need, before it runs: for the line on its node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ...memory import budget
+from ...models.flashvsr import FlashVSRConfig, output_size
+from ...models.flashvsr.checkpoint import load_flashvsr
+from ...models.flashvsr.footprint import activation_bytes
+from ...patches.kept import registry
+from ...patches.residency import patchers_of
+from . import model_sets
+from .model import PRECISIONS, LoadedFlashVSR
+
+ADVICE = "lower scale, kv_ratio or precision, or set tile"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a prediction needs to know of a model: its sizes, and its weights in numbers and in bytes of one."""
+
+    config: FlashVSRConfig
+    parameters: int
+    itemsize: int
+    prompt_tokens: int
+
+
+def predict(
+    model_set: str, precision: str, width: int, height: int, scale: float, kv_ratio: float, budget_gb: float
+) -> dict[str, int | str | None]:
+    """Bytes for the plan that changes nothing, and what to change if they are more than the budget.
+
+    Returns:
+        predicted: None for a model that was not loaded yet, whose sizes are unknown without reading it.
+        budget: None without one.
+        advice: words, or "".
+
+    Raises:
+        ValueError: a size or number that no run would take.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision[:20]!r}.")
+    size = output_size(width, height, scale)
+    allowed = budget.gib(budget_gb) if budget_gb > 0 else None
+    network = _network(model_set)
+    if network is None:
+        return {"predicted": None, "budget": allowed, "advice": ""}
+    chosen = PRECISIONS[precision]
+    itemsize = network.itemsize if chosen is None else chosen.itemsize
+    needed = network.parameters * itemsize + activation_bytes(
+        network.config, size, kv_ratio, itemsize, prompt_tokens=network.prompt_tokens
+    )
+    too_much = allowed is not None and needed > allowed
+    return {"predicted": needed, "budget": allowed, "advice": ADVICE if too_much else ""}
+
+
+def _network(model_set: str) -> Network | None:
+    for entry in registry().entries():
+        if entry.key.kind == "flashvsr" and entry.name == model_set and isinstance(entry.value, LoadedFlashVSR):
+            model = entry.value
+            parameters = sum(x.numel() for patcher in patchers_of(model) for x in patcher.model.parameters())
+            return Network(model.config, parameters, model.dtype.itemsize, model.prompt.shape[1])
+    return _nano() if model_set == model_sets.NANO else None
+
+
+@cache
+def _nano() -> Network:
+    model = load_flashvsr(model_sets.NANO_FILE, dtype=torch.float32, device="cpu")
+    parts = (model.transformer, model.lq_projection, model.decoder)
+    parameters = sum(x.numel() for part in parts for x in part.parameters())
+    return Network(model.transformer.config, parameters, torch.float32.itemsize, model.prompt.shape[1])

@@ -1,0 +1,1 @@
+"""ComfyUI's own loaders with `keep_loaded`, a choice of device, and an offload that is verified."""

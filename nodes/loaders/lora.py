@@ -1,0 +1,136 @@
+"""Apply LoRA: on a clone of the model, its file read once, an error where it fits nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+from comfy_api.v0_0_2 import io
+
+from ...memory.process import shared
+from ...memory.tracker import tensor_bytes
+from ...patches.kept import EJECTABLE, Key, registry
+from ...patches.residency import patchers_of
+from ...patches.versions import supported, unique_id
+from ..flashvsr.nodes import keep_loaded_input
+from .loading import CATEGORY, Loading, file_in, fingerprint, offload_input, report_output
+
+NODE = "Apply LoRA (Verified)"
+RECENT_FILES = 2
+"""LoRA files that stay in RAM though nobody keeps them: a workflow is run again with another strength."""
+STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """The tensors of a LoRA file by key, on the CPU, and its metadata."""
+
+    tensors: dict[str, Any]
+    metadata: dict[str, str] | None
+
+    @property
+    def size(self) -> int:
+        return tensor_bytes(self.tensors.values())
+
+
+class ApplyLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_ApplyLoRA",
+            display_name=NODE,
+            category=CATEGORY,
+            description="Applies a LoRA like Load LoRA, to a diffusion model and optionally its text encoder. A LoRA "
+            "that fits neither is an error; both end off their device, by measurement.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
+                io.Combo.Input(
+                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file of models/loras."
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    tooltip="How strongly the diffusion model is changed; may be negative.",
+                    **STRENGTH,
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for a LoRA that changes it too."),
+                io.Float.Input(
+                    "strength_clip",
+                    optional=True,
+                    tooltip="How strongly the text encoder is changed; may be negative.",
+                    **STRENGTH,
+                ),
+                keep_loaded_input(
+                    "Whether the LoRA's file stays in RAM (the model has its own choice on its loader). no: only the "
+                    f"last {RECENT_FILES} files do. keep and pin: until it is released."
+                ),
+                offload_input(),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Model.Output("patched_model", display_name="MODEL", tooltip="The model with the LoRA."),
+                io.Clip.Output("patched_clip", display_name="CLIP", tooltip="The text encoder with the LoRA, if any."),
+                report_output(),
+            ],
+            **supported(io.Schema, search_aliases=["load lora", "lora loader"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str, **_: object) -> str:
+        return fingerprint("loras", [lora_name])
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        lora_name: str,
+        strength_model: float,
+        clip: Any = None,
+        strength_clip: float = 1.0,
+        keep_loaded: str = EJECTABLE,
+        offload_after_load: bool = True,
+    ) -> io.NodeOutput:
+        path = file_in("loras", lora_name, NODE)
+        loading = Loading(NODE, unique_id(cls), lora_name)
+        reads: list[int] = []
+
+        def load() -> LoraFile:
+            reads.append(1)
+            tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+            return LoraFile(tensors, metadata)
+
+        file = registry().obtain(
+            Key.of("lora", [path]), keep_loaded, load, lambda value: (), lora_name, size_of=lambda value: value.size
+        )
+        recent = shared("recent_loras", lambda: deque(maxlen=RECENT_FILES))
+        if file not in recent:
+            recent.append(file)
+        patched, patched_clip = comfy.sd.load_lora_for_models(
+            model,
+            clip,
+            file.tensors,
+            strength_model,
+            strength_clip if clip is not None else 0.0,
+            **supported(comfy.sd.load_lora_for_models, lora_metadata=file.metadata),
+        )
+        counts = {"model": patches(patched) - patches(model)}
+        if clip is not None:
+            counts["clip"] = patches(patched_clip.patcher) - patches(clip.patcher)
+        if not any(counts.values()):
+            names = " and ".join(type(patcher.model).__name__ for m in (model, clip) if m for patcher in patchers_of(m))
+            raise ValueError(
+                f"{NODE}: expected a LoRA for {names}; got {lora_name}, of whose {len(file.tensors)} tensors none "
+                "fits. Choose a LoRA that was made for this model."
+            )
+        loading.note(source="disk" if reads else "memory: nothing was read", patches=counts, file_bytes=file.size)
+        if offload_after_load:
+            loading.offload([patched, *([patched_clip] if clip is not None else [])])
+        return loading.output(patched, patched_clip)
+
+
+def patches(patcher: Any) -> int:
+    """How many changes of weights a patcher carries."""
+    return sum(len(changes) for changes in patcher.patches.values())

@@ -1,0 +1,95 @@
+"""Pushes the state to pages whose panel is open: one thread, which exists only as long as there is such a page."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from server import PromptServer
+
+from ...memory.process import shared
+from . import state as panel_state
+
+log = logging.getLogger("steadyvsr.nodes")
+
+EVENT = "steadyvsr.state"
+PERIOD_SECONDS = 1.0
+"""Once a second: half of what the panel may be sent, and a reading costs a few milliseconds of one core."""
+
+
+class Sampler:
+    """Knows which pages watch. A page that is gone without saying so is forgotten with its websocket.
+
+    Attributes:
+        cpu_seconds: what its threads have used of one core since the process began.
+        seconds: how long they have run, on the clock.
+        pushes: how many states were sent.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watching: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self.cpu_seconds = self.seconds = 0.0
+        self.pushes = 0
+
+    def figures(self) -> dict[str, bool | int | float]:
+        """What the push to open panels costs; nothing of it grows while `running` is false."""
+        return {
+            "running": self._thread is not None,
+            "cpu_seconds": self.cpu_seconds,
+            "seconds": self.seconds,
+            "pushes": self.pushes,
+        }
+
+    def watch(self, client: str, wanted: bool) -> None:
+        """Starts or ends the push to one page, by the id of its websocket."""
+        with self._lock:
+            (self._watching.add if wanted else self._watching.discard)(client)
+            if self._watching and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="steadyvsr-sampler", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        cpu, clock = time.thread_time(), time.monotonic()
+        while clients := self._audience():
+            try:
+                state = panel_state.state()
+            except RuntimeError as error:  # a list of ComfyUI changed while it was read, or a driver failed
+                log.debug("no state this time: %s", error)
+            else:
+                for client in clients:
+                    PromptServer.instance.send_sync(EVENT, state, client)
+                    self.pushes += 1
+            _wake_worker()
+            time.sleep(PERIOD_SECONDS)
+            now_cpu, now = time.thread_time(), time.monotonic()
+            self.cpu_seconds += now_cpu - cpu
+            self.seconds += now - clock
+            cpu, clock = now_cpu, now
+
+    def _audience(self) -> list[str]:
+        """The pages that watch and are still there; without any the thread ends, and nobody can miss that."""
+        with self._lock:
+            sockets: Any = PromptServer.instance.sockets
+            self._watching = {client for client in self._watching if client in sockets}
+            if not self._watching:
+                self._thread = None
+            return sorted(self._watching)
+
+
+def _wake_worker() -> None:
+    """Lets ComfyUI's worker act on a press that it has not heard.
+
+    A flag that is set while the worker collects garbage wakes nobody, and the worker then waits for the next prompt.
+    """
+    queue: Any = PromptServer.instance.prompt_queue
+    if queue.flags and not queue.currently_running:
+        with queue.mutex:
+            queue.not_empty.notify()
+
+
+def sampler() -> Sampler:
+    return shared("panel_sampler", Sampler)

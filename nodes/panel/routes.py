@@ -1,0 +1,232 @@
+"""The routes of the memory panel, under /steadyvsr: what it shows, and what its buttons ask for.
+
+Everything that comes in is checked here. Models are named by handles and ids that this process gave out, never by a
+path; what moves a model waits for the end of the running prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from ...memory import ledger
+from ...memory.offload import Verdict
+from ...memory.process import shared
+from ...memory.reading import GIB, size_text
+from ...patches import idle as worker
+from ...patches import presses as snapshots
+from ...patches import prompt, residency
+from ...patches.kept import POLICIES, registry
+from .. import receipts
+from ..flashvsr import prediction
+from ..receipts import Line, ReceiptCard
+from . import state as panel_state
+from .push import sampler
+
+BODY_BYTES = 64 * 1024
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class BadRequest(Exception):
+    """What came in is not what the route takes."""
+
+
+class NotFound(Exception):
+    """Nothing has that name."""
+
+
+def register_routes() -> None:
+    """Adds the routes to ComfyUI's server, once in a process."""
+    instance = getattr(PromptServer, "instance", None)
+    if instance is None or shared("panel_routes", lambda: [False])[0]:
+        return
+    shared("panel_routes", lambda: [False])[0] = True
+    snapshots.listen(_press_receipt)
+    for name, answer in GETS.items():
+        instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
+    for name, handler in POSTS.items():
+        instance.routes.post(f"/steadyvsr/{name}")(_poster(handler))
+
+
+def _getter(answer: Callable[[], dict[str, Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def get(request: web.Request) -> web.Response:
+        return web.json_response(answer())
+
+    return get
+
+
+def _poster(handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def post(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(handler(await _body(request)))
+        except BadRequest as error:
+            return web.json_response({"error": str(error)}, status=400)
+        except NotFound as error:
+            return web.json_response({"error": str(error)}, status=404)
+
+    return post
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    if (request.content_length or 0) > BODY_BYTES:
+        raise BadRequest(f"expected at most {BODY_BYTES} bytes; got {request.content_length}.")
+    try:
+        body = json.loads(await request.text() or "{}")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadRequest("expected JSON; got something else.") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"expected a JSON object; got {type(body).__name__}.")
+    return body
+
+
+def _taken(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+    value = body.get(name, default)
+    # A bool is an int to Python, but not to the sender.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which is of another type.")
+    return value
+
+
+def watch(body: dict[str, Any]) -> dict[str, Any]:
+    """A panel opens or closes. {client: id of its websocket, open: bool}"""
+    sampler().watch(_taken(body, "client", str), _taken(body, "open", bool))
+    return {}
+
+
+def free(body: dict[str, Any]) -> dict[str, Any]:
+    """What ComfyUI's own buttons post to /free: the flags are acted on after the running prompt."""
+    flags = {name: _taken(body, name, bool, False) for name in ("unload_models", "free_memory")}
+    if not any(flags.values()):
+        raise BadRequest("expected unload_models or free_memory to be true; got neither.")
+    for name, wanted in flags.items():
+        if wanted:
+            PromptServer.instance.prompt_queue.set_flag(name, True)
+    return {}
+
+
+def release(body: dict[str, Any]) -> dict[str, Any]:
+    """Gives up kept models: those in {ids: […]}, or all without it."""
+    ids = body.get("ids")
+    if ids is not None:
+        ids = _taken(body, "ids", list)
+        if not all(isinstance(id, str) for id in ids):
+            raise BadRequest("ids: expected a list of ids; got something else in it.")
+        known = {entry.id for entry in registry().owned()}
+        unknown = [id for id in ids if id not in known]
+        if unknown:
+            raise NotFound(f"no kept model has the id {str(unknown[0])[:40]!r}.")
+    given_up = registry().release(ids)
+    title = f"Release {given_up[0].name}" if len(given_up) == 1 else "Release kept models"
+    line = "none is kept"
+    if given_up:
+        sizes = ", ".join(f"{entry.name} {size_text(entry.size_bytes)}" for entry in given_up)
+        line = f"no longer kept: {sizes}; goes now if nothing uses it, else with the next press"
+    card = ReceiptCard(title, line, "DONE")
+    return {"receipt": receipts.give(card)}
+
+
+def policy(body: dict[str, Any]) -> dict[str, Any]:
+    """Keeps a model, or stops keeping it. {id, policy: no | keep | pin}"""
+    id, wanted = _taken(body, "id", str), _taken(body, "policy", str)
+    if wanted not in POLICIES:
+        raise BadRequest(f"policy: expected {', '.join(POLICIES)}; got {wanted[:40]!r}.")
+    try:
+        entry = registry().set_policy(id, wanted)
+    except KeyError as error:
+        raise NotFound(f"no model has the id {id[:40]!r}.") from error
+    words = {"no": "no longer kept", "keep": "kept", "pin": "pinned"}[wanted]
+    line = f"{size_text(entry.size_bytes)} of weights, {words} until a loader node asks otherwise"
+    return {"receipt": receipts.give(ReceiptCard(f"{entry.name}: {words}", line, "DONE"))}
+
+
+def offload(body: dict[str, Any]) -> dict[str, Any]:
+    """Moves one network off its device, after the running prompt, and measures. {handle}"""
+    handle = _taken(body, "handle", str)
+    patcher = panel_state.patcher_of(handle)
+    if patcher is None:
+        raise NotFound(f"no model {handle[:40]!r} is loaded or kept any more.")
+    name, id = type(patcher.model).__name__, receipts.new_id()
+    del patcher
+
+    def move() -> None:
+        found = panel_state.patcher_of(handle)
+        if found is None:
+            receipts.give(
+                ReceiptCard(f"Offload {name}", "it was gone before its turn came", Verdict.NOT_LOADED.value, id=id)
+            )
+            return
+        (receipt,) = residency.offload_model(found)
+        receipts.give(ReceiptCard(f"Offload {name}", str(receipt), receipt.verdict.value, id=id))
+
+    waits = "waits for the end of the running prompt" if prompt.in_work() else "being moved"
+    pending = receipts.give(ReceiptCard(f"Offload {name}", waits, "PENDING", id=id))
+    worker.run_when_idle(PromptServer.instance.prompt_queue, move)
+    return {"receipt": pending}
+
+
+def settings(body: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the server acts on: {warn_percent, critical_percent, kept_ram_gib}."""
+    book, kept = ledger.current(), registry()
+    warn = _taken(body, "warn_percent", (int, float), book.levels.warn * 100)
+    critical = _taken(body, "critical_percent", (int, float), book.levels.critical * 100)
+    ram = _taken(body, "kept_ram_gib", (int, float), (kept.ram_budget_bytes or 0) / GIB)
+    if not 0 <= ram <= 1e6:
+        raise BadRequest(f"kept_ram_gib: expected 0 (half of the RAM) or more GiB; got {ram}.")
+    try:
+        book.levels = ledger.Levels(warn=warn / 100, critical=critical / 100)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    kept.ram_budget_bytes = int(ram * GIB) or None
+    return {"levels": asdict(book.levels), "kept_budget_bytes": kept.budget_bytes()}
+
+
+def predict(body: dict[str, Any]) -> dict[str, Any]:
+    """What a FlashVSR run of these settings will need; see `prediction.predict`."""
+    number = (int, float)
+    try:
+        return prediction.predict(
+            _taken(body, "model_set", str, ""),
+            _taken(body, "precision", str, "auto"),
+            _taken(body, "width", int),
+            _taken(body, "height", int),
+            float(_taken(body, "scale", number)),
+            float(_taken(body, "kv_ratio", number, 3.0)),
+            float(_taken(body, "budget_gb", number, 0)),
+        )
+    except (ValueError, OverflowError) as error:
+        raise BadRequest(str(error)) from error
+
+
+def _press_receipt(press: snapshots.Press) -> None:
+    """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
+    after = {item.handle: item.bytes for item in press.after.residents}
+    lines = tuple(
+        Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
+        for item in press.before.residents
+        if item.bytes
+    )
+    titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
+    verdict = "FAILED" if press.lost else "DONE"
+    receipts.give(ReceiptCard(titles[press.before.caller], press.line, verdict, lines))
+
+
+GETS: dict[str, Callable[[], dict[str, Any]]] = {
+    "state": lambda: {**panel_state.state(), "sampler": sampler().figures()},
+    "receipts": lambda: {"receipts": receipts.newest()},
+    "snapshots": lambda: {"snapshots": snapshots.to_json()},
+    "ledger": lambda: ledger.current().to_json(),
+}
+POSTS: dict[str, Handler] = {
+    "watch": watch,
+    "free": free,
+    "release": release,
+    "policy": policy,
+    "offload": offload,
+    "settings": settings,
+    "predict": predict,
+}

@@ -1,0 +1,146 @@
+"""ComfyUI's image VAEs of the kind of SD and Flux as a chain of layers that can be computed in tiles, exactly.
+
+The layers are ComfyUI's own and stay where they are. What its `decode` does before the decoder, and its `encode` after
+the encoder, is left to it: both lie at the resolution of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.ldm.modules.diffusionmodules.model as diffusion_modules
+import torch
+from torch import Tensor, nn
+
+from ...memory.process import shared
+from ...models.image_vae import LayeredJob, Step, decoder_steps, encoder_steps
+from ..flashvsr.memory import memory_errors
+from .wan import carried_out, differs
+
+TRIAL_LATENTS = (3, 5)
+PROBE_LATENTS = 2
+
+
+class _Reached(Exception):  # noqa: N818
+    """Ends a call at the place that was asked for."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def chain_of(vae: Any, encodes: bool, pixels: int) -> tuple[list[Step], str]:
+    """The chain of a VAE's encoder or decoder; empty with the reason if it has none, or computes something else.
+
+    Its structure is looked at, and once for each network a small image goes both ways.
+
+    Args:
+        vae: a ComfyUI VAE object, its weights on its device.
+        pixels: per latent along a side.
+    """
+    network, name = vae.first_stage_model, "encoder" if encodes else "decoder"
+    part = getattr(network, name, None)
+    if type(part).__module__ != diffusion_modules.__name__ or getattr(part, "carried", False):
+        return [], f"{type(network).__name__} is neither a Wan 2.1 VAE nor an image VAE of a known kind"
+    place = (vae.device, vae.vae_dtype)
+    try:
+        with torch.no_grad():
+            steps = _steps(network, encodes, vae.latent_channels, pixels, *place)
+    except memory_errors():
+        raise
+    except (ValueError, AttributeError, RuntimeError) as error:
+        return [], f"the layers of its {name} are not those of a known kind: {error}"
+    trials: WeakKeyDictionary[nn.Module, dict[str, str]] = shared("image_vae_trials", WeakKeyDictionary)
+    known = trials.setdefault(network, {})
+    if name not in known:
+        known[name] = _trial(network, encodes, steps, vae.latent_channels, pixels, *place)
+    return ([], known[name]) if known[name] else (steps, "")
+
+
+def _steps(
+    network: Any, encodes: bool, channels: int, pixels: int, device: torch.device, dtype: torch.dtype
+) -> list[Step]:
+    """
+    Raises:
+        ValueError, AttributeError: it is not built as expected.
+    """
+    if encodes:
+        # What follows the encoder may put several of its positions into one latent.
+        inner = 2 ** (len(network.encoder.down) - 1)
+        steps = encoder_steps(network.encoder, inner)
+        wide = steps[-1].channels[1]
+        tail = _Tail(network, steps[0].channels[0], pixels)
+        return [*steps, Step("encode", tail, (wide, channels), inner, down=pixels // inner, whole=True)]
+    head = _Head(network)
+    probe = head(torch.zeros(1, channels, PROBE_LATENTS, PROBE_LATENTS, device=device, dtype=dtype))
+    up = probe.shape[-1] // PROBE_LATENTS
+    steps = decoder_steps(network.decoder, pixels // up)
+    return [Step("decode", head, (channels, probe.shape[1]), pixels, up=up, whole=True), *steps]
+
+
+class _Head:
+    """What `decode` makes of latents before the decoder sees them."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        with _hooked(self._network.decoder.register_forward_pre_hook, stop):
+            try:
+                self._network.decode(latents)
+            except _Reached as reached:
+                return reached.value
+        raise ValueError("its decode does not call its decoder")
+
+
+class _Tail:
+    """What `encode` makes of what the encoder gives."""
+
+    def __init__(self, network: Any, image_channels: int, pixels: int) -> None:
+        self._network, self._channels, self._side = network, image_channels, pixels * PROBE_LATENTS
+
+    def __call__(self, features: Tensor) -> Tensor:
+        size = (1, self._channels, self._side, self._side)
+        nothing = torch.zeros(size, device=features.device, dtype=features.dtype)
+        with _hooked(self._network.encoder.register_forward_hook, lambda *_: features):
+            return self._network.encode(nothing)
+
+
+@contextmanager
+def _hooked(register: Callable[[Any], Any], hook: Callable[..., Any]) -> Iterator[None]:
+    handle = register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _trial(
+    network: Any,
+    encodes: bool,
+    steps: list[Step],
+    channels: int,
+    pixels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """Empty, or how the two ways differ on a small image."""
+    height, width = TRIAL_LATENTS
+    generator = torch.Generator().manual_seed(0)
+    if encodes:
+        size = (1, steps[0].channels[0], height * pixels, width * pixels)
+        source = torch.rand(size, generator=generator) * 2 - 1
+    else:
+        source = torch.randn(1, channels, height, width, generator=generator)
+
+    def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        job = LayeredJob(steps, source, 2 * pixels, device=device, dtype=dtype)
+        return carried_out(job), (network.encode if encodes else network.decode)(source.to(device, dtype))
+
+    with torch.no_grad():
+        return differs("a trial image", both, network, device, dtype)

@@ -1,0 +1,274 @@
+"""VAE encode and decode in tiles, in place of ComfyUI's own tiled nodes: exact where the network is known, measured
+always."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.v0_0_2 import io, ui
+from torch import Tensor
+
+from ...patches.versions import supported, unique_id
+from .layout import CROP, PAD, checked_vae, compression, image_output, latent_output, latents_for, pixels_for
+from .run import AUTO, BLEND, ERROR, EXACT, MAX_TILE, SHRINK, TiledRun, TileOptions
+
+CATEGORY = "SteadyVSR/VAE"
+ENCODE, DECODE = "VAE Encode (Tiled, Verified)", "VAE Decode (Tiled, Verified)"
+MIN_TILE, BUDGET_GB = 64, 2.0
+DELEGATED_TILE = 256
+STOCK_MAX = 4096
+"""Of ComfyUI's own tiled nodes: their workflows stay valid."""
+SPOT, OFF = "spot", "off"
+
+
+def option_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "tile_size",
+            default=256,
+            min=0,
+            max=STOCK_MAX,
+            step=32,
+            tooltip="Side of a tile in pixels, at least 64; above 512 is lowered to 512. 0: the largest that fits by "
+            "prediction, corrected by what the first tile was measured to take.",
+        ),
+        io.Int.Input(
+            "overlap",
+            default=64,
+            min=0,
+            max=STOCK_MAX,
+            step=8,
+            tooltip="Pixels that neighbouring tiles share, where they are blended; at most half a tile. The exact path "
+            "needs none.",
+        ),
+        io.Combo.Input(
+            "mode",
+            options=[AUTO, EXACT, BLEND],
+            default=AUTO,
+            optional=True,
+            tooltip="exact: the result of the whole frame, tile by tile, for Wan 2.1 VAEs and image VAEs like those of "
+            "SD, SDXL, SD3 and Flux. blend: overlapping tiles of any VAE. auto: exact where the VAE's layers are known "
+            "and a trial comes out the same, else blend.",
+        ),
+        io.Float.Input(
+            "memory_budget_gb",
+            default=BUDGET_GB,
+            min=0.0,
+            max=1024.0,
+            step=0.1,
+            optional=True,
+            tooltip="GiB on the device that the VAE's weights and tiles may take together; the report says whether "
+            "they did. 0: what is free.",
+        ),
+        io.Combo.Input(
+            "on_oom",
+            options=[SHRINK, ERROR],
+            default=SHRINK,
+            optional=True,
+            tooltip="When memory runs out. shrink: other models leave the device, then smaller tiles, then a smaller "
+            "number format. error: stop at once.",
+            **supported(io.Combo.Input, advanced=True),
+        ),
+        io.Boolean.Input(
+            "allow_cpu",
+            default=False,
+            optional=True,
+            tooltip="With on_oom shrink: compute on the CPU when nothing else helped. Slow.",
+            **supported(io.Boolean.Input, advanced=True),
+        ),
+        io.Combo.Input(
+            "verify",
+            options=[SPOT, OFF],
+            default=SPOT,
+            optional=True,
+            tooltip="spot: with blended tiles one more tile is computed across the seams, and the report says how far "
+            "the result is from it, in dB. off: it is not.",
+            **supported(io.Combo.Input, advanced=True),
+        ),
+    ]
+
+
+def report_output() -> io.Output:
+    return io.String.Output(
+        "report", display_name="report", tooltip="What was done, tried and measured, as JSON; bytes with their sources."
+    )
+
+
+def options_of(
+    node: str,
+    tile_size: int,
+    overlap: int,
+    mode: str,
+    memory_budget_gb: float,
+    on_oom: str,
+    allow_cpu: bool,
+    verify: str,
+) -> TileOptions:
+    """The options of a node.
+
+    Raises:
+        ValueError: one of them is out of range; the message names it.
+    """
+    if tile_size != 0 and tile_size < MIN_TILE:
+        raise ValueError(f"{node}: expected a tile_size of 0 or at least {MIN_TILE}; got {tile_size}.")
+    for name, value in (("overlap", overlap), ("memory_budget_gb", memory_budget_gb)):
+        if value < 0:
+            raise ValueError(f"{node}: expected {name} of at least 0; got {value}.")
+    choices = (
+        ("mode", mode, (AUTO, EXACT, BLEND)), ("on_oom", on_oom, (SHRINK, ERROR)), ("verify", verify, (SPOT, OFF)),
+    )  # fmt: skip
+    for name, value, known in choices:
+        if value not in known:
+            raise ValueError(f"{node}: expected {name} of {', '.join(known)}; got {value!r}. Choose one of them.")
+    return TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify == SPOT)
+
+
+class VAEEncodeTiled(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_VAEEncodeTiled",
+            display_name=ENCODE,
+            category=CATEGORY,
+            description="Encodes images or frames tile by tile and says what memory that took. For Wan 2.1, SD and "
+            "Flux VAEs the result is that of the whole frame. Time is never split.",
+            inputs=[
+                io.Image.Input(
+                    "pixels", tooltip="Images; for a video VAE the frames of one clip, trimmed to what it can encode."
+                ),
+                io.Vae.Input("vae", tooltip="A VAE for images or video."),
+                *option_inputs(),
+                io.Combo.Input(
+                    "odd_size",
+                    options=[CROP, PAD],
+                    default=CROP,
+                    optional=True,
+                    tooltip="Sizes that the VAE cannot divide. crop: cut at the centre, as ComfyUI does. pad: continue "
+                    "the image at its right and lower edge.",
+                    **supported(io.Combo.Input, advanced=True),
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Latent.Output("latent", display_name="LATENT", tooltip="The latents, as VAE Encode gives them."),
+                report_output(),
+            ],
+            **supported(io.Schema, search_aliases=["vae encode tiled", "tiled vae", "exact vae"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        pixels: Tensor,
+        vae: Any,
+        tile_size: int,
+        overlap: int,
+        mode: str = AUTO,
+        memory_budget_gb: float = BUDGET_GB,
+        on_oom: str = SHRINK,
+        allow_cpu: bool = False,
+        verify: str = SPOT,
+        odd_size: str = CROP,
+    ) -> io.NodeOutput:
+        options = options_of(ENCODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
+        if not checked_vae(vae, ENCODE):
+            latents, report = _delegated(vae, options, ENCODE, pixels)
+            return io.NodeOutput({"samples": latents}, report, ui=ui.PreviewText(report))
+        source, notes = pixels_for(vae, pixels, odd_size, ENCODE)
+        run = TiledRun(ENCODE, vae, True, options, unique_id(cls), notes)
+        latents = latent_output(vae, run.run(source))
+        report = run.report()
+        return io.NodeOutput({"samples": latents}, report, ui=ui.PreviewText(report))
+
+
+class VAEDecodeTiled(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SteadyVSR_VAEDecodeTiled",
+            display_name=DECODE,
+            category=CATEGORY,
+            description="Decodes latents tile by tile and says what memory that took. For Wan 2.1, SD and "
+            "Flux VAEs the result is that of the whole frame. Time is never split.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="The latents of images or of a video."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the latents' model."),
+                *option_inputs(),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Image.Output(
+                    "image", display_name="IMAGE", tooltip="The images or frames, as VAE Decode gives them."
+                ),
+                report_output(),
+            ],
+            **supported(io.Schema, search_aliases=["vae decode tiled", "tiled vae", "exact vae"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples: dict[str, Any],
+        vae: Any,
+        tile_size: int,
+        overlap: int,
+        mode: str = AUTO,
+        memory_budget_gb: float = BUDGET_GB,
+        on_oom: str = SHRINK,
+        allow_cpu: bool = False,
+        verify: str = SPOT,
+    ) -> io.NodeOutput:
+        options = options_of(DECODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
+        if not checked_vae(vae, DECODE):
+            images, report = _delegated(vae, options, DECODE, samples["samples"])
+            images = images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
+            return io.NodeOutput(images, report, ui=ui.PreviewText(report))
+        source, notes = latents_for(vae, samples, DECODE)
+        run = TiledRun(DECODE, vae, False, options, unique_id(cls), notes)
+        images = image_output(vae, run.run(source))
+        report = run.report()
+        return io.NodeOutput(images, report, ui=ui.PreviewText(report))
+
+
+def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tuple[Tensor, str]:
+    """A VAE that tiles by itself, or whose insides are unknown, asked with arguments that it can keep to.
+
+    Raises:
+        ValueError: an empty batch, mode exact, or a VAE that can do nothing of the kind.
+    """
+    encodes = node == ENCODE
+    method = "encode" if encodes else "decode"
+    if 0 in value.shape:
+        raise ValueError(f"{node}: expected at least 1 image or latent; got shape {tuple(value.shape)}.")
+    if options.mode == EXACT:
+        raise ValueError(
+            f"{node}: expected a VAE with an exact path for mode exact; got one that tiles by itself. Choose auto."
+        )
+    tile = min(options.tile, MAX_TILE) or DELEGATED_TILE
+    overlap = min(options.overlap, tile // 2)
+    ratio = getattr(vae, "downscale_ratio" if encodes else "upscale_ratio", 8)
+    unit = 1 if encodes else compression(ratio)
+    notes = [f"tile_size {options.tile} was lowered to {tile}."] if tile < options.tile else []
+    notes += [f"overlap {options.overlap} was lowered to {overlap}."] if overlap < options.overlap else []
+    tiled = getattr(vae, f"{method}_tiled", None)
+    if tiled is not None:
+        side = max(2, tile // unit)
+        result = tiled(value, tile_x=side, tile_y=side, overlap=min(overlap // unit, side // 2))
+    elif hasattr(vae, method):
+        notes.append("It was asked as a whole: this VAE object has no tiled way and no network that could be asked.")
+        result = getattr(vae, method)(value)
+    else:
+        raise ValueError(f"{node}: expected a VAE; got {type(vae).__name__}, which has no {method}.")
+    report = {
+        "node": node,
+        "vae": type(getattr(vae, "first_stage_model", vae)).__name__,
+        "mode": "its own tiling" if tiled is not None else "whole",
+        "tile_size": tile,
+        "overlap": overlap,
+        "result_shape": list(result.shape),
+        "verified": False,
+        "verified_reason": "not measured: the VAE was asked as a whole",
+        "notes": notes,
+    }
+    return result, json.dumps(report, indent=2, ensure_ascii=False)

@@ -1,0 +1,331 @@
+"""One encode or decode of a VAE in tiles inside ComfyUI: planned by measurement, carried down a ladder, reported."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
+from ...patches import residency
+from .. import node_status
+from ..flashvsr.memory import EVERYTHING, is_out_of_memory, memory_errors
+from .cast_weights import CastWeights
+from .exact import ExactPath, exact_path
+from .ladder import MIN_TILE, TileLadder, smaller_tiles
+from .layout import compression, output_dtype
+from .memory import TileMemory
+
+log = logging.getLogger("steadyvsr.nodes")
+
+AUTO, EXACT, BLEND = "auto", "exact", "blend"
+SHRINK, ERROR = "shrink", "error"
+MAX_TILE = 512
+SIDES = range(MAX_TILE, 0, -MIN_TILE)
+"""Tiles to choose from where the user chose none."""
+NAMED_TILES = 3
+"""So many tiles that were not finite are named in the report; the others are counted."""
+
+
+@dataclass(frozen=True)
+class TileOptions:
+    """What the user chose.
+
+    Attributes:
+        tile: side in pixels; 0: the largest that is predicted, and then measured, to fit.
+        overlap: of neighbouring tiles in pixels.
+        mode: auto | exact | blend.
+        budget_gb: GiB on the device, the VAE's weights included; 0: what is free.
+        on_oom: shrink | error.
+        allow_cpu: go to the CPU when everything else failed.
+        spot: compare one more tile with a blended result.
+    """
+
+    tile: int = 256
+    overlap: int = 64
+    mode: str = AUTO
+    budget_gb: float = 2.0
+    on_oom: str = SHRINK
+    allow_cpu: bool = False
+    spot: bool = True
+
+
+@dataclass
+class TiledRun:
+    """One execution of a tiled VAE node.
+
+    Attributes:
+        node: display name, which errors begin with.
+        vae: a ComfyUI VAE object that `vae_layout.checked_vae` has accepted.
+        encodes: whether it encodes; otherwise it decodes.
+        node_id: of the node in the graph, for the progress bar.
+    """
+
+    node: str
+    vae: Any
+    encodes: bool
+    options: TileOptions
+    node_id: str | None
+    notes: list[str] = field(default_factory=list)
+    _exact: ExactPath | None = None
+    _again: list[str] = field(default_factory=list)
+    _report: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, source: Tensor) -> Tensor:
+        """Encodes pixels 0..1 or decodes latents, NCHW or NCTHW; the result is fp32 on the CPU, pixels in 0..1.
+
+        Raises:
+            ValueError: the source does not suit the VAE, or a tile is not finite in fp32 either.
+            mm.OOM_EXCEPTION: nothing was left to try.
+        """
+        started = time.perf_counter()
+        memory = TileMemory(
+            self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
+        )
+        with self._device_context(), memory.running("VAE encode" if self.encodes else "VAE decode"):
+            memory.load(MIN_TILE)
+            self._exact = self._exact_path(source)
+            tile, overlap = self._first_tile(memory)
+            memory.load(tile)
+            job = self._job(source, tile, overlap)
+            weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
+            ladder = self._ladder(job, weights, memory, source)
+            try:
+                self._carry_out(job, ladder, weights, memory, source)
+            except RuntimeError as error:
+                # Torch's own complaint, or one of a VAE that checks; only a mismatch of channels is known here.
+                self._explain_channels(source, error)
+                raise
+            self._note_again()
+            result = job.result
+            if isinstance(job, BlendDecode):
+                result = self.vae.process_output(result)
+            place = f"{job.tile} px, {_name(job.dtype)}, {job.device}"
+            self._describe(source, job, result, ladder)
+            del job, ladder, weights
+        kept = result.nbytes if self.vae.output_device == self.vae.device != torch.device("cpu") else 0
+        self._report |= {"memory": memory.report(kept), "seconds": round(time.perf_counter() - started, 3)}
+        self._report |= memory.verdict(kept)
+        log.info("%s: %s; %s", self.node, place, self._report["verified_reason"])
+        node_status.send(self.node_id, memory=memory.summary(bool(self._report["attempts"])))
+        return result
+
+    def report(self) -> str:
+        """What was done and measured, as JSON."""
+        ordered = {"node": self.node, "vae": type(self.vae.first_stage_model).__name__, **self._report}
+        return json.dumps({**ordered, "notes": self.notes}, indent=2, ensure_ascii=False)
+
+    @property
+    def _compression(self) -> int:
+        return compression(self.vae.downscale_ratio if self.encodes else self.vae.upscale_ratio)
+
+    def _pixels(self, source: Tensor) -> tuple[int, int]:
+        """Height and width of the image."""
+        factor = 1 if self.encodes else self._compression
+        return source.shape[-2] * factor, source.shape[-1] * factor
+
+    def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
+        """Side and overlap to begin with."""
+        tile = min(self.options.tile, MAX_TILE) or memory.largest_tile(SIDES)
+        if tile < self.options.tile:
+            self.notes.append(f"tile_size {self.options.tile} was lowered to {tile}, the largest.")
+        smallest = 2 * self._compression
+        if tile < smallest:
+            self.notes.append(f"tile_size {tile} was raised to {smallest}: two latents of this VAE.")
+            tile = smallest
+        overlap = self.options.overlap
+        if overlap > tile // 2:
+            self.notes.append(f"overlap {overlap} was lowered to {tile // 2}, half of a tile.")
+            overlap = tile // 2
+        return tile, overlap
+
+    def _predicted(self, source: Tensor, tile: int) -> int:
+        """Bytes that one tile of that side needs beside the weights: by the exact path's own count, or by ComfyUI's
+        estimate for the tile's shape."""
+        if self._exact is not None:
+            return self._exact.predicted(tile)
+        cut = tile if self.encodes else -(-tile // self._compression)
+        shape = (1, *source.shape[1:-2], *(min(cut, length) for length in source.shape[-2:]))
+        estimate = self.vae.memory_used_encode if self.encodes else self.vae.memory_used_decode
+        return int(estimate(shape, self.vae.vae_dtype))
+
+    def _exact_path(self, source: Tensor) -> ExactPath | None:
+        """The exact path, if it is wanted and possible.
+
+        Raises:
+            ValueError: mode exact, and it is not possible.
+        """
+        if self.options.mode == BLEND:
+            self._report["mode_reason"] = "chosen"
+            return None
+        found, reason = self._tried_exact_path(source)
+        if found is None and self.options.mode == EXACT:
+            raise ValueError(
+                f"{self.node}: expected a VAE with an exact path for mode exact; got one without: {reason}. "
+                "Choose auto."
+            )
+        self._report["mode_reason"] = reason
+        return found
+
+    def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
+        """As `exact_path`; where memory runs out in its trial, once more without the other models on the device."""
+        frames = source.shape[2] if source.ndim == 5 else 1
+        while True:
+            try:
+                return exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+            # Out of the handler: the error's traceback holds the tensors of the trial.
+            gc.collect()
+            mm.soft_empty_cache()
+            if not self._unload_others():
+                return None, "its trial ran out of memory"
+
+    def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
+        if self._exact is not None:
+            return self._exact.job(source, tile)
+        network, size = self.vae.first_stage_model, self._compression
+        place: dict[str, Any] = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
+        # A norm over groups of channels takes its statistics from all that it sees.
+        if source.ndim == 4 and any(isinstance(layer, nn.GroupNorm) for layer in network.modules()):
+            place["shapes"] = THREE_GRIDS
+        if self.encodes:
+            prepare = self.vae.process_input
+            return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=prepare)
+        return BlendDecode(network.decode, source, tile, overlap, size, **place)
+
+    def _ladder(self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor) -> TileLadder:
+        halves = [item for item in getattr(self.vae, "working_dtypes", ()) if item.itemsize < job.dtype.itemsize]
+        return TileLadder(
+            self.node,
+            job,
+            weights.run,
+            self._smaller(job.tile, source),
+            halves[0] if halves else None,
+            self.options.allow_cpu,
+            self.options.on_oom == SHRINK,
+            self._unload_others,
+            lambda device, dtype: self._move(weights, device, dtype),
+            lambda: memory.read().free,
+        )
+
+    def _carry_out(
+        self, job: TileJob, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor
+    ) -> None:
+        bar = comfy.utils.ProgressBar(job.total, node_id=self.node_id)
+
+        def step() -> None:
+            mm.throw_exception_if_processing_interrupted()
+
+        first = self._exact is None
+        while job.done < job.total:
+            if first:
+                with memory.measuring_tile():
+                    self._advance(job, ladder, weights, step)
+                first = False
+                self._recalibrate(job, ladder, memory, source)
+            else:
+                self._advance(job, ladder, weights, step)
+            bar.update_absolute(job.done, job.total)
+
+    def _advance(self, job: TileJob, ladder: TileLadder, weights: CastWeights, step: Callable[[], None]) -> None:
+        """One tile; once more in fp32 if it is not finite."""
+        try:
+            return ladder.advance(step)
+        except NotFinite as error:
+            if job.dtype == torch.float32:
+                raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+            self._again.append(str(error).partition("; ")[2])
+        dtype, job.dtype = job.dtype, torch.float32
+        weights.prepare(job.device, torch.float32)
+        try:
+            ladder.advance(step)
+        except NotFinite as error:
+            raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+        finally:
+            job.dtype = dtype
+            weights.prepare(job.device, dtype)
+
+    def _note_again(self) -> None:
+        named, more = self._again[:NAMED_TILES], len(self._again) - NAMED_TILES
+        self.notes += [f"Computed again in float32: {words}" for words in named]
+        if more > 0:
+            self.notes.append(f"Computed again in float32: {more} more tiles.")
+
+    def _recalibrate(self, job: TileJob, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
+        """Takes the side of tile that fits by what the first tile was measured to need."""
+        if ladder.attempts or self.options.on_oom != SHRINK:
+            return
+        sides = SIDES if not self.options.tile else [job.tile, *(side for side in SIDES if side < job.tile)]
+        side = memory.fitting_tile(job.tile, [side for side in sides if side >= 2 * self._compression])
+        if side is None or side == job.tile or (job.total == 1 and side > job.tile):
+            return
+        self.notes.append(f"After the first tile, tiles of {job.tile} px were changed to {side} px by measurement.")
+        job.cut(side)
+        ladder.tiles[:] = self._smaller(side, source)
+
+    def _smaller(self, tile: int, source: Tensor) -> list[int]:
+        return smaller_tiles(tile, max(self._pixels(source)), max(MIN_TILE, 2 * self._compression))
+
+    def _move(self, weights: CastWeights, device: torch.device, dtype: torch.dtype) -> None:
+        """Other weights in place of ComfyUI's, which leave the device first."""
+        residency.offload_model(self.vae)
+        weights.prepare(device, dtype)
+
+    def _unload_others(self) -> bool:
+        """Whether a model other than this VAE left the device."""
+        device, patcher = self.vae.device, self.vae.patcher
+        own = [loaded for loaded in mm.current_loaded_models if loaded.model is patcher]
+        before = sum(item.bytes for item in residency.residents(device))
+        mm.free_memory(EVERYTHING, device, keep_loaded=own)
+        mm.soft_empty_cache()
+        return sum(item.bytes for item in residency.residents(device)) < before
+
+    def _device_context(self) -> contextlib.AbstractContextManager[Any]:
+        # Newer versions make the VAE's card the current one while it computes.
+        make = getattr(mm, "cuda_device_context", None)
+        return make(self.vae.device) if make is not None else contextlib.nullcontext()
+
+    def _explain_channels(self, source: Tensor, error: RuntimeError) -> None:
+        wanted, got = getattr(self.vae, "latent_channels", None), source.shape[1]
+        if not self.encodes and wanted is not None and wanted != got and not isinstance(error, mm.OOM_EXCEPTION):
+            raise ValueError(
+                f"{self.node}: expected latents of {wanted} channels for this VAE; got {got}. Decode them with the "
+                "VAE that belongs to their model."
+            ) from error
+
+    def _describe(self, source: Tensor, job: TileJob, result: Tensor, ladder: TileLadder) -> None:
+        height, width = self._pixels(source)
+        spot = job.spot_db if isinstance(job, BlendEncode | BlendDecode) else None
+        self._report |= {
+            "mode": BLEND if self._exact is None else EXACT,
+            "device": str(job.device),
+            "dtype": _name(job.dtype),
+            "size": [width, height],
+            "samples": source.shape[0],
+            "frames": (source if self.encodes else result).shape[2] if source.ndim == 5 else 1,
+            "result_shape": list(result.shape),
+            "tile_size": job.tile,
+            "overlap": job.overlap if isinstance(job, BlendEncode | BlendDecode) else None,
+            "grid": list(job.grid) if isinstance(job, BlendEncode | BlendDecode) else None,
+            "units": job.total,
+            "spot_db": None if spot is None else round(spot, 2),
+            "output_dtype": _name(output_dtype(self.vae)),
+            "output_bytes": result.nbytes,
+            "attempts": ladder.to_json(),
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,385 @@
+"""Kept models stay through ComfyUI's freeing: wrappers around four functions, each ending in the original.
+
+| function | what the wrapper adds |
+|---|---|
+| unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
+| free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
+| soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
+| load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+
+Of a backend's devices all are emptied by the one call that the original makes; nothing is added to it.
+
+ComfyUI's prompt worker has no guard around these calls: an exception here would end it for good. So whatever fails on
+our account is logged once, and the original runs as if we were not there. With nothing kept nothing is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as mm
+import psutil
+import torch
+
+from ..memory.host import trim
+from ..memory.process import shared
+from ..memory.reading import size_text
+from . import presses as snapshots
+from . import prompt
+from .kept import KEPT, PINNED, registry, same_model
+from .residency import adopt, is_explicit
+
+log = logging.getLogger("steadyvsr.patches")
+
+NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
+ENOUGH_RAM = 1.5
+"""Times the registry's `min_available`: RAM is yielded once below that, and again only after this was reached."""
+
+
+class _Thread(threading.local):
+    depth = 0
+    loading = False
+    emptying = False
+
+
+class _State:
+    """Of the process, whatever copy of this module was imported first."""
+
+    def __init__(self) -> None:
+        self.thread = _Thread()
+        self.failures: set[str] = set()
+        self.ram_armed = True
+        self.placed: list[Any] = []
+
+
+def _state() -> _State:
+    return shared("wrappers", _State)
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    """Calls from within go straight to the originals, of a second installation too."""
+    thread = _state().thread
+    thread.depth += 1
+    try:
+        yield
+    finally:
+        thread.depth -= 1
+
+
+def _idle() -> bool:
+    """Whether a wrapper has nothing to do: it was called from within another one, or nothing is kept."""
+    return _state().thread.depth > 0 or not registry().keeps_anything
+
+
+def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any:
+    """Our own part of a wrapper: its failure is logged once with its traceback and changes nothing else."""
+    try:
+        return action()
+    except Exception as error:
+        if what not in _state().failures:
+            _state().failures.add(what)
+            log.error("%s failed; ComfyUI goes on as without SteadyVSR.", what, exc_info=error)
+        return otherwise
+
+
+def _lock() -> Any:
+    """Some forks guard the list of models with a lock of their own."""
+    return getattr(mm, "model_management_lock", None) or nullcontext()
+
+
+def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    if _state().thread.depth > 0:
+        return original(*arguments, **keywords)
+    # The handler of an out-of-memory error calls this while the error is being handled: KEPT yields, PINNED stays.
+    out_of_memory = _is_out_of_memory(sys.exc_info()[1])
+    caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
+    if caller == "housekeeping" and not registry().keeps_anything:
+        return original(*arguments, **keywords)
+    press = _attempt("snapshot", lambda: snapshots.begin(caller))
+    with _inside(), _lock():
+        _attempt("repair of entries", repair)
+        before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
+        hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            _attempt("putting kept models back", lambda: _put_back(hidden))
+            _attempt("counting yields", lambda: _count_yields(before))
+            _attempt("snapshot", lambda: snapshots.unloaded(press))
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """By class and words: `is_oom` of newer versions touches the device."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    return isinstance(error, mm.OOM_EXCEPTION) or (
+        accelerator_error is not None and isinstance(error, accelerator_error) and "out of memory" in str(error).lower()
+    )
+
+
+def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
+    """Takes kept entries out of ComfyUI's list, in place, and returns them with their positions."""
+    models = mm.current_loaded_models
+    kept = {id(loaded) for loaded in registry().listed(*((PINNED,) if out_of_memory else (KEPT, PINNED)))}
+    # Another pack's function may read the patcher of every entry: one without would end the worker.
+    spare_dead = registry().keeps_anything and getattr(original, "__module__", None) != mm.__name__
+    hidden = [
+        (index, loaded)
+        for index, loaded in enumerate(models)
+        if id(loaded) in kept or (spare_dead and loaded.model is None)
+    ]
+    for index, _ in reversed(hidden):
+        del models[index]
+    return hidden
+
+
+def _put_back(hidden: list[tuple[int, Any]]) -> None:
+    # Read anew: other packs replace the list.
+    models = mm.current_loaded_models
+    for index, loaded in hidden:
+        if loaded.model is None and (loaded.real_model is None or loaded.real_model() is None):
+            continue  # its network died meanwhile, and ComfyUI could not strike it off
+        again = any(
+            other.model is not None and loaded.model is not None and same_model(other.model, loaded.model)
+            for other in models
+        )
+        if not again:
+            models.insert(min(index, len(models)), loaded)
+    repair()  # what the original collected as garbage may have held a patcher
+
+
+def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    if _idle() or is_explicit():
+        return original(*arguments, **keywords)
+    asked = _attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
+    with _inside():
+        _attempt("repair of entries", repair)
+        kept = _attempt("choosing kept models", registry().listed, [])
+        if asked is None or not kept or _attempt("reading a wish for memory", lambda: asked.means_only(kept), False):
+            return original(*arguments, **keywords)
+        before = _attempt("counting yields", _resident_bytes, {})
+        freed = asked.call(original, kept)
+        if not _attempt("reading free memory", asked.short, False):
+            return freed
+        pinned = _attempt("choosing pinned models", lambda: registry().listed(PINNED), kept)
+        if len(pinned) == len(kept):
+            return freed
+        more = asked.call(original, pinned)
+        _attempt("counting yields", lambda: _count_yields(before))
+        return [*(freed or []), *(more or [])]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call of free_memory. What a version or a fork added to its parameters goes through as it came."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    required: float
+    device: Any
+    spared: Any
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> _Asked:
+        named = {**dict(zip(("memory_required", "device", "keep_loaded"), arguments, strict=False)), **keywords}
+        return cls(arguments, keywords, named["memory_required"], named["device"], list(named.get("keep_loaded") or ()))
+
+    def call(self, original: Callable[..., Any], protected: list[Any]) -> Any:
+        spared = [*self.spared, *protected]
+        if len(self.arguments) > 2:
+            return original(*self.arguments[:2], spared, *self.arguments[3:], **self.keywords)
+        return original(*self.arguments, **{**self.keywords, "keep_loaded": spared})
+
+    def short(self) -> bool:
+        return self.device is not None and mm.get_free_memory(self.device) < self.required
+
+    def means_only(self, kept: list[Any]) -> bool:
+        """Whether the caller asks for more than a device has and spares all but kept models: it means just these."""
+        if not self.spared or self.device is None or self.required <= mm.get_total_memory(self.device):
+            return False
+        spared, ours = {id(loaded) for loaded in self.spared}, {id(loaded) for loaded in kept}
+        rest = [x for x in mm.current_loaded_models if id(x) not in spared and x.device == self.device]
+        return bool(rest) and all(id(loaded) in ours for loaded in rest)
+
+
+def _resident_bytes() -> dict[str, int]:
+    """Of every model that may yield."""
+    return {entry.id: sum(patcher.loaded_size() for patcher in entry.patchers) for entry in registry().owned(KEPT)}
+
+
+def _count_yields(before: dict[str, int]) -> None:
+    now = _resident_bytes()
+    for entry in registry().owned(KEPT):
+        entry.yields += now[entry.id] < before.get(entry.id, 0)
+
+
+def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    thread = _state().thread
+    if thread.depth > 0 or thread.emptying or not (snapshots.press_open() or registry().keeps_anything):
+        return original(*arguments, **keywords)
+    # A mark of its own: should the original, another pack's, unload models, then kept ones are to be protected.
+    thread.emptying = True
+    try:
+        if snapshots.press_open():
+            # What a prompt or an owner moves now is not the doing of a press that nobody has ended.
+            foreign = prompt.in_work() or is_explicit()
+            _attempt("snapshot", snapshots.end_early if foreign else snapshots.was_reset)
+        if registry().keeps_anything:
+            _attempt("repair of entries", repair)
+            _attempt("yielding RAM", yield_ram)
+        result = original(*arguments, **keywords)
+        if snapshots.press_open():
+            _attempt("snapshot", snapshots.collected)
+        return result
+    finally:
+        thread.emptying = False
+
+
+def repair() -> None:
+    """Gives entries whose patcher died with a clone, while the owner keeps the module, the owner's patcher.
+
+    Without it such an entry can neither be used nor freed. Where the module was listed again since, the entry goes.
+    """
+    models = mm.current_loaded_models
+    dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
+    if not dead:
+        return
+    owners = {id(patcher.model): patcher for entry in registry().owned() for patcher in entry.patchers}
+    listed = {id(loaded.model.model) for loaded in models if loaded.model is not None}
+    for loaded in dead:
+        module = loaded.real_model()
+        patcher = owners.get(id(module))
+        if patcher is None or module is None:
+            continue
+        if id(module) in listed:
+            # By identity: two dead entries are equal.
+            del models[next(index for index, other in enumerate(models) if other is loaded)]
+            loaded.model_finalizer.detach()
+            continue
+        loaded._set_model(patcher)
+        loaded.device = patcher.load_device
+        listed.add(id(module))
+
+
+def yield_ram() -> None:
+    """Releases kept models while RAM is short, never while a prompt runs (attention calls this in mid-sampling)."""
+    if prompt.in_work():
+        return
+    state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
+    if available >= ENOUGH_RAM * least:
+        state.ram_armed = True
+    if not state.ram_armed or available >= least:
+        return
+    state.ram_armed = False
+    owned = registry().kept_bytes()
+    if registry().yield_ram(
+        lambda: owned - registry().kept_bytes() < least - available, f"less than {size_text(least)} of RAM are free"
+    ):
+        gc.collect()
+        trim()
+
+
+def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    thread = _state().thread
+    if thread.loading or not registry().keeps_anything:
+        return original(*arguments, **keywords)
+    thread.loading = True
+    try:
+        _attempt("repair of entries", repair)
+        return original(*arguments, **keywords)
+    except BaseException:
+        _attempt("putting models back after an error", readopt)
+        raise
+    finally:
+        thread.loading = False
+
+
+def readopt() -> None:
+    """Lists kept models again that are on their device and that ComfyUI has lost in the middle of a load."""
+    repair()
+    known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
+    for entry in registry().owned():
+        for patcher in entry.patchers:
+            if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
+                adopt(patcher)
+
+
+BODIES: dict[str, Callable[..., Any]] = {
+    "unload_all_models": unload_all_models,
+    "free_memory": free_memory,
+    "soft_empty_cache": soft_empty_cache,
+    "load_models_gpu": load_models_gpu,
+}
+
+
+def install() -> None:
+    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing."""
+    for name in NAMES:
+        if status_of(name) != "replaced":
+            continue
+        _wrap(name, getattr(mm, name), BODIES[name])
+
+
+def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> None:
+    @functools.wraps(original)
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
+        if not wrapper.steadyvsr_armed:  # type: ignore[attr-defined]
+            return original(*arguments, **keywords)
+        return body(original, *arguments, **keywords)
+
+    wrapper.steadyvsr_wrapper = name  # type: ignore[attr-defined]
+    wrapper.steadyvsr_armed = True  # type: ignore[attr-defined]
+    setattr(mm, name, wrapper)
+    _state().placed.append(wrapper)
+
+
+def uninstall() -> None:
+    """Takes wrappers away where they are on top; those that others have wrapped again only stop to act."""
+    for name in NAMES:
+        top = getattr(mm, name)
+        if _ours(top, name):
+            setattr(mm, name, top.__wrapped__)
+    # All of them: others' wrappers need not say what they wrap.
+    for wrapper in _state().placed:
+        wrapper.steadyvsr_armed = False
+    _state().placed.clear()
+
+
+def status() -> dict[str, str]:
+    """For each function: on top | in chain | replaced."""
+    return {name: status_of(name) for name in NAMES}
+
+
+def status_of(name: str) -> str:
+    """Where our wrapper of a function stands. "replaced": it is not in the chain, as far as that can be followed."""
+    for position, link in enumerate(_chain(getattr(mm, name))):
+        if _ours(link, name) and link.steadyvsr_armed:
+            return "in chain" if position else "on top"
+    return "replaced"
+
+
+def _ours(link: Any, name: str) -> bool:
+    """functools.wraps copies marks to a foreign wrapper around ours: only our own function has our code."""
+    code = getattr(link, "__code__", None)
+    return (
+        vars(link).get("steadyvsr_wrapper") == name
+        and code is not None
+        and (code.co_name, code.co_filename) == ("wrapper", __file__)
+    )
+
+
+def _chain(function: Any) -> Iterator[Any]:
+    """A function and what it wraps, as far as `__wrapped__` tells."""
+    seen: set[int] = set()
+    while callable(function) and hasattr(function, "__dict__") and id(function) not in seen:
+        seen.add(id(function))
+        yield function
+        function = getattr(function, "__wrapped__", None)

@@ -1,0 +1,268 @@
+"""The end of a phase: its models offloaded and verified, what is still on the cards, and whether that is allowed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as mm
+import torch
+
+from ..memory import budget, ledger, probe
+from ..memory.offload import Receipt, Verdict
+from ..memory.process import shared
+from ..memory.reading import Reading, size_text
+from . import prompt, residency
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a phase must leave behind. None is no limit.
+
+    Attributes:
+        resident: bytes that may still be on each card after it.
+        peak: bytes of live tensors that it may have had at its worst moment, on each card.
+        free: bytes that must be free on ComfyUI's device for what follows.
+    """
+
+    resident: int | None = None
+    peak: int | None = None
+    free: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One accelerator after a phase, counted twice.
+
+    Attributes:
+        models: by ComfyUI's books, largest first; those with nothing on the card are left out.
+        reading: by the probe.
+        peak: the most during the phase.
+    """
+
+    models: tuple[residency.Resident, ...]
+    reading: Reading
+    peak: ledger.Peak
+
+    @property
+    def books(self) -> int:
+        return sum(model.bytes for model in self.models)
+
+    @property
+    def tensors(self) -> int | None:
+        """Live tensors and dynamic weights; None where nothing counts them."""
+        return None if self.reading.allocated.bytes is None else self.reading.tensors.bytes
+
+    @property
+    def resident(self) -> int:
+        """The larger of both counts."""
+        return max(self.books, self.tensors or 0)
+
+    @property
+    def source(self) -> str:
+        """Who said `resident`."""
+        return "ComfyUI's books" if self.books >= (self.tensors or 0) else self.reading.tensors.source
+
+    def contents(self) -> str:
+        """`WAN21 3.33 MiB (3,495,584 B), 0.50 MiB (524,288 B) of other tensors`"""
+        parts = [
+            f"{model.name} {exact_text(model.bytes)}"
+            + (" (lost: somebody holds it, and ComfyUI can no longer move it)" if model.dead else "")
+            for model in self.models
+        ]
+        beyond = (self.tensors or 0) - self.books
+        if beyond > 0:
+            parts.append(f"{exact_text(beyond)} of other tensors")
+        return ", ".join(parts) or "nothing"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device": self.reading.device,
+            "resident_bytes": self.resident,
+            "resident_source": self.source,
+            "books_bytes": self.books,
+            "models": [{**vars(model), "device": str(model.device)} for model in self.models],
+            "reading": self.reading.to_json(),
+            "peak": {name: vars(figure) for name, figure in vars(self.peak).items()},
+        }
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the end of a phase came to; every number was read for it.
+
+    Attributes:
+        receipts: one for each network that was to be offloaded.
+        violations: what is beyond the limits: (expected …; got …; what to do).
+    """
+
+    phase: ledger.Phase
+    limits: Limits
+    receipts: tuple[Receipt, ...]
+    cards: tuple[Card, ...]
+    admission: budget.Admission | None
+    violations: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """What a person reads."""
+        said = [str(self.phase), *(f"{receipt.name}: {receipt}" for receipt in self.receipts)]
+        said += [f"{card.reading.device} still holds {card.contents()}" for card in self.cards]
+        return [*said, *([str(self.admission)] if self.admission else []), *self.notes]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {
+            "phase": self.phase.name,
+            "text": self.lines(),
+            "violations": [f"expected {wanted}; got {got}. {todo}" for wanted, got, todo in self.violations],
+            "limits_bytes": vars(self.limits),
+            "offloaded": [receipt.to_json() for receipt in self.receipts],
+            "cards": [card.to_json() for card in self.cards],
+            "admission": self.admission
+            and {**vars(self.admission), "in_the_way": [vars(item) for item in self.admission.in_the_way]},
+            "before": [reading.to_json() for reading in self.phase.before],
+            "after": [reading.to_json() for reading in self.phase.after],
+            "seconds": self.phase.seconds,
+        }
+
+
+def end_phase(name: str, models: Iterable[Any], limits: Limits) -> Ended:
+    """Offloads the models of a phase, ends it in the ledger, and compares what is left with the limits.
+
+    Raises:
+        TypeError: something among `models` is no model.
+    """
+    book = residency.prompt_ledger()
+    models = list(models)
+    receipts = tuple(receipt for model in models for receipt in residency.offload_model(model))
+    phase = book.end_phase(name)
+    devices = accelerators()
+    readings = {reading.device: reading for reading in phase.after}
+    cards = tuple(
+        Card(
+            tuple(model for model in residency.residents(device) if model.bytes),
+            readings[_name(device, readings)],
+            phase.peaks[_name(device, readings)],
+        )
+        for device in devices
+    )
+    admission = residency.may_load(limits.free, mm.get_torch_device()) if limits.free is not None else None
+    notes = [f"{card.reading.device}: {note}" for card in cards for note in card.reading.notes]
+    if not devices:
+        notes.append("no accelerator: models rest where they compute, and only needs_gb has a meaning here")
+    for card in cards:
+        if card.tensors is None and limits.resident is not None:
+            notes.append(f"{card.reading.device}: live tensors cannot be counted; judged by ComfyUI's books alone")
+        if card.peak.allocated.bytes is None and limits.peak is not None:
+            notes.append(f"{card.reading.device}: the peak cannot be read; its limit was not checked")
+    if admission is not None and admission.free is None:
+        notes.append(f"{admission.device}: free memory cannot be read; what is needed was not checked")
+    violations = tuple(_violations(name, limits, receipts, cards, admission))
+    _memory_of(prompt.running()).models = [
+        weakref.ref(patcher.model) for model in models for patcher in residency.patchers_of(model)
+    ]
+    return Ended(phase, limits, receipts, cards, admission, violations, tuple(notes))
+
+
+def work_counter(limits: Limits) -> int:
+    """How often the gate that is asking had something to do when a prompt began; for its fingerprint.
+
+    ComfyUI skips a gate whose inputs did not change, and everything behind it. That is right as long as the card is as
+    the gate would leave it: then no phase before it has run. It is wrong if a model of that phase came back by another
+    way, or the card is fuller than the gate allows: then the number changes, and the gate runs.
+    """
+    residency.prompt_ledger()  # the first phase of a prompt begins here, before any node has run
+    memory = _memory_of(prompt.running())
+    own = {id(module) for reference in memory.models if (module := reference()) is not None}
+    loaded = [item.model for item in mm.current_loaded_models if item.model is not None and item.device != CPU]
+    if any(id(patcher.model) in own and patcher.loaded_size() for patcher in loaded) or _beyond(limits):
+        memory.count += 1
+    return memory.count
+
+
+def accelerators() -> list[torch.device]:
+    """ComfyUI's devices, less the CPU: there models compute where they rest, and there is nothing to keep free."""
+    return [device for device in residency.torch_devices() if device != CPU]
+
+
+def exact_text(amount: int) -> str:
+    """`3.33 MiB (3,495,584 B)`"""
+    return f"{size_text(amount)} ({amount:,} B)"
+
+
+@dataclass
+class _GateMemory:
+    count: int = 0
+    models: list[weakref.ref] = field(default_factory=list)
+
+
+def _memory_of(running: prompt.RunningPrompt | None) -> _GateMemory:
+    """What is remembered of one gate, by its id in the graph."""
+    return shared("phase_gates", dict).setdefault(running and running.node, _GateMemory())
+
+
+def _beyond(limits: Limits) -> bool:
+    for device in accelerators() if limits.resident is not None else ():
+        reading = probe.read(device, settled=True)
+        card = Card(tuple(residency.residents(device)), reading, ledger.Peak())
+        if card.resident > (limits.resident or 0):
+            return True
+    if limits.free is None:
+        return False
+    admission = residency.may_load(limits.free, mm.get_torch_device())
+    return admission.short > 0
+
+
+def _name(device: torch.device, readings: dict[str, Reading]) -> str:
+    """The name under which a device was read: a probe may say `cuda:0` where ComfyUI says `cuda`."""
+    exact = str(device)
+    return exact if exact in readings else next((name for name in readings if name.startswith(device.type)), exact)
+
+
+def _violations(
+    phase: str,
+    limits: Limits,
+    receipts: tuple[Receipt, ...],
+    cards: tuple[Card, ...],
+    admission: budget.Admission | None,
+) -> Iterable[tuple[str, str, str]]:
+    for receipt in receipts:
+        if receipt.verdict is Verdict.STILL_HELD:
+            there = receipt.still_loaded or receipt.asked - (receipt.left_tensors or 0)
+            yield (
+                f'{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} at the end of phase "{phase}"',
+                f"{exact_text(there)} still there: {receipt}",
+                "Remove what holds it, or press Free model and node cache, and queue again.",
+            )
+        if receipt.verdict is Verdict.CANNOT_OFFLOAD and torch.device(receipt.device) != CPU:
+            yield (
+                f'{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} at the end of phase "{phase}"',
+                "a model that rests where it computes",
+                "Start ComfyUI without --gpu-only and --highvram.",
+            )
+    for card in cards:
+        if limits.resident is not None and card.resident > limits.resident:
+            yield (
+                f"at most {exact_text(limits.resident)} resident on {card.reading.device} "
+                f'at the end of phase "{phase}"',
+                f"{exact_text(card.resident)} by {card.source}: {card.contents()}",
+                "Connect these models to the gate, or raise budget_gb.",
+            )
+        peak = card.peak.allocated
+        if limits.peak is not None and peak.bytes is not None and peak.bytes > limits.peak:
+            yield (
+                f'at most {exact_text(limits.peak)} on {card.reading.device} during phase "{phase}"',
+                f"a peak of {exact_text(peak.bytes)} ({peak.source})",
+                "Use smaller tiles or fewer frames in this phase, offload more before it, or raise peak_gb.",
+            )
+    if admission is not None and admission.short:
+        yield (
+            f'{exact_text(admission.needed)} free on {admission.device} at the end of phase "{phase}"',
+            f"{exact_text(admission.free or 0)} ({admission}). ".removesuffix(". "),
+            "Connect to the gate what is in the way, end other programs on this card, or lower needs_gb.",
+        )

@@ -1,0 +1,452 @@
+"""Run by a real ComfyUI's Python, in its folder: works the nodes through the states that matter and reports each.
+
+    python flashvsr_session.py PACK_FOLDER BASE_FOLDER
+
+Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
+test_comfy_flashvsr.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import importlib
+import inspect
+import io as bytes_io
+import json
+import os
+import sys
+import traceback
+import weakref
+from fractions import Fraction
+from pathlib import Path
+
+PACK, BASE = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.insert(0, os.getcwd())
+sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
+import av  # noqa: E402
+import comfy.ldm.wan.vae as wan  # noqa: E402
+import comfy.model_management as mm  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from comfy_api.v0_0_2 import InputImpl, Types  # noqa: E402
+
+import nodes  # noqa: E402
+
+CPU = torch.device("cpu")
+STREAM = {
+    "scale": 4.0, "seed": 3, "sparse_ratio": 2.0, "kv_ratio": 3.0, "local_range": 11,
+    "colour": "adain", "decoder": "tc",
+}  # fmt: skip
+LOAD = {
+    "version": "auto", "precision": "auto", "device": "auto", "attention": "auto", "lq_cache_order": "fixed",
+    "download": False,
+}  # fmt: skip
+
+
+def pack(module: str):
+    """A module of the pack, as ComfyUI's loader named it."""
+    return importlib.import_module(str(PACK).replace(".", "_x_") + "." + module)
+
+
+def node(name: str):
+    return nodes.NODE_CLASS_MAPPINGS[f"SteadyVSR_{name}"]
+
+
+def call(name: str, **inputs):
+    """A node's outputs, computed the way the executor does: on a clone of the class, in inference mode."""
+    with torch.inference_mode():
+        return node(name).PREPARE_CLASS_CLONE({}).execute(**inputs).args
+
+
+def upscale(model, frames, **changes):
+    image, report = call("Upscale", flashvsr=model, image=frames, **{**STREAM, **changes})
+    return image, json.loads(report)
+
+
+def digest(frames: torch.Tensor) -> str:
+    return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
+
+
+def listed() -> dict[str, int]:
+    """Name → loaded bytes of every model in ComfyUI's list."""
+    return {type(entry.model.model).__name__: entry.model_loaded_memory() for entry in mm.current_loaded_models}
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors that anything holds."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def error_of(function, *arguments, **keywords) -> str:
+    try:
+        function(*arguments, **keywords)
+    except (ValueError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def clip(count: int = 10, height: int = 32, width: int = 48, channels: int = 3) -> torch.Tensor:
+    return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(count))
+
+
+def write_tiny_model() -> None:
+    """A random network of FlashVSR's form as a merged file in models/flashvsr."""
+    flashvsr = pack("models.flashvsr")
+    config = flashvsr.FlashVSRConfig(
+        dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=64, lq_hidden=(16, 32),
+        decoder_channels=(16, 16, 8, 8),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    networks = {
+        "transformer": flashvsr.Transformer(config, operations=torch.nn),
+        "lq_projection": flashvsr.CausalLQ4xProjection(config.lq_hidden, config.dim, 1, operations=torch.nn),
+        "decoder": flashvsr.TCDecoder(config.decoder_channels, operations=torch.nn),
+    }
+    parts = {name: network.state_dict() for name, network in networks.items()} | {"prompt": torch.randn(16, 64)}
+    folder = Path(folder_paths.get_folder_paths("flashvsr")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    pack("models.flashvsr.checkpoint.load").save_merged(parts, folder / "tiny.safetensors", "v1.1", "test")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "model.safetensors").write_bytes(b"")
+
+
+def tiny_model(**changes):
+    return call("LoadFlashVSR", model_set="tiny.safetensors", **{**LOAD, **changes})[0]
+
+
+def schema() -> dict:
+    seen = {}
+    for name in ("LoadFlashVSR", "Upscale", "UpscaleVideo"):
+        declared = node(name).define_schema()
+        parameters = list(inspect.signature(node(name).execute).parameters)
+        seen[name] = {
+            "inputs": [item.id for item in declared.inputs],
+            "parameters": parameters,
+            "without_tooltip": [item.id for item in [*declared.inputs, *declared.outputs] if not item.tooltip],
+            "category": declared.category,
+            "info": list(node(name).GET_NODE_INFO_V1()["input"]["required"]),
+        }
+    return seen
+
+
+def model_folder() -> dict:
+    register = pack("nodes.flashvsr.model_sets").register_model_folder
+    before = folder_paths.get_folder_paths("flashvsr")
+    register()
+    return {
+        "before": before,
+        "after": folder_paths.get_folder_paths("flashvsr"),
+        "choices": pack("nodes.flashvsr.model_sets").choices(),
+    }
+
+
+def residency() -> dict:
+    """Nothing → a run → free_memory → the same run, with the books of ComfyUI read in between and during."""
+    mm.unload_all_models()
+    model, frames = tiny_model(), clip()
+    during = []
+    comfy.utils.set_progress_bar_global_hook(lambda *_, **__: during.append(listed()))
+    try:
+        seen = {"before": listed(), "loaded_sizes_before": [p.loaded_size() for p in model.patchers()]}
+        first, report = upscale(model, frames)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    seen |= {
+        "during": during,
+        "after": listed(),
+        "report": report,
+        "model_sizes": [p.model_size() for p in model.patchers()],
+    }
+    mm.free_memory(1e30, CPU)
+    seen |= {"freed": listed(), "loaded_sizes_freed": [p.loaded_size() for p in model.patchers()]}
+    second, _ = upscale(model, frames)
+    return seen | {"again": listed(), "first": digest(first), "second": digest(second), "shape": list(first.shape)}
+
+
+def kept() -> dict:
+    """Load and keep → all users gone → load again → load without keeping → all users gone → load again."""
+    loaded_module, retention = pack("nodes.flashvsr.model"), pack("patches.kept")
+    read, reads = loaded_module.load_flashvsr, []
+
+    def counted(*arguments, **keywords):
+        reads.append(1)
+        return read(*arguments, **keywords)
+
+    loaded_module.load_flashvsr = counted
+    try:
+        model = tiny_model(keep_loaded="keep")
+        first, _ = upscale(model, clip())
+        module, counts = weakref.ref(model.transformer.model), {"first": len(reads)}
+        del model
+        mm.unload_all_models()
+        gc.collect()
+        alive = {"kept": module() is not None}
+        policies = [retention.registry().entries()[-1].policy]
+        model = tiny_model(keep_loaded="keep")
+        counts["again"] = len(reads)
+        again, _ = upscale(model, clip())
+        model = tiny_model(keep_loaded="no")
+        counts["after_no"] = len(reads)
+        policies.append(retention.registry().entries()[-1].policy)
+        del model
+        mm.unload_all_models()
+        gc.collect()
+        alive["after_no"] = module() is not None
+        tiny_model()
+        counts["anew"] = len(reads)
+    finally:
+        loaded_module.load_flashvsr = read
+    return {"reads": counts, "alive": alive, "policies": policies, "same_frames": digest(first) == digest(again)}
+
+
+def partial_load() -> dict:
+    """The engine on networks of which ComfyUI has loaded no layer, against the same fully loaded."""
+    model, frames = tiny_model(), clip()
+    full, _ = upscale(model, frames)
+    mm.free_memory(1e30, CPU)
+    for patcher in model.patchers():
+        patcher.load(CPU, lowvram_model_memory=64)
+    state = [
+        {"lowvram": p.model.model_lowvram, "loaded": p.loaded_size(), "size": p.model_size()} for p in model.patchers()
+    ]
+    options = pack("models.flashvsr").StreamOptions(seed=STREAM["seed"])
+    with torch.inference_mode():
+        stream = pack("models.flashvsr").upscale_frames(
+            model.networks(), list(frames), options, device=CPU, dtype=model.dtype
+        )
+        partial = torch.stack(list(stream))
+    for patcher in model.patchers():
+        patcher.detach()
+    return {"state": state, "full": digest(full), "partial": digest(partial)}
+
+
+def interrupted() -> dict:
+    """A run that the user cancels, what it leaves, and the run after it."""
+    model, frames = tiny_model(), clip(30)
+    whole, _ = upscale(model, frames)
+    wanted = digest(whole)
+    del whole
+    before = live_bytes()
+    calls, during = [], []
+
+    def hook(value, total, preview, **_):
+        calls.append((value, total, preview and [preview[0], list(preview[1].size), preview[2]]))
+        if value >= 13 and not during:
+            during.append(live_bytes())
+            mm.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    raised = None
+    try:
+        upscale(model, frames)
+    except BaseException as error:  # noqa: B036  an interrupt is no Exception in newer versions
+        raised = type(error).__name__
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    after = live_bytes()
+    again, _ = upscale(model, frames)
+    return {
+        "raised": raised, "calls": calls, "before": before, "during": during, "after": after, "wanted": wanted,
+        "again": digest(again),
+    }  # fmt: skip
+
+
+def images() -> dict:
+    """What else an IMAGE can be."""
+    model, frames = tiny_model(), clip(3)
+    plain, _ = upscale(model, frames)
+    with_alpha, alpha_report = upscale(model, torch.cat([frames, torch.zeros_like(frames[..., :1])], -1))
+    grey, grey_report = upscale(model, frames[..., :1])
+    as_rgb, _ = upscale(model, frames[..., :1].repeat(1, 1, 1, 3))
+    spoiled = frames.clone()
+    spoiled[1, 4, 5, 0] = float("nan")
+    return {
+        "plain": digest(plain), "alpha": digest(with_alpha), "alpha_notes": alpha_report["notes"], "grey": digest(grey),
+        "grey_as_rgb": digest(as_rgb), "grey_notes": grey_report["notes"],
+        "odd": list(upscale(model, frames, scale=1.3)[0].shape),
+        "nan": error_of(upscale, model, spoiled), "empty": error_of(upscale, model, frames[:0]),
+        "five_channels": error_of(upscale, model, torch.rand(1, 32, 48, 5)),
+        "small": error_of(upscale, model, torch.rand(1, 8, 48, 3)),
+    }  # fmt: skip
+
+
+def growth() -> dict:
+    """Peak of live tensors made in a run of the IMAGE node, at two lengths; the input is there before."""
+    model, peaks = tiny_model(), {}
+    upscale(model, clip(1))
+    weights = [p for network in model.patchers() for p in network.model.parameters()]
+    for count in (37, 101):
+        frames = clip(count)
+        with pack("memory.tracker").StorageTracker(exclude=[*weights, model.prompt, frames]) as tracker:
+            result, report = upscale(model, frames)
+        peaks[str(count)] = {
+            "peak": tracker.peak,
+            "output": result.numel() * result.element_size(),
+            "estimate": report["memory"]["predicted"]["activations_bytes"],
+        }
+    return peaks
+
+
+def loader_errors() -> dict:
+    load = lambda name: call("LoadFlashVSR", model_set=name, **LOAD)  # noqa: E731
+    return {
+        "unknown": error_of(load, "../../secret"),
+        "official": error_of(load, "FlashVSR-v1.1"),
+        "broken": error_of(load, "broken"),
+    }
+
+
+def tiny_vae():
+    """A random Wan 2.1 VAE of width 8 in ComfyUI's own wrapper; 0.3.64 knows only width 96 and is told otherwise."""
+    sizes = {
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+    }
+    generator, original = torch.Generator().manual_seed(0), wan.WanVAE
+    state = original(dim=8, z_dim=16, **sizes).state_dict()
+    for key, value in state.items():
+        if "gamma" not in key:
+            fan_in = max(1, value[0].numel())
+            value.copy_(torch.randn(value.shape, generator=generator) / fan_in**0.5 * (not key.endswith("bias")))
+    if "image_channels" not in inspect.signature(original.__init__).parameters:
+        wan.WanVAE = lambda **keywords: original(**{**keywords, "dim": 8})
+    try:
+        return comfy.sd.VAE(sd=state)
+    finally:
+        wan.WanVAE = original
+
+
+def vae_decoder() -> dict:
+    vae, model = tiny_vae(), tiny_model()
+    streaming = pack("nodes.flashvsr.wan_decoder").StreamingWanVAE(vae, "test")
+    latents = torch.randn(1, 16, 10, 4, 6, generator=torch.Generator().manual_seed(1))
+    streamed = {}
+    with torch.inference_mode():
+        mm.load_models_gpu([vae.patcher])
+        whole = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(latents))
+        for split in ((6, 2, 2), (1,) * 10, (10,)):
+            cache = streaming.new_cache()
+            parts = [streaming.decode_stream(part, cache) for part in latents.split(split, 2)]
+            streamed[str(split)] = (torch.cat(parts, 2) - whole).abs().max().item()
+        wide = torch.randn(1, 16, 2, 2, 70, generator=torch.Generator().manual_seed(2))
+        cache = streaming.new_cache(CPU)
+        parts = torch.cat([streaming.decode_stream(part, cache) for part in wide.split(1, 2)], 2)
+        native = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(wide))
+        streamed[f"{len(cache.tiles)} tiles"] = (parts - native).abs().max().item()
+    mm.free_memory(1e30, CPU)
+    frames, report = upscale(model, clip(), decoder="vae", vae=vae)
+    after = listed()
+    taesd = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
+    return {
+        "streamed": streamed, "size": whole.abs().mean().item(), "listed": after, "shape": list(frames.shape),
+        "decoder": report["decoder"], "differs": digest(frames) != digest(upscale(model, clip())[0]),
+        "none": error_of(upscale, model, clip(), decoder="vae"),
+        "other": error_of(upscale, model, clip(), decoder="vae", vae=taesd),
+    }  # fmt: skip
+
+
+def described(path: str) -> dict:
+    """What a video file holds, read with PyAV alone."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        times = [float(frame.pts * stream.time_base) for frame in container.decode(stream)]
+        seen = {"size": [stream.width, stream.height], "frames": len(times), "times": times, "pixels": stream.pix_fmt}
+    with av.open(path) as container:
+        samples = (
+            sum(frame.samples for frame in container.decode(container.streams.audio[0]))
+            if container.streams.audio
+            else 0
+        )
+    return seen | {"samples": samples}
+
+
+def videos() -> dict:
+    """A VIDEO as a path, in memory, trimmed, and as tensors with sound."""
+    model, path = tiny_model(), str(BASE / "input" / "clip.mp4")
+    temp = Path(folder_paths.get_temp_directory())
+
+    def through(video, **changes):
+        result, report = call("UpscaleVideo", flashvsr=model, video=video, **{**STREAM, **changes})
+        source = result.get_stream_source()
+        return described(source) | {"folder": str(Path(source).parent), "notes": json.loads(report)["notes"]}
+
+    rate = 16_000
+    wave = torch.sin(torch.arange(rate * 3) * 0.1)[None, None].repeat(1, 2, 1)
+    components = Types.VideoComponents(
+        images=clip(10), audio={"waveform": wave, "sample_rate": rate}, frame_rate=Fraction(10)
+    )
+    seen = {
+        "temp": str(temp),
+        "source": described(path),
+        "path": through(InputImpl.VideoFromFile(path)),
+        "memory": through(InputImpl.VideoFromFile(bytes_io.BytesIO(Path(path).read_bytes()))),
+        "components": through(InputImpl.VideoFromComponents(components)),
+        "odd": through(InputImpl.VideoFromFile(path), scale=1.4),
+    }
+    damaged = {"cut.mp4": Path(path).read_bytes()[:-2000], "empty.mp4": b"", "text.mp4": b"no video at all\n"}
+    for name, content in damaged.items():
+        (BASE / name).write_bytes(content)
+        seen[name] = error_of(through, InputImpl.VideoFromFile(str(BASE / name)))
+    if hasattr(InputImpl.VideoFromFile, "as_trimmed"):
+        seen["trimmed"] = through(InputImpl.VideoFromFile(path).as_trimmed(0.25, 0.25))
+    before = sorted(entry.name for entry in temp.iterdir())
+    during = []
+
+    def hook(*_, **__):
+        during.append(sorted({entry.name for entry in temp.iterdir()} - set(before)))
+        if len(during) == 3:
+            mm.interrupt_current_processing(True)
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    raised = None
+    try:
+        through(InputImpl.VideoFromFile(path))
+    except BaseException as error:  # noqa: B036
+        raised = type(error).__name__
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    after = sorted(entry.name for entry in temp.iterdir())
+    return seen | {"interrupt": {"raised": raised, "during": during[-1], "left": sorted(set(after) - set(before))}}
+
+
+def main() -> None:
+    loaded = asyncio.run(nodes.load_custom_node(str(PACK)))
+    results: dict = {
+        "loaded": {"ok": loaded, "nodes": sorted(n for n in nodes.NODE_CLASS_MAPPINGS if n.startswith("SteadyVSR_"))}
+    }
+    write_tiny_model()
+    scenarios = (
+        schema,
+        model_folder,
+        residency,
+        kept,
+        partial_load,
+        interrupted,
+        images,
+        growth,
+        loader_errors,
+        vae_decoder,
+        videos,
+    )
+    for scenario in scenarios:
+        try:
+            results[scenario.__name__] = scenario()
+        except BaseException:  # noqa: B036  reported, and the test of this scenario fails on it
+            results[scenario.__name__] = {"error": traceback.format_exc()}
+    sys.stdout.write("\n" + json.dumps(results) + "\n")
+
+
+main()

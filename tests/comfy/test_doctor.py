@@ -1,0 +1,83 @@
+"""Memory Doctor inside a real ComfyUI: the network and the sampler go through ComfyUI, and a held model is noticed.
+
+The states are observed by doctor_session.py, which runs in ComfyUI's own process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from steadyvsr.tests.comfy.server import PYTHON, ROOT, base_folder
+
+pytestmark = pytest.mark.comfy
+
+SESSION_SECONDS = 300
+SESSIONS: dict[Path, dict] = {}
+
+
+@pytest.fixture
+def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What doctor_session.py saw in this ComfyUI; one process for all tests."""
+    if comfyui_path not in SESSIONS:
+        base = base_folder(tmp_path_factory.mktemp("doctor"))
+        script = ROOT / "tests" / "comfy" / "doctor_session.py"
+        command = [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)]
+        result = subprocess.run(command, cwd=comfyui_path, capture_output=True, text=True, timeout=SESSION_SECONDS)
+        assert result.returncode == 0, result.stderr[-3000:]
+        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
+    return SESSIONS[comfyui_path]
+
+
+def scenario(observed: dict, name: str) -> dict:
+    assert "error" not in observed[name], observed[name]["error"]
+    return observed[name]
+
+
+def test_the_network_was_on_the_card_and_left_it(observed):
+    seen = scenario(observed, "fine")
+    receipt = seen["report"]["offload"]
+    assert seen["loads"][0] == {"Transformer": receipt["asked"]} and receipt["asked"] > 1_000_000
+    assert receipt["verdict"] == "FREED" and receipt["still_loaded"] == 0
+    assert receipt["before"]["allocated"]["bytes"] - receipt["after"]["allocated"]["bytes"] == receipt["asked"]
+    assert seen["report"]["exit_code"] == 0 and seen["report"]["problems"] == []
+
+
+def test_afterwards_nothing_is_left_of_the_examination(observed):
+    seen = scenario(observed, "fine")
+    assert seen["resident_after"] == {} and seen["listed_after"] == 0
+    assert seen["report"]["dropped"]["before"] > 0 and seen["report"]["dropped"]["after"] == 0
+
+
+def test_guidance_is_measured_with_comfyuis_own_sampler(observed):
+    seen = scenario(observed, "fine")
+    guidance = seen["report"]["guidance"]
+    assert any("WAN21" in resident for resident in seen["loads"])
+    assert "small Wan 2.1" in guidance["measured_on"] and guidance["peaks"]["batched"] > 30 << 20
+    assert guidance["peaks"]["off"] <= 0.6 * guidance["peaks"]["batched"]
+    assert guidance["peaks"]["sequential"] <= 0.6 * guidance["peaks"]["batched"]
+
+
+def test_the_leak_line_has_its_twelve_runs(observed):
+    report = scenario(observed, "fine")["report"]
+    assert len(report["after_runs"]) == report["growth"]["runs"] == 12
+    assert not report["growth"]["leaking"]
+
+
+def test_the_findings_are_shown_on_the_node_as_text(observed):
+    shown = scenario(observed, "fine")["shown"]
+    assert "offload on cpu:0: FREED" in shown and shown.endswith("nothing is held, nothing grows")
+
+
+def test_a_network_that_stays_on_the_card_is_a_problem(observed):
+    seen = scenario(observed, "held")
+    assert seen["report"]["offload"]["verdict"] == "STILL_HELD"
+    assert seen["report"]["offload"]["still_loaded"] == seen["report"]["offload"]["asked"]
+    assert seen["report"]["exit_code"] == 1
+    assert "PROBLEM: memory is held after an offload" in seen["shown"]
+
+
+def test_cancel_stops_it_and_leaves_nothing_on_the_card(observed):
+    assert scenario(observed, "interrupted") == {"stopped": True, "resident_after": {}}

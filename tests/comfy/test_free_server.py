@@ -1,0 +1,224 @@
+"""ComfyUI's own route /free on a real server with kept and other models: flags, caches, a running prompt, the worker.
+
+The diffusion model is kept (B), the text encoder is not (A), the VAE is kept by a second workflow (D).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from steadyvsr.tests.comfy.server import ROOT, Server, base_folder
+
+pytestmark = pytest.mark.comfy
+
+A, B, D = "WanTEModel", "WAN21", "WanVAE"
+SETTLE_SECONDS = 40
+FIXTURE = """
+import importlib.util
+import time
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("phases_card", {script!r})
+phases_card = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(phases_card)
+phases_card.take_small_models()
+phases_card.write_models(Path({base!r}))
+phases_card.SimulatedCard(1 << 34).install()
+
+import comfy.model_management as mm
+
+
+class Use:
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{
+            "required": {{"seconds": ("FLOAT", {{"default": 0.0}}), "turn": ("INT", {{"default": 0}})}},
+            "optional": {{"model": ("MODEL",), "clip": ("CLIP",), "vae": ("VAE",)}},
+        }}
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "use", "test", True
+
+    def use(self, seconds, turn, model=None, clip=None, vae=None):
+        for value in (model, getattr(clip, "patcher", None), getattr(vae, "patcher", None)):
+            if value is not None:
+                mm.load_models_gpu([value])
+        time.sleep(seconds)
+        if turn < 0:
+            raise mm.OOM_EXCEPTION("planted")
+        return {{}}
+
+
+NODE_CLASS_MAPPINGS = {{"Test_Use": Use}}
+"""
+MODEL_FILE, CLIP_FILE, VAE_FILE = "tiny_wan.safetensors", "tiny_umt5.safetensors", "tiny_wan_vae.safetensors"
+
+
+class Turns:
+    """A server, and prompts that ComfyUI takes for new ones."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.turn = server, 0
+        self.info = server.get("/object_info")
+
+    def node(self, name: str, **given: Any) -> dict:
+        """A node with its defaults but for what is given."""
+        inputs = {}
+        for id, (kind, *more) in self.info[name]["input"]["required"].items():
+            options = more[0] if more else {}
+            choices = kind if isinstance(kind, list) else options.get("options") or [None]
+            inputs[id] = given.get(id, options.get("default", choices[0]))
+        return {"class_type": name, "inputs": inputs | given}
+
+    def workflow(self, *kinds: str, keep: str = "keep", seconds: float = 0.0, fails: bool = False) -> dict:
+        self.turn += 1
+        nodes = {
+            "model": self.node("SteadyVSR_LoadDiffusionModel", unet_name=MODEL_FILE, keep_loaded=keep),
+            "clip": self.node("SteadyVSR_LoadCLIP", clip_name1=CLIP_FILE, type="wan", keep_loaded="no"),
+            "vae": self.node("SteadyVSR_LoadVAE", vae_name=VAE_FILE, keep_loaded=keep),
+        }
+        used = {kind: [kind, 0] for kind in kinds}
+        turn = -self.turn if fails else self.turn
+        use = {"class_type": "Test_Use", "inputs": {"seconds": seconds, "turn": turn, **used}}
+        return {**{kind: nodes[kind] for kind in kinds}, "use": use}
+
+    def run(self, *kinds: str, **options: Any) -> None:
+        entry = self.server.run(self.workflow(*kinds, **options))
+        assert entry["status"]["status_str"] == ("error" if options.get("fails") else "success"), entry["status"]
+
+    def free(self, **flags: bool) -> None:
+        assert self.server.post("/free", flags)[0] == 200
+
+    def press(self, **flags: bool) -> None:
+        """Posts the flags and waits until a press was looked at for the last time."""
+        before = self.presses()
+        self.free(**flags)
+        self.until(lambda: self.presses() > before, "the last look at a press")
+
+    def presses(self) -> int:
+        looks = self.server.get("/steadyvsr/snapshots")["snapshots"]
+        return max([look["press"] for look in looks if look["stage"] == "post-collect"], default=0)
+
+    def listed(self) -> list[str]:
+        """What is on the card; the state names kept models in RAM, too."""
+        return sorted(m["name"] for m in self.server.get("/steadyvsr/state")["residents"] if m["bytes"])
+
+    def kept(self) -> dict[str, dict]:
+        looks = self.server.get("/steadyvsr/snapshots")["snapshots"]
+        return {entry["networks"][0]: entry for entry in looks[-1]["kept"]}
+
+    def until(self, condition, what: str) -> None:
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while not condition():
+            log = self.server.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, f"never came: {what}; {self.listed()}\n{log}"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def started() -> Iterator[list[Server]]:
+    servers: list[Server] = []
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+def start(started: list[Server], checkout: Path, folder: Path, *options: str) -> Turns:
+    base = base_folder(folder)
+    script = str(ROOT / "tests" / "comfy" / "phases_card.py")
+    (base / "custom_nodes" / "fixture.py").write_text(FIXTURE.format(script=script, base=str(base)))
+    started.append(Server(checkout, base, *options))
+    started[-1].wait()
+    return Turns(started[-1])
+
+
+def test_a_kept_model_is_read_once_through_every_button(comfyui_path, started, tmp_path):
+    turns = start(started, comfyui_path, tmp_path)
+    turns.run("model", "clip")
+    assert turns.listed() == sorted([A, B])
+    turns.press(unload_models=True)
+    assert turns.listed() == [B]
+    turns.run("model", "clip")
+    assert turns.listed() == sorted([A, B])
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == [B]
+    turns.run("model", "clip")
+    turns.press(free_memory=True)
+    assert turns.listed() == [B]
+    turns.run("model", "vae")
+    assert turns.listed() == sorted([B, D])
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == sorted([B, D]), "all are kept"
+    flags = {"unload_models": True, "free_memory": True}
+    before = turns.presses()
+    workflow = turns.workflow("model", "clip", "vae", seconds=3.0)
+    body = json.dumps({"prompt": workflow}).encode()
+    request = urllib.request.Request(turns.server.url + "/prompt", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=10).close()
+    turns.until(lambda: turns.listed() == sorted([A, B, D]), "the running prompt's models")
+    turns.free(**flags)
+    assert turns.listed() == sorted([A, B, D]) and turns.presses() == before, "not while the prompt runs"
+    turns.until(lambda: turns.presses() > before, "the press after the prompt")
+    assert turns.listed() == sorted([B, D])
+    turns.run("model", "clip", "vae", fails=True)
+    assert turns.listed() == [], "out of memory: kept models yield"
+    turns.run("model", "vae")
+    turns.press(**flags)
+    assert turns.listed() == sorted([B, D])
+    entry = turns.kept()[B]
+    assert entry["loads"] == 1 and entry["hits"] >= 4, entry
+    assert "a kept model was lost" not in turns.server.log.read_text()
+    turns.server.post("/steadyvsr/release", {})
+    turns.press(**flags)
+    assert turns.listed() == []
+    turns.run("model", "clip")  # the worker is alive
+
+
+@pytest.mark.parametrize("options", [("--cache-none",), ("--cache-lru", "1"), ("--disable-smart-memory",)])
+def test_a_kept_model_is_read_once_with_every_kind_of_cache(comfyui_path, started, tmp_path, options):
+    turns = start(started, comfyui_path, tmp_path, *options)
+    for others in ("clip", "vae"):
+        turns.run("model", others, keep="keep")
+        turns.run("clip")
+        turns.press(unload_models=True, free_memory=True)
+        assert B in turns.listed() and A not in turns.listed()
+    turns.run("model")
+    turns.press(unload_models=True)
+    entry = turns.kept()[B]
+    assert entry["loads"] == 1 and entry["hits"] >= 2, entry
+    assert turns.listed() == sorted([B, D])
+    turns.run("clip")  # the worker is alive
+
+
+def test_the_report_shows_what_a_press_did_and_release_gives_everything_back(comfyui_path, started, tmp_path):
+    turns = start(started, comfyui_path, tmp_path)
+    asked = {"value": ["model", 0], "unload_models": True, "free_memory": True, "reason": "between two clips"}
+    workflow = turns.workflow("model", "clip") | {"free": turns.node("SteadyVSR_FreeMemory", **asked)}
+    assert turns.server.run(workflow)["status"]["status_str"] == "success"
+    turns.until(lambda: turns.presses() > 0, "the press that the node asked for")
+    report = {"report": turns.node("SteadyVSR_MemoryReport", value=["vae", 0], label="second workflow")}
+    entry = turns.server.run(turns.workflow("vae") | report)
+    told = json.loads(entry["outputs"]["report"]["text"][0])
+    press = told["last_press"]
+    assert (press["caller"], press["reason"], press["lost"]) == ("button", "between two clips", [])
+    assert [look["stage"] for look in press["snapshots"]] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    before, *_, after = ({m["name"]: m["bytes"] for m in look["residents"]} for look in press["snapshots"])
+    assert set(before) == {A, B} and set(after) == {B}
+    assert before[B] == after[B] > 0 and press["left_bytes"] == before[A] > 0
+    kept = [next(entry for entry in look["kept"] if entry["networks"] == [B]) for look in press["snapshots"]]
+    assert [(entry["resident"], entry["listed"], entry["dead"]) for entry in kept] == [(before[B], 1, 0)] * 4
+    lines = [line for line in told["text"] if line.startswith("last press")]
+    assert len(lines) == 5 and A in lines[0] and MODEL_FILE in lines[0] and "between two clips" in lines[0]
+    assert all(MODEL_FILE in line for line in lines[1:])
+    release = {"release": turns.node("SteadyVSR_ReleaseKept", value=["vae", 0])}
+    entry = turns.server.run(turns.workflow("vae") | release)
+    given_up = json.loads(entry["outputs"]["release"]["text"][0])["released"]
+    assert sorted(item["name"] for item in given_up) == sorted([MODEL_FILE, VAE_FILE])
+    assert sum(item["bytes"] for item in given_up) > before[B]
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == [] and turns.server.get("/steadyvsr/snapshots")["snapshots"][-1]["kept"] == []

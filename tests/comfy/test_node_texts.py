@@ -1,0 +1,86 @@
+"""Every node has help, a picture and names in three languages, and its schema is what was committed: ids only grow."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from steadyvsr.tests.comfy.server import PYTHON, ROOT, base_folder
+
+SCHEMAS = json.loads((ROOT / "tests" / "node_schemas.json").read_text(encoding="utf-8"))
+DOCS, LOCALES = ROOT / "web" / "docs", ROOT / "locales"
+LANGUAGES = ("en", "ja", "zh")
+
+
+def page(name: str) -> str:
+    return (DOCS / name / "en.md").read_text(encoding="utf-8")
+
+
+def locale(language: str, file: str) -> dict:
+    return json.loads((LOCALES / language / f"{file}.json").read_text(encoding="utf-8"))
+
+
+def test_there_is_a_help_page_for_every_node_and_for_nothing_else():
+    assert len(SCHEMAS) >= 15
+    assert {folder.name for folder in DOCS.iterdir()} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_help_page_names_every_input_and_shows_the_node(name):
+    text = page(name)
+    assert text.startswith(f"# {SCHEMAS[name]['display_name']}\n")
+    missing = [i["id"] for i in SCHEMAS[name]["inputs"] if i["id"] not in text and not i["id"].startswith("model_")]
+    assert missing == []
+    (picture,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert (DOCS / name / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_no_help_page_explains_an_input_that_is_not_there(name):
+    table = page(name).partition("| input | meaning |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([a-z][a-z_0-9]*) \|", table, re.MULTILINE)
+    assert len(rows) >= len(SCHEMAS[name]["inputs"]) - 4
+    assert set(rows) <= {item["id"] for item in SCHEMAS[name]["inputs"]}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_names_every_node_input_and_output_and_none_beside(language):
+    nodes = locale(language, "nodeDefs")
+    assert set(nodes) == set(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        assert nodes[name]["display_name"]
+        assert set(nodes[name]["inputs"]) == {item["id"] for item in schema["inputs"]}
+        assert set(nodes[name]["outputs"]) == {str(index) for index in range(len(schema["outputs"]))}
+
+
+def test_english_is_what_the_schema_says():
+    english = locale("en", "nodeDefs")
+    for name, schema in SCHEMAS.items():
+        assert english[name]["description"] == schema["description"]
+        assert {i: x["tooltip"] for i, x in english[name]["inputs"].items()} == {
+            item["id"]: item["tooltip"] for item in schema["inputs"]
+        }
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [("settings", r'id: "(SteadyVSR\.\w+)", key'), ("commands", r'id: "(SteadyVSR\.\w+)", label')],
+)
+def test_a_language_names_every_setting_and_command(language, file, pattern):
+    declared = re.findall(pattern, (ROOT / "web" / "steadyvsr.js").read_text(encoding="utf-8"))
+    assert len(declared) >= 3
+    assert set(locale(language, file)) == {name.replace(".", "_") for name in declared}
+
+
+@pytest.mark.comfy
+def test_the_schemas_are_the_committed_ones(comfyui_path, tmp_path):
+    base: Path = base_folder(tmp_path)
+    script = ROOT / "tests" / "comfy" / "schema_session.py"
+    command = [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)]
+    result = subprocess.run(command, cwd=comfyui_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == SCHEMAS

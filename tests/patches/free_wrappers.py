@@ -1,0 +1,341 @@
+"""The wrappers themselves: what passes through them, how they are put in place and taken away, what they say.
+
+    python tests/patches/free_wrappers.py PACK_FOLDER double        anywhere
+    python tests/patches/free_wrappers.py PACK_FOLDER comfyui       in ComfyUI's folder, by ComfyUI's Python
+
+The last line of its output is JSON: scenario → what was seen. Models are those of free_worlds.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
+
+from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, mm, owned, retention, snapshots, wrappers  # noqa: E402
+
+residency: Any = importlib.import_module("steadyvsr.patches.residency")
+
+
+@contextmanager
+def beneath(name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Puts a function in ComfyUI's place, under our wrappers."""
+    wrappers.uninstall()
+    original = getattr(mm, name)
+    setattr(mm, name, stand_in)
+    wrappers.install()
+    try:
+        yield
+    finally:
+        wrappers.uninstall()
+        setattr(mm, name, original)
+        wrappers.install()
+
+
+def silently(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Another pack's wrapper that does not say what it wraps."""
+    return lambda *arguments, **keywords: original(*arguments, **keywords)
+
+
+def order() -> str:
+    """ComfyUI's list as it is, not sorted."""
+    return "".join(type(loaded.model.model).__name__ for loaded in mm.current_loaded_models if loaded.model is not None)
+
+
+def explicit(world: World) -> dict:
+    """An owner's own wish in one thread, while another thread asks without it. C is pinned."""
+    world.prompt(A, B, C)
+    retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
+    mm.free_memory(1e30, FIRST)
+    seen = {"without": world.state()}
+    world.prompt(B)
+    with residency.explicit():
+        other = threading.Thread(target=mm.unload_all_models)
+        other.start()
+        other.join()
+        seen["other thread"] = world.state()
+        mm.free_memory(1e30, FIRST)
+        seen["within"] = world.state()
+    world.prompt(B, C)
+    mm.unload_all_models()
+    press = snapshots.last_press()
+    return seen | {"after": world.state(), "lost": press and len(press.lost)}
+
+
+def meant(world: World) -> dict:
+    """A call that asks for all of a device and spares all but a pinned model, and 0.33's function that does so."""
+    world.prompt(A, B, C)
+    retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
+    others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
+    mm.free_memory(1e30, FIRST, keep_loaded=others)
+    seen = {"after": world.state()}
+    world.prompt(C)
+    if hasattr(mm, "unload_model_and_clones"):
+        mm.unload_model_and_clones(world.node(*C))
+        seen["by ComfyUI"] = world.state()
+    return seen
+
+
+def budget(world: World) -> dict:
+    """RAM for two kept models: in a prompt of three, and in the next ones."""
+    retention.registry().ram_budget_bytes = 2 << 20
+    seen = {}
+    for steps in ((B, C, D), (E,), (B,)):
+        world.cache.outputs.clear()
+        world.prompt(*steps)
+        seen["".join(name for name, _ in steps)] = owned()
+    return seen
+
+
+def file(world: World) -> dict:
+    """A kept model's loader runs again: with the same file, and with another one under its name."""
+    seen = {}
+    for name in ("first", "same file", "other file"):
+        if name == "other file":
+            world.path("B").write_text("another B")
+        world.cache.outputs.clear()
+        world.prompt(B)
+        gc.collect()
+        mm.soft_empty_cache()
+        seen[name] = [world.reads["B"], world.state(), owned()]
+    return seen
+
+
+def passes_through(world: World) -> dict:
+    """An interrupt and an error from within each of the four functions, with kept models listed."""
+    seen = {}
+    for name in wrappers.NAMES:
+        for error in (mm.InterruptProcessingException(), RuntimeError("planted")):
+            world.__init__(world.column)
+            world.prompt(B, C)
+
+            def raising(*arguments: Any, planted: BaseException = error, **keywords: Any) -> Any:
+                raise planted
+
+            given = {"free_memory": (1e9, FIRST), "load_models_gpu": ([world.node(*B)],)}.get(name, ())
+            with beneath(name, raising):
+                try:
+                    getattr(mm, name)(*given)
+                    came = "nothing"
+                except BaseException as caught:  # noqa: B036
+                    came = "the same" if caught is error else repr(caught)
+            seen[f"{name} {type(error).__name__}"] = [came, world.state()]
+    return seen | {"thread": vars(sys.modules["steadyvsr_state"])["wrappers"].thread.depth}
+
+
+def arguments(world: World) -> dict:
+    """Parameters that a version or a fork has added, by place and by name."""
+    world.prompt(B)
+    calls: list = []
+
+    def recorded(*arguments: Any, **keywords: Any) -> list:
+        spared = keywords.get("keep_loaded", arguments[2] if len(arguments) > 2 else None)
+        plain = {name: value for name, value in keywords.items() if name != "keep_loaded"}
+        calls.append([arguments[0], len(arguments), [type(x.model.model).__name__ for x in spared or ()], plain])
+        return ["gone"]
+
+    with beneath("free_memory", recorded):
+        results = [
+            mm.free_memory(1, FIRST, for_dynamic=True),
+            mm.free_memory(2, FIRST, [], True, pins_required=7),
+            mm.free_memory(3, device=None, keep_loaded=[], ram_required=5),
+        ]
+    with beneath("soft_empty_cache", lambda *arguments, **keywords: (arguments, keywords)):
+        results.append(mm.soft_empty_cache(True))
+    with beneath("unload_all_models", lambda *arguments, **keywords: (arguments, keywords)):
+        results.append(mm.unload_all_models("all", hard=True))
+    return {"calls": calls, "results": results}
+
+
+def places(world: World) -> dict:
+    """Kept entries go back where they were, but for one that was loaded again in the meantime."""
+    world.prompt(("X", False), B, ("Y", False), C, A)
+    before = order()
+    held: list[str] = []
+    with beneath("unload_all_models", lambda: held.append(order())):
+        mm.unload_all_models()
+    seen = {"before": before, "hidden": held, "after": order()}
+    with beneath("unload_all_models", lambda: mm.load_models_gpu([world.node(*B)])):
+        mm.unload_all_models()
+    return seen | {"loaded again": order()}
+
+
+def dead(world: World) -> dict:
+    """Another pack's function reads the patcher of every entry, and one has none; then that network dies meanwhile."""
+    world.prompt(B)
+    zombie = world.read("Z")
+    mm.load_models_gpu([zombie])
+    held = [zombie.model]
+    del zombie
+    found: list[str] = []
+
+    def careless() -> None:
+        found.extend(type(loaded.model.model).__name__ for loaded in mm.current_loaded_models)
+
+    def dropping() -> None:
+        held.clear()
+        gc.collect()
+
+    seen = {"before": world.state()}
+    with beneath("unload_all_models", careless):
+        mm.unload_all_models()
+    seen |= {"found": found, "after": world.state()}
+    with beneath("unload_all_models", dropping):
+        mm.unload_all_models()
+    mm.cleanup_models_gc()
+    return seen | {"died": world.state(), "entries": len(mm.current_loaded_models)}
+
+
+def installing(world: World) -> dict:
+    """Twice, and taken away: alone, and beneath another pack's wrappers of either kind."""
+    plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
+    top = {name: getattr(mm, name) for name in wrappers.NAMES}
+    wrappers.install()
+    seen = {"twice": all(getattr(mm, name) is top[name] for name in wrappers.NAMES)}
+    wrappers.uninstall()
+    seen["gone"] = all(getattr(mm, name) is plain[name] for name in wrappers.NAMES)
+    for kind in ("telling", "silent"):
+        wrappers.install()
+        wrapped = getattr(mm, "unload_all_models")  # noqa: B009
+        called: list[str] = []
+
+        def foreign(wrapped: Any = wrapped, called: list = called) -> Any:
+            called.append("foreign")
+            return wrapped()
+
+        if kind == "telling":
+            foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
+        mm.unload_all_models = foreign
+        found = [wrappers.status_of("unload_all_models")]
+        wrappers.uninstall()
+        found.append(wrappers.status_of("unload_all_models"))
+        world.__dict__["cache"].outputs.clear()
+        world.prompt(B)
+        mm.unload_all_models()
+        seen[kind] = {"status": found, "still_theirs": mm.unload_all_models is foreign, "called": called}
+        seen[kind]["then"] = world.state()  # B goes: nobody acts any more
+        mm.unload_all_models = plain["unload_all_models"]
+    wrappers.install()
+    return seen
+
+
+def doubled(world: World) -> dict:
+    """Ours, another pack's that does not say what it wraps, and ours again on top, around each function."""
+    plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
+    for name in wrappers.NAMES:
+        setattr(mm, name, silently(getattr(mm, name)))
+    wrappers.install()
+    world.prompt(A, (*B, "cycle"))
+    seen = {"press": world.tail(**EVERYTHING), "stages": [look.stage for look in snapshots.latest()]}
+    for name, original in plain.items():
+        setattr(mm, name, original)
+    return seen
+
+
+def callers(world: World) -> dict:
+    """Who is said to have asked."""
+    seen = {}
+    world.prompt(B)
+    world.tail(unload_models=True)
+    seen["tail"] = sorted({look.caller for look in snapshots.latest()})
+    world.__init__(world.column)
+    world.prompt(B)
+    world.prompt(B, fails=mm.OOM_EXCEPTION("planted"))
+    seen["error"] = sorted({look.caller for look in snapshots.latest()})
+    world.__init__(world.column)
+    world.prompt(B)
+    world.queue.currently_running[0] = (0, "p", {})
+    mm.unload_all_models()
+    seen["in a prompt"] = sorted({look.caller for look in snapshots.latest()})
+    return seen
+
+
+def ring(world: World) -> dict:
+    """Twenty presses."""
+    world.prompt(B)
+    for _ in range(20):
+        world.tail(**EVERYTHING)
+    looks = snapshots.latest()
+    return {"looks": len(looks), "presses": [looks[0].press, looks[-1].press], "last": snapshots.last_press().line}
+
+
+class Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+def log(world: World) -> dict:
+    """The lines of a press that loses nothing, and of one in which another pack moves a kept model away by itself."""
+    lines, logger = Lines(), logging.getLogger("steadyvsr.patches")
+    level = logger.level
+    logger.addHandler(lines)
+    logger.setLevel(logging.DEBUG)
+    try:
+        world.prompt(A, B)
+        lines.lines.clear()
+        snapshots.set_reason("said why")
+        world.tail(**EVERYTHING)
+        seen: dict[str, Any] = {"plain": list(lines.lines)}
+        world.prompt(A, B)
+        lines.lines.clear()
+        (entry,) = retention.registry().owned()
+        with beneath("unload_all_models", lambda: entry.value.detach()):
+            world.tail(**EVERYTHING)
+        seen |= {"lost": list(lines.lines), "id": entry.id, "reported": len(snapshots.last_press().lost)}
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)
+    ERRORS.lines.clear()
+    return seen
+
+
+def own_failure(world: World) -> dict:
+    """Something of ours fails: ComfyUI's function runs all the same, and one line says so."""
+    world.prompt(A, B)
+    listed = retention.Registry.listed
+
+    def failing(*_: Any) -> Any:
+        raise KeyError("planted in the registry")
+
+    retention.Registry.listed = failing
+    try:
+        mm.unload_all_models()
+        mm.free_memory(1e30, FIRST)
+        mm.unload_all_models()
+    finally:
+        retention.Registry.listed = listed
+    lines = list(ERRORS.lines)
+    ERRORS.lines.clear()
+    return {"after": world.state(), "lines": lines}
+
+
+SCENARIOS: dict[str, Callable[[World], dict]] = {
+    "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
+    "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
+    "log": log, "doubled": doubled, "own failure": own_failure,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    seen = {
+        name: {"seen": scenario(World("keep")), "errors": list(ERRORS.lines)} for name, scenario in SCENARIOS.items()
+    }
+    sys.stdout.write(json.dumps(seen))

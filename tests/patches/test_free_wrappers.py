@@ -1,0 +1,142 @@
+"""The wrappers pass on what is not theirs, come and go without a trace, and say who pressed and what was lost.
+
+The scenarios of free_wrappers.py run in processes of their own: on the double of ComfyUI always, and on each checkout
+of COMFYUI_PATH.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from steadyvsr.tests.comfy.server import PYTHON
+from steadyvsr.tests.conftest import comfyui_checkouts
+
+SCRIPT = Path(__file__).with_name("free_wrappers.py")
+SESSION_SECONDS = 300
+PLACES: list[Path | None] = [None, *comfyui_checkouts()]
+NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
+
+
+@pytest.fixture(scope="module", params=PLACES, ids=["double" if place is None else place.name for place in PLACES])
+def observed(request: pytest.FixtureRequest) -> dict:
+    place = request.param
+    python, kind = (sys.executable, "double") if place is None else (PYTHON, "comfyui")
+    run = subprocess.run(
+        [python, str(SCRIPT), str(SCRIPT.parents[2]), kind],
+        cwd=place, capture_output=True, text=True, timeout=SESSION_SECONDS,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def scenario(observed: dict, name: str) -> Any:
+    assert observed[name]["errors"] == []
+    return observed[name]["seen"]
+
+
+def test_an_owner_s_own_wish_is_not_filtered_and_holds_for_its_thread_only(observed):
+    seen = scenario(observed, "explicit")
+    assert seen == {"without": "C/ABC", "other thread": "BC/ABC", "within": "-/ABC", "after": "BC/ABC", "lost": 0}
+
+
+def test_a_call_that_spares_all_but_a_kept_model_means_that_model(observed):
+    seen = scenario(observed, "meant")
+    assert seen["after"] == seen.get("by ComfyUI", "AB/ABC") == "AB/ABC"
+
+
+def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_prompt(observed):
+    assert scenario(observed, "budget") == {"BCD": "BCD", "E": "DE", "B": "BE"}
+
+
+def test_another_file_under_the_same_name_replaces_a_kept_model(observed):
+    seen = scenario(observed, "file")
+    assert seen == {"first": [1, "B/B", "B"], "same file": [1, "B/B", "B"], "other file": [2, "B/B", "B"]}
+
+
+@pytest.mark.parametrize("kind", ["InterruptProcessingException", "RuntimeError"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_comfyui_raises_comes_out_as_the_same_object_and_costs_no_kept_model(observed, name, kind):
+    assert scenario(observed, "passes through")[f"{name} {kind}"] == ["the same", "BC/BC"]
+
+
+def test_an_error_leaves_the_thread_as_it_was(observed):
+    assert scenario(observed, "passes through")["thread"] == 0
+
+
+def test_parameters_that_we_do_not_know_arrive(observed):
+    seen = scenario(observed, "arguments")
+    assert seen["calls"] == [
+        [1, 2, ["B"], {"for_dynamic": True}],
+        [2, 4, ["B"], {"pins_required": 7}],
+        [3, 1, ["B"], {"device": None, "ram_required": 5}],
+    ]
+    assert seen["results"] == [["gone"], ["gone"], ["gone"], [[True], {}], [["all"], {"hard": True}]]
+
+
+def test_kept_entries_go_back_to_their_places_unless_they_were_loaded_again(observed):
+    seen = scenario(observed, "places")
+    assert seen == {"before": "ACYBX", "hidden": ["AYX"], "after": "ACYBX", "loaded again": "BCAYX"}
+
+
+def test_another_pack_s_function_meets_no_entry_without_a_patcher(observed):
+    """It would end ComfyUI's worker; the entry is back afterwards, unless its network has died."""
+    seen = scenario(observed, "dead")
+    assert (seen["before"], seen["found"], seen["after"]) == ("B+dead/BZ", [], "B+dead/BZ")
+    assert (seen["died"], seen["entries"]) == ("B/B", 1)
+
+
+def test_installing_twice_wraps_once_and_uninstalling_leaves_comfyui_s_own(observed):
+    seen = scenario(observed, "installing")
+    assert seen["twice"] is True and seen["gone"] is True
+
+
+@pytest.mark.parametrize(("kind", "status"), [("telling", "in chain"), ("silent", "replaced")])
+def test_uninstalling_beneath_another_pack_disarms_and_cuts_nothing(observed, kind, status):
+    """A wrapper that says what it wraps, and one that does not, so that ours beneath it cannot be seen."""
+    seen = scenario(observed, "installing")[kind]
+    assert seen == {"status": [status, "replaced"], "still_theirs": True, "called": ["foreign"], "then": "-/B"}
+
+
+def test_a_chain_that_holds_us_twice_acts_once(observed):
+    seen = scenario(observed, "doubled")
+    assert seen["stages"] == ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    assert (seen["press"]["pre"], seen["press"]["end"]) == ("AB/AB", "B/B")
+
+
+def test_a_press_says_who_asked(observed):
+    seen = scenario(observed, "callers")
+    assert seen == {"tail": ["button"], "error": ["OOM"], "in a prompt": ["housekeeping"]}
+
+
+def test_the_ring_holds_sixty_four_snapshots(observed):
+    seen = scenario(observed, "ring")
+    assert (seen["looks"], seen["presses"]) == (64, [5, 20]) and "kept: B 1.00 MiB" in seen["last"]
+
+
+def test_a_press_is_one_line_and_four_snapshots_for_those_who_debug(observed):
+    lines = scenario(observed, "log")["plain"]
+    assert [level for level, _ in lines] == ["DEBUG"] * 4 + ["INFO"]
+    stages = ["pre-unload", "post-unload", "post-reset", "post-collect"]
+    assert [line.split(" ")[0] for _, line in lines[:4]] == stages
+    assert lines[4][1] == "button: 1.00 MiB left the devices: A 1.00 MiB · kept: B 1.00 MiB · said why"
+
+
+def test_a_kept_model_that_was_lost_is_one_error_with_class_id_and_key(observed):
+    seen = scenario(observed, "log")
+    errors = [line for level, line in seen["lost"] if level == "ERROR"]
+    assert len(errors) == seen["reported"] == 1
+    assert f"B of B ({seen['id']}, keep; model B)" in errors[0] and "1.00 MiB on the device before" in errors[0]
+    assert [level for level, _ in seen["lost"]].count("INFO") == 1
+
+
+def test_a_failure_of_ours_is_said_once_and_comfyui_goes_on(observed):
+    seen = scenario(observed, "own failure")
+    assert seen["after"] == "-/AB"
+    assert [line.partition(";")[0] for line in seen["lines"]] == [
+        "hiding kept models failed", "choosing kept models failed",
+    ]  # fmt: skip
