@@ -16,7 +16,7 @@ async def comfy_entrypoint():
     without a traceback, which hides the file at fault.
     """
     try:
-        from ..nodes import FlashVSRExtension
+        from .nodes import FlashVSRExtension
 
         return FlashVSRExtension()
     except Exception as error:
