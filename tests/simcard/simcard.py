@@ -12,7 +12,6 @@ PrivateUse1 backend.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -24,13 +23,6 @@ import torch.utils.cpp_extension as cpp_extension
 NAME = "simcard"
 CARDS = 2
 SOURCE = Path(__file__).with_name("simcard.cpp")
-
-
-def missing() -> str:
-    """What is absent of what the build needs, in words; "" where all is there."""
-    compilers = ("c++", "g++", "clang++")
-    found = {"a C++ compiler": any(map(shutil.which, compilers)), "ninja": cpp_extension.is_ninja_available()}
-    return " and ".join(what for what, there in found.items() if not there)
 
 
 def _build() -> Any:
