@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from steadyvsr.tests.session.comfyui_place import find_comfyui
 
 LIMIT_US = 20.0
 CALLS, ROUNDS = 100, 300
@@ -35,18 +36,10 @@ def mean_us(call: Callable[[], Any]) -> float:
 def model_management(comfyui: Path | None) -> Any:
     """ComfyUI's module, of a checkout or of the tests' double."""
     if comfyui is None:
-        double = Path(__file__).resolve().parents[1] / "tests" / "patches" / "books_double.py"
-        spec = importlib.util.spec_from_file_location("books_double", double)
-        if spec is None or spec.loader is None:
-            raise SystemExit(f"{double}: expected the tests' double of ComfyUI; got nothing.")
-        module = sys.modules["books_double"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.install()
+        find_comfyui("double")
     else:
         os.chdir(comfyui)
-        sys.path.insert(0, str(comfyui))
-        sys.argv = ["main.py", "--cpu"]
-        importlib.import_module("comfy.options").enable_args_parsing()
+        find_comfyui("comfyui")
     return importlib.import_module("comfy.model_management")
 
 

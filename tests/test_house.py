@@ -247,4 +247,6 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 def test_no_module_is_a_drawer_for_everything() -> None:
     drawers = {"utils", "util", "helpers", "misc"}
-    assert [path for path in house_files(".py") if PurePosixPath(path).stem in drawers] == []
+    # The double has ComfyUI's own names.
+    named_here = [path for path in house_files(".py") if not path.startswith("tests/double/")]
+    assert [path for path in named_here if PurePosixPath(path).stem in drawers] == []

@@ -176,7 +176,7 @@ def residency() -> dict:
 
 def kept() -> dict:
     """Load and keep → all users gone → load again → load without keeping → all users gone → load again."""
-    loaded_module, retention = pack("nodes.flashvsr.model"), pack("patches.kept")
+    loaded_module, owners = pack("nodes.flashvsr.model"), pack("patches.kept")
     read, reads = loaded_module.load_flashvsr, []
 
     def counted(*arguments, **keywords):
@@ -192,13 +192,13 @@ def kept() -> dict:
         mm.unload_all_models()
         gc.collect()
         alive = {"kept": module() is not None}
-        policies = [retention.registry().entries()[-1].policy]
+        policies = [owners.registry().entries()[-1].policy]
         model = tiny_model(keep_loaded="keep")
         counts["again"] = len(reads)
         again, _ = upscale(model, clip())
         model = tiny_model(keep_loaded="no")
         counts["after_no"] = len(reads)
-        policies.append(retention.registry().entries()[-1].policy)
+        policies.append(owners.registry().entries()[-1].policy)
         del model
         mm.unload_all_models()
         gc.collect()
