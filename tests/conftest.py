@@ -54,10 +54,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `comfyui_path` runs once per checkout."""
+    """A test that takes `comfyui_path` runs once per checkout; one that takes `place` on the double (None), too."""
     if "comfyui_path" in metafunc.fixturenames:
         checkouts = comfyui_checkouts() or [None]
         metafunc.parametrize("comfyui_path", checkouts, ids=[path.name if path else "none" for path in checkouts])
+    if "place" in metafunc.fixturenames:
+        places = [None, *comfyui_checkouts()]
+        ids = [path.name if path else "double" for path in places]
+        metafunc.parametrize("place", places, ids=ids, scope="module")
 
 
 @pytest.fixture(scope="session")

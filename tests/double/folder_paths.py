@@ -1,11 +1,11 @@
-"""Where models and files lie: under one base folder, which a test names."""
+"""Where models and files lie: under the folder given as --base-directory."""
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
-base_path = Path(os.environ.get("STEADYVSR_DOUBLE_BASE", "."))
+base_path = Path(sys.argv[sys.argv.index("--base-directory") + 1] if "--base-directory" in sys.argv else ".")
 models_dir = str(base_path / "models")
 FOLDERS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae", "vae_approx")
 folder_names_and_paths = {name: [str(base_path / "models" / name)] for name in FOLDERS}

@@ -12,9 +12,14 @@ DOUBLE = Path(__file__).resolve().parents[1] / "double"
 
 
 def find_comfyui(kind: str, *options: str) -> None:
-    """Lets `comfy` be the double ("double"), or the ComfyUI in the current folder ("comfyui") with these options."""
+    """Lets `comfy` be the double ("double") or the ComfyUI in the current folder ("comfyui").
+
+    Args:
+        options: of ComfyUI's command line; the double knows `--base-directory`.
+    """
     if kind == "double":
         sys.path.insert(0, str(DOUBLE))
+        sys.argv += options
         return
     sys.path.insert(0, os.getcwd())
     sys.argv = ["main.py", "--cpu", *options]
