@@ -19,6 +19,7 @@ SUBJECTS = ("schema", "routes", "flashvsr", "vae")
 
 
 def tell() -> None:
+    importlib.import_module("host")  # starts ComfyUI; the scenarios need that
     wanted = [word for word in os.environ.get("STEADYVSR_SCENARIOS", "").split(",") if word] or SUBJECTS
     seen = {}
     for subject in SUBJECTS:
