@@ -29,5 +29,5 @@ def observe(
 
 
 @pytest.fixture(scope="module")
-def observed(observe: Callable[[Path | None], dict[str, Any]], place: Path | None) -> dict[str, Any]:
-    return observe(place)
+def observed(observe: Callable[[Path | None], dict[str, Any]], comfyui_or_double: Path | None) -> dict[str, Any]:
+    return observe(comfyui_or_double)

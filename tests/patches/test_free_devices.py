@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 @pytest.fixture(scope="module")
-def measured(place: Path | None) -> dict:
-    return played(SCRIPT, place)
+def measured(comfyui_or_double: Path | None) -> dict:
+    return played(SCRIPT, comfyui_or_double)
 
 
 @pytest.mark.parametrize("column", ["keep", "pin"])

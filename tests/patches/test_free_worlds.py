@@ -20,9 +20,9 @@ STAGES = ("pre", "unloaded", "reset", "collected", "end")
 
 
 @pytest.fixture(scope="module")
-def observed(place: Path | None) -> dict:
+def observed(comfyui_or_double: Path | None) -> dict:
     """Column → scenario → what was seen, on the double (None) or a checkout."""
-    return played(SCRIPT, place)
+    return played(SCRIPT, comfyui_or_double)
 
 
 @pytest.fixture(params=OURS)

@@ -17,8 +17,8 @@ NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gp
 
 
 @pytest.fixture(scope="module")
-def observed(place: Path | None) -> dict:
-    return played(SCRIPT, place)
+def observed(comfyui_or_double: Path | None) -> dict:
+    return played(SCRIPT, comfyui_or_double)
 
 
 def scenario(observed: dict, name: str) -> Any:
