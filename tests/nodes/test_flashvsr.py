@@ -200,11 +200,13 @@ def comparable(observed: dict[str, Any]) -> dict[str, Any]:
     seen = {name: scenario(observed, name) for name in observed}
     alike = ("nodes", "schema", "kept", "images", "same as the engine")
     residency, videos = seen["flashvsr residency"], seen["flashvsr videos"]
+    during = residency["during"]
     told = {name: value for name, value in seen["flashvsr told"].items() if name != "last"}
     return {
         **{name: seen[f"flashvsr {name}"] for name in alike}, "told": told,
         "choices": seen["flashvsr model folder"]["choices"],
-        "books": {name: value for name, value in residency.items() if name != "report"},
+        "books": {name: value for name, value in residency.items() if name not in ("report", "during")},
+        "books in a run": [state for i, state in enumerate(during) if state not in during[:i]],
         "report": sorted(residency["report"]), "raised": seen["flashvsr interrupted"]["raised"],
         "output": [run["output"] for run in seen["flashvsr growth"].values()],
         "videos": [{**videos[name], "folder": ""} for name in ("path", "memory", "components", "odd")],

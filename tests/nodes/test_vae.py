@@ -33,7 +33,7 @@ def test_blended_tiles_have_the_shape_and_are_not_far_off(observed, kind, method
     assert seen["shape"] == SHAPES[kind][method] and 1e-3 < seen["error"] < 0.5
 
 
-@pytest.mark.parametrize("at", ["first", "third"])
+@pytest.mark.parametrize("at", ["first", "second"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_that_runs_out_of_memory_costs_a_smaller_tile_and_no_precision(observed, kind, at):
     seen = scenario(observed, f"vae out of memory {kind}")[at]
