@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
-from ...patches.residency import torch_devices
 from ...patches.versions import patcher_class
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,11 +61,6 @@ class LoadedFlashVSR:
             version=self.version,
             family=self.family,
         )
-
-
-def device_choices() -> list[str]:
-    """auto, every accelerator of ComfyUI, cpu."""
-    return ["auto", *dict.fromkeys([*map(str, torch_devices()), "cpu"])]
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections import deque
@@ -11,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -122,8 +122,8 @@ class Run:
         }
         node_status.send(self.node_id, memory=memory.summary())
 
-    def report(self) -> str:
-        return json.dumps(self._report, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        return self._report
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ from ...memory.tracker import tensor_bytes
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
-from ..flashvsr.nodes import keep_loaded_input
-from .loading import CATEGORY, Loading, file_in, fingerprint, offload_input, report_output
+from ..sockets import keep_loaded_input, offload_input, report_output
+from .loading import CATEGORY, REPORT_TOOLTIP, Loading, Wish, file_in, fingerprint
 
 NODE = "Apply LoRA (Verified)"
 RECENT_FILES = 2
@@ -73,7 +73,7 @@ class ApplyLoRA(io.ComfyNode):
             outputs=[
                 io.Model.Output("patched_model", display_name="MODEL", tooltip="The model with the LoRA."),
                 io.Clip.Output("patched_clip", display_name="CLIP", tooltip="The text encoder with the LoRA, if any."),
-                report_output(),
+                report_output(REPORT_TOOLTIP),
             ],
             **supported(io.Schema, search_aliases=["load lora", "lora loader"]),
         )
@@ -94,7 +94,7 @@ class ApplyLoRA(io.ComfyNode):
         offload_after_load: bool = True,
     ) -> io.NodeOutput:
         path = file_in("loras", lora_name, NODE)
-        loading = Loading(NODE, unique_id(cls), lora_name)
+        loading = Loading(NODE, unique_id(cls), lora_name, Wish(keep_loaded, offload_after_load))
         reads: list[int] = []
 
         def load() -> LoraFile:
@@ -126,8 +126,6 @@ class ApplyLoRA(io.ComfyNode):
                 "fits. Choose a LoRA that was made for this model."
             )
         loading.note(source="disk" if reads else "memory: nothing was read", patches=counts, file_bytes=file.size)
-        if offload_after_load:
-            loading.offload([patched, *([patched_clip] if clip is not None else [])])
         return loading.output(patched, patched_clip)
 
 

@@ -27,7 +27,7 @@ DIFFUSION_MODEL, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 
 
 @dataclass(frozen=True)
-class Tensor:
+class HeaderEntry:
     """One entry of a header."""
 
     key: str
@@ -36,7 +36,7 @@ class Tensor:
     bytes: int
 
 
-def header(path: str | Path) -> list[Tensor] | None:
+def header(path: str | Path) -> list[HeaderEntry] | None:
     """The tensors of a safetensors file; None for another format, or a file that is damaged."""
     try:
         with open(path, "rb") as file:
@@ -45,7 +45,7 @@ def header(path: str | Path) -> list[Tensor] | None:
                 return None
             entries = json.loads(file.read(length))
             return [
-                Tensor(key, item["dtype"], prod(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+                HeaderEntry(key, item["dtype"], prod(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
                 for key, item in entries.items()
                 if key != "__metadata__"
             ]
@@ -72,7 +72,7 @@ def of_vae(paths: Iterable[str | Path]) -> int:
 def of_checkpoint(path: str | Path) -> int:
     """Bytes of diffusion model, VAE and text encoder together."""
 
-    def count(tensors: list[Tensor]) -> int:
+    def count(tensors: list[HeaderEntry]) -> int:
         model = [tensor for tensor in tensors if tensor.key.startswith(DIFFUSION_MODEL)]
         vae = [tensor for tensor in tensors if tensor.key.startswith(VAE)]
         rest = [tensor for tensor in tensors if not tensor.key.startswith((DIFFUSION_MODEL, *VAE))]
@@ -86,7 +86,7 @@ def _size(path: str | Path, count) -> int:
     return Path(path).stat().st_size if tensors is None else count(tensors)
 
 
-def _diffusion_model(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+def _diffusion_model(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
     if any(tensor.key.endswith(QUANTISED) for tensor in tensors):
         return _as_they_lie(tensors)
     if dtype is None:
@@ -99,15 +99,15 @@ def _diffusion_model(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
     return _converted(tensors, dtype)
 
 
-def _vae(tensors: list[Tensor]) -> int:
+def _vae(tensors: list[HeaderEntry]) -> int:
     return _converted(tensors, mm.vae_dtype(mm.vae_device(), [torch.bfloat16, torch.float32]))
 
 
-def _converted(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+def _converted(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
     if dtype is None:
         return _as_they_lie(tensors)
     return sum(t.numbers * dtype.itemsize if t.dtype in FLOATS else t.bytes for t in tensors)
 
 
-def _as_they_lie(tensors: list[Tensor]) -> int:
+def _as_they_lie(tensors: list[HeaderEntry]) -> int:
     return sum(tensor.bytes for tensor in tensors)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -119,10 +118,14 @@ class TiledRun:
         node_status.send(self.node_id, memory=memory.summary(self._report["attempts"]))
         return result
 
-    def report(self) -> str:
-        """What was done and measured, as JSON."""
-        ordered = {"node": self.node, "vae": type(self.vae.first_stage_model).__name__, **self._report}
-        return json.dumps({**ordered, "notes": self.notes}, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        """What was done and measured, as plain values."""
+        return {
+            "node": self.node,
+            "vae": type(self.vae.first_stage_model).__name__,
+            **self._report,
+            "notes": self.notes,
+        }
 
     @property
     def _compression(self) -> int:
