@@ -115,7 +115,7 @@ class LoadFlashVSR(io.ComfyNode):
             patchers_of,
             model_set,
         )
-        # The backend is a property of the run, not of the weights.
+        # The attention backend belongs to the run, not to the weights.
         return io.NodeOutput(model if model.attention == attention else replace(model, attention=attention))
 
 

@@ -1,4 +1,4 @@
-"""What the loader nodes share: where a model goes, whether it is there already, and what the report says of it."""
+"""What the loader nodes share: their inputs, where a model goes, whether it is there already, and the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model computes and why. `device` None leaves it where ComfyUI puts it."""
+    """Where a model computes, and why. With `device` None, ComfyUI decides."""
 
     device: torch.device | None
     reason: str
@@ -62,13 +62,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What is to be loaded.
+    """A model as its files, before they are read.
 
     Attributes:
-        kind: of model, as the registry names it.
-        paths: of its files.
-        options: that change the result.
-        bytes: of its weights, predicted.
+        kind: of model, for the registry.
+        paths: of the files.
+        options: those that change the result; not the device.
+        bytes: predicted size of the weights.
     """
 
     kind: str
@@ -115,19 +115,19 @@ def file_in(folder: str, name: str, node: str) -> str:
     """Path of a file of a model folder, found the way ComfyUI finds it.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such file.
     """
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise ValueError(
             f"{node}: expected a file in models/{folder}; got {name!r}, which is not there. Put it there, or choose "
-            "another one."
+            "another."
         )
     return path
 
 
 def fingerprint(folder: str, names: Iterable[str | None]) -> str:
-    """Changes when one of the files is replaced. A file that is missing is the node's error, not this one's."""
+    """Changes when one of the files is replaced. A missing file is an error of the node, not of this function."""
     stats = []
     for name in names:
         path = folder_paths.get_full_path(folder, name) if name else None
@@ -137,10 +137,10 @@ def fingerprint(folder: str, names: Iterable[str | None]) -> str:
 
 
 def choose_place(wish: Wish, files: ModelFiles, node: str) -> Place:
-    """Where a model of these files shall compute; one that the registry has already stays where it is.
+    """Where a model of these files will compute. With auto, one that is loaded already stays where it is.
 
     Raises:
-        ValueError: no such device, or none that it fits on.
+        ValueError: there is no such device, or the model fits on none.
     """
     devices = residency.torch_devices()
     if wish.device == DEFAULT:
@@ -166,7 +166,7 @@ def choose_place(wish: Wish, files: ModelFiles, node: str) -> Place:
 
 
 def put(patcher: Any, device: torch.device | None) -> Any:
-    """A patcher that was just made, directed to a device: itself, or a plain clone where dynamic VRAM has no CPU."""
+    """Directs a new patcher to a device; returns it, or a plain clone where dynamic VRAM cannot use the CPU."""
     if device is None or device == patcher.load_device:
         return patcher
     if device == CPU:
@@ -180,7 +180,7 @@ def put(patcher: Any, device: torch.device | None) -> Any:
 
 
 class Loading:
-    """One execution of a loader node: finds or reads the model, offloads it if asked, and reports."""
+    """One execution of a loader node: finds or reads the model, offloads it if asked to, and reports."""
 
     def __init__(self, node: str, node_id: str | None, name: str, wish: Wish) -> None:
         self.node, self.node_id, self.name, self.wish = node, node_id, name, wish
@@ -192,7 +192,12 @@ class Loading:
         load: Callable[[torch.device | None], Any],
         patchers_of: Callable[[Any], Sequence[Any]] = residency.patchers_of,
     ) -> Any:
-        """The owner's object for these files; see `Registry.obtain`. `load` makes it for a device (None: ComfyUI's)."""
+        """The owner's object for these files; see `Registry.obtain`.
+
+        Args:
+            load: reads it for a device; None: ComfyUI decides.
+            patchers_of: the ModelPatchers inside it.
+        """
         place = choose_place(self.wish, files, self.node)
         key, policy = files.key(place.option), self.wish.keep_loaded
 
@@ -200,7 +205,7 @@ class Loading:
             self._report["source"] = "disk"
             return load(place.device)
 
-        wrappers.install()  # again: a pack that was imported after us may have replaced them
+        wrappers.install()  # again: a pack imported after this one may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
             value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(files.bytes))
@@ -234,7 +239,7 @@ class Loading:
         return with_report(*models, report=self._report)
 
     def _offload(self, models: Iterable[Any]) -> None:
-        """Takes models off their device, verified, and keeps the receipts for the report."""
+        """Takes models off their device and verifies it; the receipts go into the report."""
         receipts = [receipt for model in models for receipt in residency.offload_model(model)]
         self._report["offload"] = [receipt.to_json() for receipt in receipts]
         self._report["resident_bytes_after"] = sum(receipt.still_loaded for receipt in receipts)
@@ -245,7 +250,7 @@ class Loading:
             node_status.send(self.node_id, receipt={"line": str(worst), "verdict": worst.verdict.value})
 
     def _admit(self, needed: int) -> None:
-        """Asks whether the RAM has room for the weights, and releases kept models that nobody uses if it has not."""
+        """Checks whether the weights fit into RAM, and releases kept models that nobody uses where they do not."""
         admission = residency.may_load(needed, CPU)
         if admission.short:
             registry().yield_ram(lambda: residency.may_load(needed, CPU).short > 0, f"{self.name} needs RAM")

@@ -1,4 +1,4 @@
-"""Apply LoRA: on a clone of the model, its file read once, an error where it fits nothing."""
+"""Apply LoRA: works on a clone of the model, reads its file once, and refuses a LoRA that fits nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .loading import CATEGORY, REPORT_TOOLTIP, Loading, Wish, file_in, fingerpri
 
 NODE = "Apply LoRA (Verified)"
 RECENT_FILES = 2
-"""LoRA files that stay in RAM though nobody keeps them: a workflow is run again with another strength."""
+"""How many LoRA files stay in RAM although nobody keeps them: workflows are run again with another strength."""
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
 
@@ -130,5 +130,5 @@ class ApplyLoRA(io.ComfyNode):
 
 
 def patches(patcher: Any) -> int:
-    """How many changes of weights a patcher carries."""
+    """How many weight patches a patcher carries."""
     return sum(len(changes) for changes in patcher.patches.values())

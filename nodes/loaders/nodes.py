@@ -1,4 +1,4 @@
-"""The loader nodes: ComfyUI's own loaders, with an owner for what is to be kept and a measured end off the device."""
+"""The loader nodes: ComfyUI's own loaders, with an owner for kept models and a measured offload at the end."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class LoadVAE(io.ComfyNode):
 
 
 def small_files(name: str) -> list[str]:
-    """Files of models/vae_approx that ComfyUI puts together under a name such as taesd, or the file of that name."""
+    """Files of models/vae_approx that ComfyUI combines under a name such as taesd, or the file of that name."""
     if folder_paths.get_full_path("vae", name) is not None:
         return []
     starts = (f"{name}_encoder.", f"{name}_decoder.")
@@ -212,7 +212,7 @@ def small_files(name: str) -> list[str]:
 
 def put_vae(vae: Any, device: torch.device | None) -> Any:
     vae.patcher = put(vae.patcher, device)
-    # A VAE sends its inputs to this device by itself.
+    # A VAE moves its inputs to this device itself.
     vae.device = vae.patcher.load_device
     return vae
 

@@ -1,5 +1,4 @@
-"""VAE encode and decode in tiles, in place of ComfyUI's own tiled nodes: exact where the network is known, measured
-always."""
+"""Tiled VAE encode and decode in place of ComfyUI's own nodes: exact where the network is known, always measured."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ ENCODE, DECODE = "VAE Encode (Tiled, Verified)", "VAE Decode (Tiled, Verified)"
 MIN_TILE, BUDGET_GB = 64, 2.0
 DELEGATED_TILE = 256
 STOCK_MAX = 4096
-"""Of ComfyUI's own tiled nodes: their workflows stay valid."""
+"""As in ComfyUI's own tiled nodes: values of their workflows stay valid."""
 SPOT, OFF = "spot", "off"
 
 
@@ -113,10 +112,10 @@ def options_of(
     allow_cpu: bool,
     verify: str,
 ) -> TileOptions:
-    """The options of a node.
+    """The checked options of a node.
 
     Raises:
-        ValueError: one of them is out of range; the message names it.
+        ValueError: one is out of range; the message names it.
     """
     if tile_size != 0 and tile_size < MIN_TILE:
         raise ValueError(f"{node}: expected a tile_size of 0 or at least {MIN_TILE}; got {tile_size}.")
@@ -220,10 +219,10 @@ class VAEDecodeTiled(io.ComfyNode):
 
 
 def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """A VAE that tiles by itself, or whose insides are unknown, asked with arguments that it can keep to.
+    """The result and the report of a VAE that tiles by itself or whose insides are unknown.
 
     Raises:
-        ValueError: an empty batch, mode exact, or a VAE that can do nothing of the kind.
+        ValueError: an empty batch, mode exact, or a VAE without such a method.
     """
     encodes = node == ENCODE
     method = "encode" if encodes else "decode"
@@ -244,7 +243,7 @@ def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tupl
         side = max(2, tile // unit)
         result = tiled(value, tile_x=side, tile_y=side, overlap=min(overlap // unit, side // 2))
     elif hasattr(vae, method):
-        notes.append("It was asked as a whole: this VAE object has no tiled way and no network that could be asked.")
+        notes.append("It was called as a whole: this VAE object has no tiled method and no network that is known here.")
         result = getattr(vae, method)(value)
     else:
         raise ValueError(f"{node}: expected a VAE; got {type(vae).__name__}, which has no {method}.")
@@ -256,7 +255,7 @@ def _delegated(vae: Any, options: TileOptions, node: str, value: Tensor) -> tupl
         "overlap": overlap,
         "result_shape": list(result.shape),
         "verified": False,
-        "verified_reason": "not measured: the VAE was asked as a whole",
+        "verified_reason": "not measured: the VAE was called as a whole",
         "notes": notes,
     }
     return result, report
