@@ -30,8 +30,8 @@ def offload_input() -> io.Input:
         "offload_after_load",
         default=True,
         optional=True,
-        tooltip="The model ends in RAM, off its device, and the report says by measurement that it did. With keep or "
-        "pin it is off the device now and kept from then on.",
+        tooltip="Leaves the model in RAM, off its device; the report verifies that by measurement. With keep or pin it "
+        "is off the device now and kept from then on.",
     )
 
 

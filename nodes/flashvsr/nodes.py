@@ -42,8 +42,9 @@ class LoadFlashVSR(io.ComfyNode):
                     "model_set",
                     options=model_sets.choices(),
                     default=model_sets.NANO,
-                    tooltip="A folder or merged file in models/flashvsr, in any layout in use (official, Kijai, "
-                    "1038lab, Wan2GP). nano is a tiny network that comes with the pack: to try out, not for quality.",
+                    tooltip="A folder or merged file in models/flashvsr, in any known layout (official, Kijai, "
+                    "1038lab, Wan2GP). nano is a tiny network that comes with the pack: for trying things out, not for "
+                    "quality.",
                 ),
                 io.Combo.Input(
                     "version",
@@ -143,7 +144,8 @@ def upscale_schema(node_id: str, name: str, description: str, source: io.Input, 
                 min=0,
                 max=SEED_MAX,
                 control_after_generate=True,
-                tooltip="Of the latent noise. The same seed gives the same frames on every device, up to rounding.",
+                tooltip="Seed of the latent noise. The same seed gives the same frames on every device, up to "
+                "rounding.",
             ),
             io.Float.Input(
                 "sparse_ratio",
@@ -216,7 +218,7 @@ def upscale_schema(node_id: str, name: str, description: str, source: io.Input, 
                 options=list(CLEAN),
                 default=CLEAN[0],
                 optional=True,
-                tooltip="When memory that torch keeps for reuse is given back, between two steps of 8 frames. "
+                tooltip="When to give back memory that torch keeps for reuse, between two steps of 8 frames. "
                 "pressure: only on a card that is nearly full; never; every step: slower, for a card shared with other "
                 "programs.",
                 **ADVANCED,

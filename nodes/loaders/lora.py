@@ -45,7 +45,7 @@ class ApplyLoRA(io.ComfyNode):
             display_name=NODE,
             category=CATEGORY,
             description="Applies a LoRA like Load LoRA, to a diffusion model and optionally its text encoder. A LoRA "
-            "that fits neither is an error; both end off their device, by measurement.",
+            "that fits neither is an error; both are left off their device, verified by measurement.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
                 io.Combo.Input(

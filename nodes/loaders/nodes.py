@@ -32,8 +32,8 @@ class LoadDiffusionModel(io.ComfyNode):
         return loader_schema(
             "SteadyVSR_LoadDiffusionModel",
             MODEL_NODE,
-            "Loads a diffusion model like Load Diffusion Model. It can be kept through the free-memory buttons, and it "
-            "ends off its device, by measurement.",
+            "Loads a diffusion model like Load Diffusion Model. It can outlive the free-memory buttons, and it is left "
+            "off its device, verified by measurement.",
             [
                 io.Combo.Input(
                     "unet_name",
@@ -85,8 +85,8 @@ class LoadCLIP(io.ComfyNode):
         return loader_schema(
             "SteadyVSR_LoadCLIP",
             CLIP_NODE,
-            "Loads a text encoder from one to four files, like Load CLIP, DualCLIPLoader and their kin. It can be kept "
-            "through the free-memory buttons, and it ends off its device, by measurement.",
+            "Loads a text encoder from one to four files, like Load CLIP, DualCLIPLoader and their kin. It can "
+            "outlive the free-memory buttons, and it is left off its device, verified by measurement.",
             [
                 io.Combo.Input("clip_name1", options=files, tooltip="The first or only file of models/text_encoders."),
                 io.Combo.Input(
@@ -100,7 +100,7 @@ class LoadCLIP(io.ComfyNode):
                         options=[NONE, *files],
                         default=NONE,
                         optional=True,
-                        tooltip="Another file, for models with several text encoders; none: no further one.",
+                        tooltip="Another file, for models with several text encoders; none: no other file.",
                     )
                     for number in range(2, CLIP_FILES + 1)
                 ),
@@ -162,8 +162,8 @@ class LoadVAE(io.ComfyNode):
         return loader_schema(
             "SteadyVSR_LoadVAE",
             VAE_NODE,
-            "Loads a VAE like Load VAE. It can be kept through the free-memory buttons, and it ends off its device, by "
-            "measurement.",
+            "Loads a VAE like Load VAE. It can outlive the free-memory buttons, and it is left off its device, "
+            "verified by measurement.",
             [
                 io.Combo.Input(
                     "vae_name",
@@ -223,8 +223,8 @@ class LoadCheckpoint(io.ComfyNode):
         return loader_schema(
             "SteadyVSR_LoadCheckpoint",
             CHECKPOINT_NODE,
-            "Loads model, text encoder and VAE of one file like Load Checkpoint. They can be kept through the "
-            "free-memory buttons, and they end off their device, by measurement.",
+            "Loads model, text encoder and VAE of one file like Load Checkpoint. They can outlive the "
+            "free-memory buttons, and they are left off their device, verified by measurement.",
             [
                 io.Combo.Input(
                     "ckpt_name",

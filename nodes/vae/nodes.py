@@ -34,8 +34,8 @@ def tiled_schema(
         node_id=node_id,
         display_name=name,
         category=CATEGORY,
-        description=f"{does} tile by tile and says what memory that took. For Wan 2.1, SD and Flux VAEs the result is "
-        "that of the whole frame. Time is never split.",
+        description=f"{does} tile by tile and reports the memory that took. For Wan 2.1, SD and Flux VAEs the result "
+        "equals that of the whole frame. Time is never split.",
         inputs=[
             *inputs,
             io.Int.Input(
@@ -90,8 +90,8 @@ def tiled_schema(
                 options=[SPOT, OFF],
                 default=SPOT,
                 optional=True,
-                tooltip="spot: with blended tiles one more tile is computed across the seams, and the report says how "
-                "far the result is from it, in dB. off: it is not.",
+                tooltip="spot: one more tile is computed across the seams of blended tiles, and the report says how "
+                "far the result is from it, in dB. off: no check.",
                 **ADVANCED,
             ),
             *more,
@@ -140,8 +140,8 @@ class VAEEncodeTiled(io.ComfyNode):
             options=[CROP, PAD],
             default=CROP,
             optional=True,
-            tooltip="Sizes that the VAE cannot divide. crop: cut at the centre, as ComfyUI does. pad: continue the "
-            "image at its right and lower edge.",
+            tooltip="For sizes that the VAE cannot divide. crop: cut around the centre, as ComfyUI does. pad: continue "
+            "the image at its right and lower edges.",
             **ADVANCED,
         )
         return tiled_schema(
