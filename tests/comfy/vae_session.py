@@ -13,10 +13,12 @@ import random
 import sys
 import types
 
+import vae_host as host  # starts ComfyUI; what follows needs that
+
+# isort: split
 import execution
 import small_vaes
 import torch
-import vae_host as host  # starts ComfyUI; what follows needs that
 from vae_host import (
     KINDS,
     apart,
