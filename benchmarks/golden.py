@@ -3,12 +3,11 @@
     python -m steadyvsr.benchmarks.golden FOLDER [--json FILE]
 
 Sizes, cases and tolerances come from the folder's index.json. Two approximate tilings of the official code are left
-out (wan_vae out/tiled_*, e2e out/full/frames_tiled_*). Exits with 1 where a vector is missed.
+out (wan_vae out/tiled_*, e2e out/full/frames_tiled_*). Exit status 1 where a vector is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -16,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from steadyvsr.benchmarks import frame
 from steadyvsr.models.flashvsr import (
     BufferLQ4xProjection,
     CausalLQ4xProjection,
@@ -178,8 +179,7 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
     state, step_size = TransformerState(), entry.get("sub_sampling_step", 3)
     masks: list[Tensor] = []
     select = transformer.select_blocks
-    transformer.select_blocks = lambda *args: masks.append(select(*args)) or masks[-1]
-    try:
+    with mock.patch.object(transformer, "select_blocks", lambda *args: masks.append(select(*args)) or masks[-1]):
         for step in range(entry["steps"]):
             first, last = step_latents(step)
             lq = None
@@ -203,8 +203,6 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
             # A kept and a dropped block change places: two bits for each head and query group.
             allowed = 0 if certain else 2 * shape[0] * new
             yield Check(name, f"mask of step {step}", flips, flips - allowed)
-    finally:
-        transformer.select_blocks = select
     blocks = state.layers[0].keys.shape[1] // state.slots
     for kind, ring in (("k", state.layers[0].keys), ("v", state.layers[0].values)):
         parts = [part.permute(1, 2, 0, 3).flatten(2) for part in ring.split(blocks, 1)]
@@ -221,6 +219,9 @@ class Recorder:
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.latents, self.frames = decoder, [], []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
     def __call__(self, latents: Tensor, condition: Tensor, memory: Any, strip_pixels: int | None = None) -> Any:
         frames, memory = self.decoder(latents, condition, memory, strip_pixels)
         self.latents.append(latents.transpose(1, 2).clone())
@@ -232,12 +233,6 @@ class Recorder:
         self.latents.append(latents.clone())
         self.frames.append(frames.clamp(-1, 1))
         return frames
-
-    def new_cache(self, device: Any = None) -> Any:
-        return self.decoder.new_cache(device)
-
-    def copy_cache(self, cache: Any, device: Any = None) -> Any:
-        return self.decoder.copy_cache(cache, device)
 
 
 def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator[Check]:
@@ -263,11 +258,9 @@ def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator
         if f"out/{case}/frames_post_sub" not in io:
             continue
         count = io[f"out/{case}/frames_post_sub"].shape[1]
-        vae = None
-        recorder = Recorder(decoder)
+        vae, recorder = None, Recorder(decoder)
         if case == "full":
-            wan = WanVAE.from_state_dict(folder.tensors(entry["vae_weights"]))
-            vae = recorder = Recorder(StreamingDecoder(wan))
+            vae = recorder = Recorder(StreamingDecoder(WanVAE.from_state_dict(folder.tensors(entry["vae_weights"]))))
         model = FlashVSR(network, made[order], recorder, io["in/context"], "v1", "golden")
         given = frames[: count + 4]
         result = list(upscale_frames(model, given, options, noise=io["in/noise"], vae=vae))[:count]
@@ -299,16 +292,15 @@ def check_entry(folder: Folder, name: str) -> list[Check]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     folder = Folder(options.folder)
-    report, missed = {}, 0
+    report, missed = {}, []
     for name in folder.entries:
         checks = check_entry(folder, name)
         failed = [check for check in checks if not check.passed]
-        missed += len(failed) + (not checks)
+        missed += [f"{name} {check.name}" for check in failed] if checks else [f"{name} compares nothing"]
         worst = max((check.difference for check in checks if "mask" not in check.name), default=float("nan"))
         flips = sum(int(check.difference) for check in checks if "mask" in check.name)
         tolerance = folder.entries[name]["tolerance"]
@@ -325,10 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
         for check in failed:
             print(f"    missed: {check.name}: {check.difference:.3e}, {check.excess:.3e} beyond the tolerance")
     total = sum(row["comparisons"] for row in report.values())
-    print(f"{len(report)} entries, {total} comparisons, {missed} missed")
-    if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "entries": report}, indent=1) + "\n")
-    return 1 if missed else 0
+    print(f"{len(report)} entries, {total} comparisons, {len(missed)} missed")
+    return frame.finish(options.json, {"entries": report}, missed)
 
 
 if __name__ == "__main__":
