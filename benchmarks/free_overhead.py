@@ -10,7 +10,6 @@ of a round counts. Exit status 1 above 20 µs.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -20,16 +19,6 @@ from steadyvsr.benchmarks import frame
 
 LIMIT_US = 20.0
 CALLS, ROUNDS = 100, 300
-
-
-def install_double() -> None:
-    """Makes `comfy` importable as the tests' double."""
-    path = frame.ROOT / "tests" / "patches" / "books_double.py"
-    spec = importlib.util.spec_from_file_location("books_double", path)
-    assert spec and spec.loader
-    module = sys.modules["books_double"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.install()
 
 
 def mean_us(call: Callable[[], Any]) -> float:
@@ -44,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.comfyui:
         frame.enter(options.comfyui)
     else:
-        install_double()
+        importlib.import_module("steadyvsr.tests.patches.books_double").install()
     mm: Any = importlib.import_module("comfy.model_management")
     hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
     device = mm.get_torch_device()

@@ -15,21 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from steadyvsr.app.drawn_clips import (
-    HELD_OUT_FRAMES,
-    HELD_OUT_HEIGHT,
-    HELD_OUT_SEEDS,
-    HELD_OUT_WIDTH,
-    degrade,
-    enlarge,
-    make_clip,
-)
+from steadyvsr.app import drawn_clips
 from steadyvsr.app.metrics import psnr, ssim
 from steadyvsr.benchmarks import frame
 from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
 from torch import Tensor, nn
 
+FRAMES, HEIGHT, WIDTH = drawn_clips.HELD_OUT_FRAMES, drawn_clips.HELD_OUT_HEIGHT, drawn_clips.HELD_OUT_WIDTH
 WEIGHTS = frame.ROOT / "assets" / "nano.safetensors"
 THREADS = 2
 
@@ -69,9 +62,9 @@ def variants(model: FlashVSR) -> dict[str, FlashVSR]:
 
 def score(model: FlashVSR, seed: int, colour: str) -> dict[str, dict[str, float]]:
     """Name of variant → PSNR in dB and SSIM on one held-out clip; frames are rounded to 8 bit, as a file holds them."""
-    target = make_clip(seed, HELD_OUT_FRAMES, HELD_OUT_HEIGHT, HELD_OUT_WIDTH)
-    small = degrade(target)
-    results = {"bicubic": enlarge(small)}
+    target = drawn_clips.make_clip(seed, FRAMES, HEIGHT, WIDTH)
+    small = drawn_clips.degrade(target)
+    results = {"bicubic": drawn_clips.enlarge(small)}
     options = StreamOptions(scale=4.0, colour=colour, seed=0)
     for name, variant in variants(model).items():
         results[name] = torch.stack(list(upscale_frames(variant, list(small), options)))
@@ -86,12 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     model = load_flashvsr(options.weights, dtype=torch.float32)
-    clip_text = f"{HELD_OUT_FRAMES} frames, {HELD_OUT_WIDTH}x{HELD_OUT_HEIGHT}, scale 4"
+    clip_text = f"{FRAMES} frames, {WIDTH}x{HEIGHT}, scale 4"
     figures: dict = {"weights_bytes": options.weights.stat().st_size, "clips": clip_text}
     for colour in options.colours:
         started = time.monotonic()
-        clips = {seed: score(model, seed, colour) for seed in HELD_OUT_SEEDS}
-        names = list(clips[HELD_OUT_SEEDS[0]])
+        clips = {seed: score(model, seed, colour) for seed in drawn_clips.HELD_OUT_SEEDS}
+        names = list(next(iter(clips.values())))
         mean = {n: {m: statistics.mean(c[n][m] for c in clips.values()) for m in ("psnr", "ssim")} for n in names}
         print(f"colour {colour}  ({time.monotonic() - started:.0f} s)\n  clip    " + "".join(f"{n:>22}" for n in names))
         for label, row in [*clips.items(), ("mean", mean)]:

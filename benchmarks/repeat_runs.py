@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     with StorageTracker(exclude=[*parameters(model), clip]) as tracker:
         for run in range(options.runs):
             card = ScriptedCard(armed=run % FAILS_EVERY == FAILS_EVERY - 1)
-            hook = model.transformer.blocks[0].self_attn.q.register_forward_pre_hook(card)
+            hook = model.transformer.get_submodule("blocks.0.self_attn.q").register_forward_pre_hook(card)
             tracker.reset_peak()
             started = time.perf_counter()
             stream = upscale_frames(model, clip, StreamOptions(scale=SCALE), on_memory_error=card.on_memory_error)

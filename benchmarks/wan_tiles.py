@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,27 +67,19 @@ class Encode(_Counted, TiledEncode):
     pass
 
 
-def count(work: Any, network: torch.nn.Module, with_flops: bool) -> dict[str, float]:
+def count(work: Callable[[], Any], with_flops: bool) -> dict[str, float]:
     """Live peak in MiB of `work()`, and TFLOP of a second run: the FLOP counter itself keeps tensors alive."""
     flops = FlopCounterMode(display=False)
     if with_flops:
         with torch.inference_mode(), flops:
             work()
-    with torch.inference_mode(), StorageTracker(network.parameters(), on_meta=True) as tracker:
+    with torch.inference_mode(), StorageTracker(on_meta=True) as tracker:
         work()
     assert tracker.created, "nothing was computed on the meta device"
     return {"tflop": flops.get_total_flops() / 1e12, "peak_mib": tracker.peak / MIB}
 
 
-def ours(
-    vae: Any,
-    network: torch.nn.Module,
-    kind: str,
-    frames: int,
-    size: tuple[int, int],
-    tile: int = TILE,
-    flops: bool = False,
-) -> dict:
+def ours(vae: Any, kind: str, frames: int, size: tuple[int, int], tile: int = TILE, flops: bool = False) -> dict:
     """A whole job of ours."""
     height, width = size
     shape = (16, (frames + 3) // 4, height // 8, width // 8) if kind == "decode" else (3, frames, height, width)
@@ -99,7 +92,7 @@ def ours(
         while job.done < job.total:
             job.advance(lambda: None)
 
-    return count(work, network, flops)
+    return count(work, flops)
 
 
 def theirs(network: Any, kind: str, frames: int, size: tuple[int, int]) -> dict:
@@ -122,7 +115,7 @@ def theirs(network: Any, kind: str, frames: int, size: tuple[int, int]) -> dict:
         shrink = (lambda t: max(0, (t + 3) // 4), 8, 8)
         common |= {"tile": (9999, TILE, TILE), "overlap": (0, OVERLAP, OVERLAP), "upscale_amount": shrink}
         common |= {"out_channels": 16, "downscale": True, "index_formulas": (4, 8, 8)}
-    return count(lambda: tiled_scale(x, call, **common), network, True)
+    return count(lambda: tiled_scale(x, call, **common), True)
 
 
 def load() -> tuple[Any, Any]:
@@ -145,7 +138,7 @@ def beside(network: Any, vae: Any, kind: str, missed: list[str]) -> list[dict]:
     """Both at 832×480, over lengths of a clip."""
     rows = []
     for frames in (1, 5, 9, 21):
-        builtin, exact = theirs(network, kind, frames, SIZE), ours(vae, network, kind, frames, SIZE, flops=True)
+        builtin, exact = theirs(network, kind, frames, SIZE), ours(vae, kind, frames, SIZE, flops=True)
         flops, peak = exact["tflop"] / builtin["tflop"], exact["peak_mib"] / builtin["peak_mib"]
         row = {"kind": kind, "frames": frames, "builtin": builtin, "exact": exact}
         rows.append({**row, "flop_ratio": flops, "peak_ratio": peak})
@@ -158,10 +151,10 @@ def beside(network: Any, vae: Any, kind: str, missed: list[str]) -> list[dict]:
     return rows
 
 
-def growth_of(network: Any, vae: Any, kind: str, missed: list[str]) -> dict[str, float]:
+def growth_of(vae: Any, kind: str, missed: list[str]) -> dict[str, float]:
     """Shares by which the peak grows with the clip and with the frame."""
-    short, base, long, longest = (ours(vae, network, kind, n, (256, 256))["peak_mib"] for n in (5, 17, 21, 81))
-    small, large = (ours(vae, network, kind, 9, (side, side))["peak_mib"] for side in (768, 1536))
+    short, base, long, longest = (ours(vae, kind, n, (256, 256))["peak_mib"] for n in (5, 17, 21, 81))
+    small, large = (ours(vae, kind, 9, (side, side))["peak_mib"] for side in (768, 1536))
     growth = {
         "5 to 21 latents": longest / base - 1,
         "768×768 to 1536×1536": large / small - 1,
@@ -174,12 +167,12 @@ def growth_of(network: Any, vae: Any, kind: str, missed: list[str]) -> dict[str,
     return growth
 
 
-def predictions(network: Any, vae: Any, kind: str) -> list[dict]:
+def predictions(vae: Any, kind: str) -> list[dict]:
     """Predicted and counted peak bytes, over tiles and lengths of a clip."""
     rows = []
     for tile, frames in itertools.product((64, 128, 256, 384, 512), (1, 5, 9)):
         size = (3 * tile, 3 * tile)
-        counted = ours(vae, network, kind, frames, size, tile)["peak_mib"] * MIB
+        counted = ours(vae, kind, frames, size, tile)["peak_mib"] * MIB
         needs = peak_bytes(vae, encodes=kind == "encode", latents=(frames + 3) // 4, size=size, tile=tile, itemsize=2)
         rows.append({"kind": kind, "frames": frames, "tile": tile, "predicted": needs, "counted": counted})
     return rows
@@ -194,8 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     for kind in ("decode", "encode"):
         rows += beside(network, vae, kind, missed)
     for kind in ("decode", "encode"):
-        growth[kind] = growth_of(network, vae, kind, missed)
-        predicted += predictions(network, vae, kind)
+        growth[kind] = growth_of(vae, kind, missed)
+        predicted += predictions(vae, kind)
     errors = [row["predicted"] / row["counted"] - 1 for row in predicted if row["tile"] >= 128]
     print(f"predicted peak beside the counted one, {len(errors)} settings: {min(errors):+.1%} to {max(errors):+.1%}")
     found = {"comfyui": frame.version_of(options.comfyui), "rows": rows, "growth": growth, "predicted": predicted}
