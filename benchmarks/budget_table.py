@@ -1,4 +1,4 @@
-"""Predicted against measured peak bytes of a run, over size, dtype, kv_ratio, decoder and tile.
+"""Predicted and measured peak bytes of a run, by size, dtype, kv_ratio, decoder and tile.
 
     python -m steadyvsr.benchmarks.budget_table [--json FILE]
 

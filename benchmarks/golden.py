@@ -57,7 +57,7 @@ class Folder:
         return {k: v.float() if v.is_floating_point() else v for k, v in load_file(self.path / file).items()}
 
     def step(self, file: str, default: int) -> int:
-        """Sub-sampling step that a file's metadata states as ::N."""
+        """The sub-sampling step that a file's metadata gives as ::N."""
         with safe_open(str(self.path / file), "pt") as opened:
             found = re.search(r"::(\d+)", " ".join((opened.metadata() or {}).values()))
         return int(found[1]) if found else default
@@ -204,7 +204,7 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
 
 
 class Recorder:
-    """Stands for a decoder and keeps what went through it."""
+    """Wraps a decoder and records what passes through it."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.latents, self.frames = decoder, [], []

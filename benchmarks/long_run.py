@@ -1,4 +1,4 @@
-"""More than 8,000 frames in one run, and the rotary angles beyond the 1,024 positions at which other packs end.
+"""More than 8,000 frames in one run, and the rotary angles beyond the 1,024 positions where other packs stop.
 
     python -m steadyvsr.benchmarks.long_run [--steps 1100] [--json FILE]
 

@@ -28,7 +28,7 @@ THREADS = 2
 
 
 class SilentTransformer(nn.Module):
-    """Gives `share` of its input for a velocity: 0 leaves the latents pure noise, 1 makes them zero."""
+    """Returns `share` of its input as the velocity: 0 leaves the latents pure noise, 1 makes them zero."""
 
     def __init__(self, model: FlashVSR, share: float) -> None:
         super().__init__()

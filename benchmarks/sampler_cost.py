@@ -2,10 +2,10 @@
 
     python -m steadyvsr.benchmarks.sampler_cost --comfyui PATH [--python INTERPRETER] [--seconds 60] [--json FILE]
 
-Starts ComfyUI on the CPU with this pack alone, asks for the push as an open panel does, listens to it for that long,
-closes, and waits as long again. The thread's time is its own clock (`time.thread_time`), and beside it what the
-system counts for it in /proc; the server's is user and system time of the process (building and sending the message
-included). Exit status 1 above 1 % of one core open, above 0 closed, or above 60 kB of scripts.
+Starts ComfyUI on the CPU with this pack alone, subscribes to updates as an open panel does, listens for that long,
+unsubscribes, and waits as long again. The thread's time comes from its own clock (`time.thread_time`) and from what the
+system counts for it in /proc; the server's is the user and system time of the process (building and sending the
+message included). Exit status 1 above 1 % of one core open, above 0 closed, or above 60 kB of scripts.
 """
 
 from __future__ import annotations

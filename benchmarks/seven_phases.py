@@ -1,4 +1,4 @@
-"""The seven phases of a Wan workflow in a real ComfyUI, on a simulated card that holds one model: what lay there when.
+"""The seven phases of a Wan workflow in a real ComfyUI, on a simulated card with room for one: what is on it when.
 
     python -m steadyvsr.benchmarks.seven_phases --comfyui PATH [--python INTERPRETER] [--json FILE]
 

@@ -2,8 +2,8 @@
 
     python -m steadyvsr.benchmarks.vae_tiles --comfyui PATH [--json FILE]        by ComfyUI's Python
 
-Also measured: what becomes of a GroupNorm VAE when blended tiles share statistics that come from two sweeps over the
-tiles, or from the frame reduced to a tile's area, beside the layers computed one after another. Exit status 1 where
+Also measured: a GroupNorm VAE whose blended tiles share statistics, taken from two sweeps over the tiles or from the
+frame reduced to a tile's area, beside the layers computed one after another. Exit status 1 where
 the default is worse than ComfyUI's own node, or shifts the colours of a VAE with GroupNorm by more than 0.3 of what
 that does.
 """

@@ -1,4 +1,4 @@
-"""Verdicts of offloads on cards that behave in every way, who holds what was planted, and how well a leak is found.
+"""Verdicts of offloads on cards of every behaviour, the holders of planted leaks, and how well growth is found.
 
     python -m steadyvsr.benchmarks.verdicts [--json FILE]
 

@@ -3,9 +3,9 @@
     python -m steadyvsr.benchmarks.wan_tiles --comfyui PATH [--json FILE]            by ComfyUI's Python
 
 Both run whole over tensors of the meta device (dim 96, bf16), so nothing is computed: operators are counted, and bytes
-of live tensors but weights, results and what waits in RAM. ComfyUI's own cutting (256 pixels, overlap 64) calls its own
-network. Exit status 1 where a target is missed: FLOPs at most 0.80 (decode) and 0.85 (encode) of theirs, live peak at
-most 1.15 of theirs (5 frames and more), under 5 % more for a longer clip or a frame of twice the size, one 832×480
+of live tensors without weights, results and what waits in RAM. ComfyUI's own tiling (256 pixels, overlap 64) calls its
+own network. Exit status 1 where a target is missed: FLOPs at most 0.80 (decode) and 0.85 (encode) of theirs, live peak
+at most 1.15 of theirs (5 frames and more), under 5 % more for a longer clip or a frame of twice the size, one 832×480
 frame under 0.5 GB.
 """
 
@@ -47,7 +47,7 @@ class _CacheOnMeta(CausalCache):
 
 
 class _Counted:
-    """Stands before a job's class: results leave the meta device as numbers without meaning."""
+    """Mixed in before a job's class: results leave the meta device as meaningless numbers."""
 
     def _finite(self, x: Tensor, where: str) -> Tensor:
         return x
@@ -135,7 +135,7 @@ def load() -> tuple[Any, Any]:
 
 
 def beside(network: Any, vae: Any, kind: str, missed: list[str]) -> list[dict]:
-    """Both at 832×480, over lengths of a clip."""
+    """Both at 832×480, for several clip lengths."""
     rows = []
     for frames in (1, 5, 9, 21):
         builtin, exact = theirs(network, kind, frames, SIZE), ours(vae, kind, frames, SIZE, flops=True)
@@ -168,7 +168,7 @@ def growth_of(vae: Any, kind: str, missed: list[str]) -> dict[str, float]:
 
 
 def predictions(vae: Any, kind: str) -> list[dict]:
-    """Predicted and counted peak bytes, over tiles and lengths of a clip."""
+    """Predicted and counted peak bytes, for several tiles and clip lengths."""
     rows = []
     for tile, frames in itertools.product((64, 128, 256, 384, 512), (1, 5, 9)):
         size = (3 * tile, 3 * tile)
