@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections import deque
@@ -11,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
 from ...models.video import Clip, ClipWriter, Waveform, open_clip
-from ...patches.versions import trim_window
+from ...patches.versions import memory_errors, trim_window
 from .. import node_status
-from .memory import Limits, RunMemory, memory_errors
+from .memory import RunLimits, RunMemory
 from .model import LoadedFlashVSR
 from .progress import RunProgress
 from .wan_decoder import StreamingWanVAE
@@ -45,7 +45,7 @@ class Run:
     options: StreamOptions
     vae: StreamingWanVAE | None
     node_id: str | None
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
@@ -122,8 +122,8 @@ class Run:
         }
         node_status.send(self.node_id, memory=memory.summary())
 
-    def report(self) -> str:
-        return json.dumps(self._report, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        return self._report
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
