@@ -31,13 +31,14 @@ from .app.clip import (
     RunReport,
     choose_device,
     choose_dtype,
+    footage_of,
     open_writer,
     peak_rss_bytes,
     upscale_clip,
 )
 from .app.demo import run_demo
 from .app.doctor import examine
-from .app.folder import Manifest, Night, WorkerSettings, find_jobs, folder_settings, holds_videos, run_night
+from .app.folder import FolderRun, Manifest, WorkerSettings, find_jobs, folder_settings, holds_videos, run_folder
 from .memory.host import fix_heap_growth
 from .models.flashvsr import FlashVSR, StreamOptions
 from .models.flashvsr.checkpoint import load_flashvsr
@@ -203,12 +204,10 @@ def _run_upscale(args: argparse.Namespace) -> int:
         raise ValueError(f"--workers: expected a folder of videos as IN; got {what}.")
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
-    damaged = "keep" if args.keep_damaged else "raise"
-    clip = open_clip(args.input, frame_rate=args.frame_rate, damaged=damaged)
-    if damaged == "raise":
-        clip.verify()
+    clip = open_clip(args.input, frame_rate=args.frame_rate, damaged="keep" if args.keep_damaged else "raise")
+    footage = footage_of(clip)
     output = OutputOptions(args.codec, args.crf, args.ten_bit, args.image_sequence, args.force)
-    writer = open_writer(clip, args.output, options.scale, output)
+    writer = open_writer(footage, args.output, options.scale, output)
     try:
         if args.download:
             _download(args)
@@ -220,7 +219,7 @@ def _run_upscale(args: argparse.Namespace) -> int:
                 bar.set_postfix_str(f"{phase}, peak RAM {peak_rss_bytes() / MIB:,.0f} MiB{_cuda_text(device)}")
 
             report = upscale_clip(
-                model, clip, writer, options, vae=vae, device=device, dtype=dtype,
+                model, footage, writer, options, vae=vae, device=device, dtype=dtype,
                 on_frame=lambda frame: bar.update(), on_step=show,
             )  # fmt: skip
     except BaseException:
@@ -269,8 +268,8 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
             total.refresh()
             say(line)
 
-        night = Night(tuple(jobs), tuple(settings), args.workers or None, args.force)
-        report = run_night(night, manifest, finished, show)
+        night = FolderRun(tuple(jobs), tuple(settings), args.workers or None, args.force)
+        report = run_folder(night, manifest, finished, show)
         for bar in bars.values():
             bar.close()
     if args.json:

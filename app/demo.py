@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.flashvsr import FlashVSR, StreamOptions
 from ..models.video import ClipWriter, encode_png, open_clip
-from .clip import OutputOptions, RunReport, open_writer, upscale_clip
+from .clip import OutputOptions, RunReport, footage_of, open_writer, upscale_clip
 from .drawn_clips import HELD_OUT_SEEDS, SCALE, degrade, enlarge, make_clip
 from .metrics import psnr, ssim
 
@@ -66,9 +66,9 @@ def run_demo(
         outputs.append(frame)
         on_frame(frame)
 
-    clip = open_clip(source)
+    footage = footage_of(open_clip(source))
     run = upscale_clip(
-        model, clip, open_writer(clip, folder / "output.mp4", SCALE, OutputOptions(force=True)),
+        model, footage, open_writer(footage, folder / "output.mp4", SCALE, OutputOptions(force=True)),
         StreamOptions(scale=SCALE), device=device, dtype=dtype, on_frame=keep,
     )  # fmt: skip
     bicubic, output = enlarge(small), torch.stack(outputs)

@@ -18,7 +18,7 @@ import torch
 from steadyvsr import cli
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
-from steadyvsr.app.folder import night, worker
+from steadyvsr.app.folder import scheduler, worker
 from steadyvsr.models.flashvsr import StreamOptions
 from steadyvsr.models.video import ClipWriter, open_clip
 
@@ -47,11 +47,11 @@ def settings(**changes) -> worker.WorkerSettings:
     return worker.WorkerSettings(**{**plain, "output": OutputOptions(crf=0), **changes})
 
 
-def run(source: Path, output: Path, workers: int | None = 1, progress=lambda *_: None) -> night.NightReport:
+def run(source: Path, output: Path, workers: int | None = 1, progress=lambda *_: None) -> scheduler.FolderReport:
     chosen = settings()
     jobs = tuple(batch.find_jobs(source, output))
     manifest = batch.Manifest(output, batch.folder_settings(chosen))
-    return batch.run_night(batch.Night(jobs, (chosen,), workers), manifest, lambda line: None, progress)
+    return batch.run_folder(batch.FolderRun(jobs, (chosen,), workers), manifest, lambda line: None, progress)
 
 
 def files(folder: Path) -> list[str]:
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_done_is_refused_in_words(tmp_path):
     (tmp_path / "file").touch()
     for source, output, words in (
         ("in", "out", "expected videos"),
-        ("in", "in", "another folder"),
+        ("in", "in", "a folder other than IN"),
         ("file", "out", "got a file"),
         ("gone", "out", "got nothing"),
         ("in", "file", "expected a folder for the results"),
@@ -197,7 +197,9 @@ def test_a_clip_whose_worker_is_killed_is_done_again_alone_with_the_same_frames(
 def in_threads(monkeypatch):
     """Workers as threads of this process, so that a test can put a fault into them."""
     monkeypatch.setattr(
-        night, "ProcessPoolExecutor", lambda count, _, start, arguments: ThreadPoolExecutor(count, "", start, arguments)
+        scheduler,
+        "ProcessPoolExecutor",
+        lambda count, _, start, arguments: ThreadPoolExecutor(count, "", start, arguments),
     )
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
     monkeypatch.setattr(worker.torch, "set_num_threads", lambda *_: None)
@@ -217,7 +219,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypat
 
     monkeypatch.setattr(worker, "_upscale", full)
     report = run(tmp_path / "in", tmp_path / "out")
-    assert "make room on the disk" in report.stopped and "No space left" in report.stopped
+    assert "Make room on the disk" in report.stopped and "No space left" in report.stopped
     assert len(report.done) == 2 and len(count) == 3
     monkeypatch.setattr(worker, "_upscale", upscale)
     assert [result.name for result in run(tmp_path / "in", tmp_path / "out").results] == ["2.mp4", "3.mp4"]
@@ -244,7 +246,7 @@ def test_weights_that_cannot_be_read_end_the_run_at_once(tmp_path, in_threads):
     chosen = settings(model=str(tmp_path / "gone.safetensors"))
     jobs = tuple(batch.find_jobs(tmp_path / "in", tmp_path / "out"))
     manifest = batch.Manifest(tmp_path / "out", {})
-    report = batch.run_night(batch.Night(jobs, (chosen,), 1), manifest, lambda line: None)
+    report = batch.run_folder(batch.FolderRun(jobs, (chosen,), 1), manifest, lambda line: None)
     assert "could not be loaded" in report.stopped and "gone.safetensors" in report.stopped
     assert report.results == [] and not manifest.path.exists()
 
