@@ -270,7 +270,7 @@ def upscale_clip(
         seconds=seconds,
         frames_per_second=writer.frames_written / seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        peak_cuda_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_cuda_bytes=peak_cuda_bytes(device),
         complete=damage is None,
         notes=notes if damage is None else (*notes, str(damage)),
     )
@@ -283,6 +283,11 @@ def _partial_name(path: Path) -> Path:
         if not candidate.exists():
             return candidate
     raise VideoError(f"{path}: expected a free name for the readable part; all of {path.stem}.partial* are taken.")
+
+
+def peak_cuda_bytes(device: torch.device) -> int | None:
+    """Highest allocation of tensors on a CUDA device since the run began; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def peak_rss_bytes() -> int:
