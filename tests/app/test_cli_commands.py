@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -63,17 +61,6 @@ def test_every_letter_of_a_label_is_drawn():
     letters = sheet[demo.GAP : demo.GAP + 14, demo.GAP : -demo.GAP, 0] > 0.5
     drawn = [column.any().item() for column in letters.split(12, dim=1)]
     assert drawn == [letter != " " for letter in text]
-
-
-def test_the_module_runs_as_a_program(package_environment):
-    done = subprocess.run(
-        [sys.executable, "-m", "steadyvsr", "--help"],
-        env=package_environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert all(command in done.stdout for command in ("upscale", "inspect", "demo"))
 
 
 @pytest.mark.parametrize(
