@@ -34,7 +34,9 @@ def test_inspect_goes_on_behind_a_file_it_cannot_read(tmp_path, capsys):
     assert "bad.safetensors" in printed.err and "family nano" in printed.out
 
 
-def test_the_demo_writes_a_video_and_a_comparison_and_measures_them(tmp_path, capsys):
+def test_the_demo_writes_a_video_and_a_comparison_and_measures_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "HEIGHT", 128)
+    monkeypatch.setattr(demo, "WIDTH", 128)
     assert cli.main(["demo", "--out", str(tmp_path), "--seconds", "0.2", "--device", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     truth = make_clip(report["seed"], 5, demo.HEIGHT, demo.WIDTH)

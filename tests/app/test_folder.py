@@ -24,6 +24,8 @@ from steadyvsr.models.video import ClipWriter, open_clip
 
 GIB = 1 << 30
 WIDTH, HEIGHT, FRAMES = 48, 32, 9
+LENGTHS = (9, 25, 9)
+"""Of three clips: the second is long enough that a signal finds it half done."""
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +158,20 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_start_anew_silently(tmp_pa
 # The run
 
 
-def test_a_corrupt_clip_is_reported_and_the_rest_is_done_and_not_done_again(tmp_path):
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Workers as threads of this process: a test can put a fault into them, and none has to import torch."""
+    monkeypatch.setattr(
+        scheduler,
+        "ProcessPoolExecutor",
+        lambda count, _, start, arguments: ThreadPoolExecutor(count, "", start, arguments),
+    )
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker.torch, "set_num_threads", lambda *_: None)
+    monkeypatch.setattr(worker, "_worker", None)
+
+
+def test_a_corrupt_clip_is_reported_and_the_rest_is_done_and_not_done_again(tmp_path, in_threads):
     for index in range(3):
         write_clip(tmp_path / "in" / f"{index}.mp4", index)
     (tmp_path / "in" / "bad.mp4").write_bytes(b"no video")
@@ -172,8 +187,8 @@ def test_a_corrupt_clip_is_reported_and_the_rest_is_done_and_not_done_again(tmp_
 
 
 def test_a_clip_whose_worker_is_killed_is_done_again_alone_with_the_same_frames(tmp_path):
-    for index in range(3):
-        write_clip(tmp_path / "in" / f"{index}.mp4", index, frames=25)
+    for index, frames in enumerate(LENGTHS):
+        write_clip(tmp_path / "in" / f"{index}.mp4", index, frames)
     alone = run(tmp_path / "in", tmp_path / "alone")
     killed = []
 
@@ -187,23 +202,10 @@ def test_a_clip_whose_worker_is_killed_is_done_again_alone_with_the_same_frames(
     report = run(tmp_path / "in", tmp_path / "out", progress=kill)
     assert killed == ["1.mp4"] and report.redone == ["1.mp4"]
     assert [result.state for result in report.results] == ["done"] * 3 and len(alone.done) == 3
-    for name in ("0.mp4", "1.mp4", "2.mp4"):
-        ours, single = (list(open_clip(tmp_path / folder / name).frames()) for folder in ("out", "alone"))
-        assert len(ours) == 25 and torch.equal(torch.stack(ours), torch.stack(single))
+    for index, frames in enumerate(LENGTHS):
+        ours, single = (list(open_clip(tmp_path / folder / f"{index}.mp4").frames()) for folder in ("out", "alone"))
+        assert len(ours) == frames and torch.equal(torch.stack(ours), torch.stack(single))
     assert files(tmp_path / "out") == [".steadyvsr.json", "0.mp4", "1.mp4", "2.mp4"]
-
-
-@pytest.fixture
-def in_threads(monkeypatch):
-    """Workers as threads of this process, so that a test can put a fault into them."""
-    monkeypatch.setattr(
-        scheduler,
-        "ProcessPoolExecutor",
-        lambda count, _, start, arguments: ThreadPoolExecutor(count, "", start, arguments),
-    )
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(worker.torch, "set_num_threads", lambda *_: None)
-    monkeypatch.setattr(worker, "_worker", None)
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(tmp_path, monkeypatch, in_threads):
@@ -252,14 +254,14 @@ def test_weights_that_cannot_be_read_end_the_run_at_once(tmp_path, in_threads):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of this kind are POSIX")
-def test_ctrl_c_ends_clean_and_a_rerun_does_the_rest(tmp_path, package_environment):
-    for index in range(3):
-        write_clip(tmp_path / "in" / f"{index}.mp4", index, frames=25)
-    command = [sys.executable, "-m", "steadyvsr", "upscale", str(tmp_path / "in"), str(tmp_path / "out"),
-               "--scale", "2", "--workers", "1", "--json", "--device", "cpu"]  # fmt: skip
+def test_ctrl_c_ends_clean_and_a_rerun_does_the_rest(tmp_path, package_environment, capsys, in_threads):
+    for index, frames in enumerate(LENGTHS):
+        write_clip(tmp_path / "in" / f"{index}.mp4", index, frames)
+    arguments = ["upscale", str(tmp_path / "in"), str(tmp_path / "out"), "--scale", "2", "--workers", "1", "--json",
+                 "--device", "cpu"]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=package_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, "-m", "steadyvsr", *arguments], cwd=tmp_path, env=package_environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "0.mp4").exists():
@@ -271,13 +273,13 @@ def test_ctrl_c_ends_clean_and_a_rerun_does_the_rest(tmp_path, package_environme
     left = files(tmp_path / "out")
     assert [name for name in left if name.endswith(".part") or ".part" in name] == []
     finished = json.loads((tmp_path / "out" / ".steadyvsr.json").read_text())["clips"]
-    again = subprocess.run(command, cwd=tmp_path, env=package_environment, capture_output=True, text=True, timeout=120)
-    report = json.loads(again.stdout)
-    assert again.returncode == 0 and len(report["skipped"]) == len(finished) < 3
+    assert cli.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["skipped"]) == len(finished) < 3
     assert files(tmp_path / "out") == [".steadyvsr.json", "0.mp4", "1.mp4", "2.mp4"]
 
 
-def test_the_command_line_prints_a_table_and_ends_with_one_where_a_clip_failed(tmp_path, capsys):
+def test_the_command_line_prints_a_table_and_ends_with_one_where_a_clip_failed(tmp_path, capsys, in_threads):
     write_clip(tmp_path / "in" / "a.mp4")
     (tmp_path / "in" / "bad.mp4").write_bytes(b"")
     arguments = [
