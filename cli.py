@@ -266,13 +266,9 @@ def _all_devices(name: str) -> list[torch.device]:
 
 
 def _load_model(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> FlashVSR:
-    path = args.model
-    if path is None:
-        if not NANO.exists():
-            raise ValueError(f"--model: expected weights; got none, and the embedded network {NANO.name} is missing.")
+    if args.model is None:
         _say("No --model: using the embedded nano network, a tiny one that shows that everything works.")
-        path = NANO
-    return load_flashvsr(path, args.version, args.lq_cache_order, dtype=dtype, device=device)
+    return load_flashvsr(args.model or NANO, args.version, args.lq_cache_order, dtype=dtype, device=device)
 
 
 def _download(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
 STEP_FRAMES = 8
-"""Frames that the engine pulls for each of its steps."""
+"""The engine pulls so many frames for each of its steps."""
 
 Upscale = Callable[[Generator[Tensor, None, None]], Generator[Tensor, None, None]]
 """The engine: frames HWC 0..1 in, as many frames of the output size out."""
@@ -77,10 +77,10 @@ class RunReport:
     """What a run did and cost.
 
     Attributes:
-        seconds: wall time from the first frame pulled to the finished file
-        peak_rss_bytes: of the whole process since it began, Python and libraries included
-        peak_cuda_bytes: of tensors on the CUDA device during the run; None without one
-        complete: False where the source was damaged and only its readable part was written
+        seconds: from the first frame pulled to the finished file.
+        peak_rss_bytes: of the whole process since it started, Python and libraries included.
+        peak_cuda_bytes: of tensors on the CUDA device during the run; None without one.
+        complete: False if the source was damaged and only its readable part was written.
     """
 
     output: str
@@ -108,8 +108,7 @@ class Ladder:
 
     def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
         """For `upscale_frames`."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         found = smaller(plan, phase, self._size)
         if found is None:
             return None
@@ -118,7 +117,7 @@ class Ladder:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: the CUDA device if there is one, else the CPU. Raises ValueError for a device that torch does not have."""
+    """The device of that name; auto: CUDA if there is any, else the CPU. Raises ValueError for one torch lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -131,7 +130,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """auto: fp32 on the CPU, bf16 where CUDA computes in it natively, else fp16."""
+    """The compute dtype; auto: fp32 on the CPU, bf16 where CUDA computes in it natively, else fp16."""
     if precision != "auto":
         return PRECISIONS[precision]
     if device.type == "cpu":
@@ -253,7 +252,7 @@ def upscale_clip(
     ladder = Ladder((writer.width, writer.height))
     upscale = partial(
         upscale_frames, model, options=options, vae=vae, device=device, dtype=dtype, on_step=on_step, plan=plan,
-        # Not for the CPU: there the system ends the process, and the Wan decoder's cache would be kept twice.
+        # Not on the CPU: there the system kills the process, and the Wan decoder's cache would be kept twice.
         on_memory_error=None if device.type == "cpu" else ladder.on_memory_error,
     )  # fmt: skip
     if device.type == "cuda":

@@ -82,7 +82,7 @@ def registry_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "shared", "demo_output"))
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
     for path in [path for pattern in ignored for path in folder.glob(pattern.rstrip("/"))]:
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert not (folder / "tests").exists()
     return folder
 

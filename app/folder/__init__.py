@@ -4,19 +4,16 @@ jobs finds the clips, admission decides how many workers run, manifest records w
 clips, worker is the process that upscales them.
 """
 
-from .admission import Workers, admit
-from .jobs import Job, find_jobs, holds_videos
+from .admission import admit
+from .jobs import find_jobs, holds_videos
 from .manifest import Manifest
 from .scheduler import FolderReport, FolderRun, folder_settings, run_folder
-from .worker import ClipResult, WorkerSettings
+from .worker import WorkerSettings
 
 __all__ = [
-    "ClipResult",
-    "Job",
     "Manifest",
     "FolderRun",
     "FolderReport",
-    "Workers",
     "WorkerSettings",
     "admit",
     "find_jobs",

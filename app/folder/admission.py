@@ -18,12 +18,10 @@ class Workers:
     Attributes:
         count: at least 1.
         reason: the calculation, as text.
-        lowered: whether there are fewer than were asked for.
     """
 
     count: int
     reason: str
-    lowered: bool = False
 
 
 def admit(
@@ -53,4 +51,4 @@ def admit(
     if force:
         return Workers(asked, f"{wanted} is more than {room}; forced")
     why = f"more than {room}" if asked * footprint > allowed else f"fits, but there are {cores} cores"
-    return Workers(fit, f"{wanted} is {why}: {fit} used instead of {asked}", lowered=True)
+    return Workers(fit, f"{wanted} is {why}: {fit} used instead of {asked}")

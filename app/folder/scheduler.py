@@ -109,7 +109,7 @@ class _Slot:
     """One worker: an executor with a single process, bound to a device."""
 
     def __init__(self, number: int, settings: WorkerSettings, events: Any, stop: Any) -> None:
-        self.number, self.settings = number, settings
+        self.settings = settings
         self._arguments = (settings, number, events, stop)
         self._executor: ProcessPoolExecutor | None = None
         self.job: Job | None = None
@@ -213,11 +213,15 @@ class _Scheduler:
                     slot.submit(self.waiting.popleft())
             for slot in self._finished():
                 job, result = slot.take()
-                device = slot.settings.device
-                if result is not None and result.state == DONE and device not in admitted:
-                    admitted.add(device)
-                    self._admit(slot, result)
-                self._settle(job, result)
+                if result is not None and result.state == DONE and slot.settings.device not in admitted:
+                    admitted.add(slot.settings.device)
+                    self._admit(slot.settings, result)
+                if result is None or result.state == OUT_OF_MEMORY:
+                    why = OUT_OF_MEMORY if result else "its worker died"
+                    self.say(f"{job.name}: {why}; trying it again alone later")
+                    self.again.append(job)
+                else:
+                    self._record(job, result)
         while self.again and not self.report.stopped:
             self._alone(self.again.popleft())
 
@@ -255,8 +259,8 @@ class _Scheduler:
         answer = may_load(max(known, default=0), probe.read(slot.settings.device))
         return answer.allowed or answer.free is None
 
-    def _admit(self, first: _Slot, result: ClipResult) -> None:
-        settings = first.settings
+    def _admit(self, settings: WorkerSettings, result: ClipResult) -> None:
+        """Adds as many workers for the device as fit, judging by its first clip."""
         cpu = torch.device(settings.device).type == "cpu"
         total = psutil.virtual_memory().total if cpu else probe.read(settings.device).total.bytes
         if total is None:
@@ -269,16 +273,6 @@ class _Scheduler:
         self.say(self.report.admissions[-1])
         for _ in range(found.count - 1):
             self._add_slot(settings)
-
-    def _settle(self, job: Job, result: ClipResult | None) -> None:
-        if result is None:
-            self.say(f"{job.name}: its worker died; trying it again alone later")
-            self.again.append(job)
-        elif result.state == OUT_OF_MEMORY:
-            self.say(f"{job.name}: out of memory; trying it again alone later")
-            self.again.append(job)
-        else:
-            self._record(job, result)
 
     def _record(self, job: Job, result: ClipResult) -> None:
         if result.state == STOPPED:

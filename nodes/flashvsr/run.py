@@ -1,4 +1,4 @@
-"""One run of the engine inside ComfyUI: weights loaded, frames streamed, progress shown, a report at the end."""
+"""One run of the engine inside ComfyUI: loads the weights, streams frames, shows progress and reports at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Run:
         options: of the engine.
         vae: replaces the model's own decoder; None keeps it.
         node_id: of the node in the graph, for the progress bar.
-        limits: what it may do with memory.
+        limits: what the user allows it in memory.
     """
 
     node: str
@@ -50,7 +50,7 @@ class Run:
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
-        """Something the user should know, shown in the report."""
+        """Adds something the user should know to the report."""
         self._report["notes"].append(text)
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
@@ -67,11 +67,11 @@ class Run:
     def upscale(self, frames: Iterable[Tensor], width: int, height: int, count: int) -> Generator[Tensor, None, None]:
         """Yields HWC fp32 frames in 0..1 on the CPU.
 
-        Close it to end a run early: everything that the run holds is released then.
+        Close the generator to end a run early; that releases everything the run holds.
 
         Args:
             frames: HWC 0..1, all of width × height.
-            count: how many there are, as far as is known; for the progress bar.
+            count: how many there are, or a guess; for the progress bar.
         """
         model, size = self.flashvsr, self.output_size(width, height)
         patchers = model.patchers(decoder=self.vae is None)
@@ -131,7 +131,7 @@ def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
     """The frames of an IMAGE batch, THWC with 1, 3 or 4 channels, as RGB views.
 
     Raises:
-        ValueError: a frame holds NaN or infinity; the message names it.
+        ValueError: a frame with NaN or infinity; the message names it.
     """
     for index, frame in enumerate(images):
         if not torch.isfinite(frame).all():
