@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import comfy.model_management as mm
 import comfy.ops
@@ -22,6 +21,7 @@ from ..patches import residency
 from ..patches.versions import patcher_class, supported
 from .flashvsr import model_sets
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
+from .sockets import as_json, report_output
 
 NODE = "Memory Doctor"
 WAN_DIM = 128
@@ -43,7 +43,7 @@ class Doctor(io.ComfyNode):
             "device, whether memory grows from run to run, and what guidance costs. Takes up to a minute; uses the "
             "embedded network, and a small diffusion model of random weights.",
             inputs=[],
-            outputs=[io.String.Output("report", display_name="report", tooltip="The findings, as JSON.")],
+            outputs=[report_output("The findings, as JSON.")],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["diagnose", "vram", "leak"]),
         )
@@ -63,8 +63,7 @@ class Doctor(io.ComfyNode):
             guidance=_sampled,
             on_step=lambda what: mm.throw_exception_if_processing_interrupted(),
         )
-        report = json.dumps(findings.to_json(), indent=2, ensure_ascii=False)
-        return io.NodeOutput(report, ui=ui.PreviewText("\n".join(findings.lines())))
+        return io.NodeOutput(as_json(findings.to_json()), ui=ui.PreviewText("\n".join(findings.lines())))
 
 
 def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe) -> offload.Receipt:

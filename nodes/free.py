@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 from server import PromptServer
 
 from ..memory.reading import size_text
@@ -14,17 +13,11 @@ from ..patches import presses as snapshots
 from ..patches.kept import registry
 from ..patches.residency import residents
 from ..patches.versions import supported
+from .sockets import passed_output, report_output, with_report
 
 CATEGORY = "SteadyVSR/Memory"
 FREE, RELEASE = "Free Memory", "Release Kept Models"
-
-
-def passed_output() -> io.Output:
-    return io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.")
-
-
-def report_output() -> io.Output:
-    return io.String.Output("report", display_name="report", tooltip="What was asked and what is there now, as JSON.")
+REPORT_TOOLTIP = "What was asked and what is there now, as JSON."
 
 
 def now() -> list[dict[str, Any]]:
@@ -54,7 +47,7 @@ class FreeMemory(io.ComfyNode):
                 ),
                 io.String.Input("reason", default="", tooltip="Words that stand beside the result."),
             ],
-            outputs=[passed_output(), report_output()],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unload models", "clean vram", "purge"]),
         )
@@ -70,19 +63,15 @@ class FreeMemory(io.ComfyNode):
             if wanted:
                 queue.set_flag(name, True)
         snapshots.set_reason(reason)
-        report = json.dumps(
-            {
-                "node": FREE,
-                "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
-                "when": "after this workflow",
-                "loaded_now": now(),
-                "kept": [entry.name for entry in registry().owned()],
-                "wrappers": wrappers.status(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        report = {
+            "node": FREE,
+            "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
+            "when": "after this workflow",
+            "loaded_now": now(),
+            "kept": [entry.name for entry in registry().owned()],
+            "wrappers": wrappers.status(),
+        }
+        return with_report(value, report=report)
 
 
 class ReleaseKept(io.ComfyNode):
@@ -95,7 +84,7 @@ class ReleaseKept(io.ComfyNode):
             description="Gives up every kept model: from then on ComfyUI treats it like any other, and the free-memory "
             "buttons take it. Nothing is moved by this node itself.",
             inputs=[io.AnyType.Input("value", tooltip="Anything; models are given up when it is there. It goes on.")],
-            outputs=[passed_output(), report_output()],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unpin", "forget models"]),
         )
@@ -107,16 +96,8 @@ class ReleaseKept(io.ComfyNode):
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
         given_up = registry().release()
-        report = json.dumps(
-            {
-                "node": RELEASE,
-                "released": [
-                    {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
-                    for entry in given_up
-                ],
-                "loaded_now": now(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        released = [
+            {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
+            for entry in given_up
+        ]
+        return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": now()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -18,8 +17,8 @@ from ..patches import presses as snapshots
 from ..patches import residency
 from ..patches.versions import supported, unique_id
 from . import node_status, receipts
-from .flashvsr.nodes import FlashVSRType
 from .receipts import Line, ReceiptCard
+from .sockets import FlashVSRType, as_json, passed_output, report_output, with_report
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -95,8 +94,8 @@ class PhaseGate(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured here, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured here, as JSON."),
             ],
             # One gate for a whole list: a phase ends once.
             is_input_list=True,
@@ -132,7 +131,6 @@ class PhaseGate(io.ComfyNode):
             ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb))
         except TypeError as error:
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
-        report = as_text({"node": GATE, **ended.to_json()})
         for line in ended.lines():
             log.info("%s: %s", phase[0], line)
         show(ended, unique_id(cls))
@@ -141,7 +139,7 @@ class PhaseGate(io.ComfyNode):
             if on_violation[0] == ERROR:
                 raise RuntimeError(said)
             log.warning("%s", said)
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        return with_report(value, report=_known({"node": GATE, **ended.to_json()}))
 
 
 def show(ended: gate.Ended, node_id: str | None) -> None:
@@ -157,7 +155,7 @@ def show(ended: gate.Ended, node_id: str | None) -> None:
 
 def as_text(report: dict[str, Any]) -> str:
     """JSON without the figures that nothing could read and nobody explained."""
-    return json.dumps(_known(report), indent=2, ensure_ascii=False)
+    return as_json(_known(report))
 
 
 def _known(value: Any) -> Any:
@@ -199,8 +197,8 @@ class MemoryReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured, as JSON."),
                 io.Image.Output(
                     "plot",
                     display_name="plot",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 from ...app.clip import Footage, OutputOptions, footage_of, open_video, write_footage
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
 from ...models.video import DamagedVideoError, Waveform, open_clip
-from ...patches.versions import trim_window
+from ...patches.versions import memory_errors, trim_window
 from .. import node_status
-from .memory import Limits, RunMemory, memory_errors
+from .memory import RunLimits, RunMemory
 from .model import LoadedFlashVSR
 from .progress import RunProgress
 from .wan_decoder import StreamingWanVAE
@@ -46,7 +46,7 @@ class Run:
     options: StreamOptions
     vae: StreamingWanVAE | None
     node_id: str | None
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
@@ -123,8 +123,8 @@ class Run:
         }
         node_status.send(self.node_id, memory=memory.summary())
 
-    def report(self) -> str:
-        return json.dumps(self._report, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        return self._report
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:

@@ -197,7 +197,7 @@ def test_bad_input_is_a_clear_error(observed, case, words):
 def test_vaes_that_cannot_be_computed_here_are_asked_as_they_offer_it(observed):
     seen = scenario(observed, "bad")
     shape, report = seen["foreign"]
-    assert shape == [1, 8, 8, 3] and report["mode"] == "whole" and "asked as a whole" in report["notes"][0]
+    assert shape == [1, 8, 8, 3] and report["mode"] == "whole" and "called as a whole" in report["notes"][0]
     arguments, report = seen["owned"]
     assert arguments == {"tile_x": 8, "tile_y": 8, "overlap": 4}
     assert report["mode"] == "its own tiling" and report["notes"] == ["overlap 400 was lowered to 32."]
