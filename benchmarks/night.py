@@ -44,11 +44,11 @@ def write_clips(folder: Path, count: int, corrupt: bool) -> None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
 
-def run(source: Path, output: Path, workers: int, progress=lambda *_: None) -> batch.NightReport:
+def run(source: Path, output: Path, workers: int, progress=lambda *_: None) -> batch.FolderReport:
     settings = batch.WorkerSettings("cpu", str(NANO), StreamOptions(scale=2.0), LOSSLESS)
     manifest = batch.Manifest(output, batch.folder_settings(settings))
     jobs = tuple(batch.find_jobs(source, output))
-    return batch.run_night(batch.Night(jobs, (settings,), workers), manifest, lambda line: None, progress)
+    return batch.run_folder(batch.FolderRun(jobs, (settings,), workers), manifest, lambda line: None, progress)
 
 
 def frames_of(path: Path) -> list[bytes]:

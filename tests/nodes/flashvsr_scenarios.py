@@ -299,6 +299,20 @@ def described(path: str) -> dict:
     return seen | {"samples": samples}
 
 
+def spoiled_clip(path: Path) -> str:
+    """Twelve frames; the data of frame 9 are zeros. The file is whole, so that only decoding finds the damage."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12, options={"g": "1", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for frame in clip(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((frame * 255).byte().numpy(), format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        packet = bytes([packet for packet in container.demux(video=0) if packet.size][9])
+    path.write_bytes(path.read_bytes().replace(packet, bytes(len(packet))))
+    return str(path)
+
+
 def videos() -> dict:
     """A VIDEO as a path, in memory, trimmed, and as tensors with sound."""
     model, path = tiny_model(), str(BASE / "input" / "clip.mp4")
@@ -326,6 +340,13 @@ def videos() -> dict:
     for name, content in damaged.items():
         (BASE / name).write_bytes(content)
         seen[name] = error_of(through, InputImpl.VideoFromFile(str(BASE / name)))
+    trims, command_line = [], pack("app.clip")
+    command_line.trim, trim = (lambda: trims.append(1)), command_line.trim
+    through(InputImpl.VideoFromFile(path))
+    command_line.trim = trim
+    seen["trims"] = len(trims)
+    seen["spoiled.mkv"] = error_of(through, InputImpl.VideoFromFile(spoiled_clip(BASE / "spoiled.mkv")))
+    seen["rescued"] = {entry.name: described(str(entry)) for entry in temp.glob("*.partial.mp4")}
     if hasattr(InputImpl.VideoFromFile, "as_trimmed"):
         seen["trimmed"] = through(InputImpl.VideoFromFile(path).as_trimmed(0.25, 0.25))
     before = sorted(entry.name for entry in temp.iterdir())

@@ -176,6 +176,18 @@ def test_a_damaged_video_is_refused_by_its_file_name(observed, name, words):
     assert f"{name}: expected" in message and words in message
 
 
+def test_damage_met_on_the_way_is_an_error_that_names_the_file_with_the_frames_before_it(observed):
+    seen = scenario(observed, "flashvsr videos")
+    message, ((name, rescued),) = seen["spoiled.mkv"], seen["rescued"].items()
+    count = rescued["frames"]
+    assert f"FlashVSR Upscale Video: spoiled.mkv: expected 12 frames; got {count} frames" in message and name in message
+    assert 4 <= count <= 9 and rescued["size"] == [192, 128]
+
+
+def test_freed_heap_pages_go_back_to_the_system_once_in_eight_frames_of_a_video(observed):
+    assert scenario(observed, "flashvsr videos")["trims"] == -(-CLIP_FRAMES // 8)
+
+
 def test_an_interrupted_video_leaves_no_file(observed):
     seen = scenario(observed, "flashvsr videos")["interrupt"]
     assert seen["raised"] == "InterruptProcessingException"
