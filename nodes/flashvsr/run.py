@@ -162,7 +162,7 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
             f"{run.node}: {damage} The frames before that, upscaled, are in {path}: copy it before ComfyUI restarts, "
             "which empties that folder.",
             damage.frames_read,
-        )
+        ) from damage
     for text in (*footage.notes, *writer.notes):
         run.note(text)
     if writer.encoding.pixel_format != "yuv420p":
