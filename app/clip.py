@@ -50,7 +50,7 @@ class Footage:
     """A clip as a run takes it, from a file or from tensors.
 
     Attributes:
-        frames: HWC float RGB 0..1, each with its time in seconds. They can be pulled once.
+        frames: begins a pass through the frames: HWC float RGB 0..1, each with its time in seconds.
         width, height: of the frames.
         count: how many there are; None where nothing says so.
         frame_rate: frames per second.
@@ -60,7 +60,7 @@ class Footage:
         notes: what a user should be told about the source.
     """
 
-    frames: Iterator[tuple[Tensor, Fraction]]
+    frames: Callable[[], Iterator[tuple[Tensor, Fraction]]]
     width: int
     height: int
     count: int | None
@@ -150,7 +150,7 @@ def footage_of(clip: Clip) -> Footage:
     if clip.damaged == "raise":
         clip.verify()
     return Footage(
-        clip.frames_with_times(), clip.width, clip.height, clip.frame_count, clip.frame_rate, clip.time_base, clip,
+        clip.frames_with_times, clip.width, clip.height, clip.frame_count, clip.frame_rate, clip.time_base, clip,
         clip.colour, clip.sample_aspect_ratio, clip.notes,
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def write_footage(
     def source() -> Generator[Tensor, None, None]:
         count = 0
         try:
-            for count, (frame, moment) in enumerate(footage.frames, 1):
+            for count, (frame, moment) in enumerate(footage.frames(), 1):
                 if count % STEP_FRAMES == 1:
                     # Freed frames leave holes in the heap; given back once a step, resident memory stays flat.
                     trim()

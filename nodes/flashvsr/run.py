@@ -162,7 +162,7 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
             f"{run.node}: {damage} The frames before that, upscaled, are in {path}: copy it before ComfyUI restarts, "
             "which empties that folder.",
             damage.frames_read,
-        )
+        ) from damage
     for text in (*footage.notes, *writer.notes):
         run.note(text)
     if writer.encoding.pixel_format != "yuv420p":
@@ -180,7 +180,11 @@ def _footage(video: Input.Video, run: Run) -> Footage:
         raise ValueError(f"{run.node}: expected at least 1 frame; got an empty video. Check the node before it.")
     notes = ("The alpha channel was dropped.",) if channels == 4 else ()
     step = 1 / Fraction(components.frame_rate)
-    frames = ((frame, index * step) for index, frame in enumerate(checked_frames(components.images, run.node)))
+
+    def frames() -> Iterator[tuple[Tensor, Fraction]]:
+        for index, frame in enumerate(checked_frames(components.images, run.node)):
+            yield frame, index * step
+
     sound = None
     if components.audio:
         # The picture may end before the sound: both end with the picture, as in ComfyUI's own Create Video.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from steadyvsr import cli
@@ -294,6 +295,16 @@ def test_freed_heap_pages_go_back_to_the_system_once_in_eight_frames(tmp_path, m
     writer = upscale.open_writer(footage, tmp_path / "out.mp4", 1.0, upscale.OutputOptions())
     assert upscale.write_footage(footage, lambda frames: frames, writer) == (tmp_path / "out.mp4", None)
     assert len(trims) == 3 and open_clip(tmp_path / "out.mp4").frame_count == 20
+
+
+def test_a_run_that_fails_closes_its_source_while_the_error_is_still_held(tmp_path):
+    source = make_clip(tmp_path / "in.mp4", 20)
+    footage = upscale.footage_of(open_clip(source))
+    writer = upscale.open_writer(footage, tmp_path / "out.mp4", 2.0, upscale.OutputOptions())
+    with pytest.raises(ValueError, match="expected frame 0") as caught:
+        upscale.write_footage(footage, lambda frames: frames, writer)
+    assert caught.value.__traceback__ is not None
+    assert str(source) not in [file.path for file in psutil.Process().open_files()]
 
 
 def test_images_go_in_and_come_out(tmp_path, engine):
