@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steadyvsr.benchmarks import frame
+from steadyvsr.tests.session.comfyui_place import find_comfyui
 
 LIMIT_US = 20.0
 CALLS, ROUNDS = 100, 300
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.comfyui:
         frame.enter(options.comfyui)
     else:
-        importlib.import_module("steadyvsr.tests.patches.books_double").install()
+        find_comfyui("double")
     mm: Any = importlib.import_module("comfy.model_management")
     hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
     device = mm.get_torch_device()

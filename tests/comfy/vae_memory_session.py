@@ -3,7 +3,7 @@ in the middle.
 
     python vae_memory_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py.
+Prints one JSON object on the last line; the assertions are in test_vae.py.
 """
 
 from __future__ import annotations

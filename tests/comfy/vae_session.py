@@ -2,7 +2,7 @@
 
     python vae_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py. What is compared with is ComfyUI's own
+Prints one JSON object on the last line; the assertions are in test_vae.py. What is compared with is ComfyUI's own
 `first_stage_model` on whole frames.
 """
 

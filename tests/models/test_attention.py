@@ -135,10 +135,3 @@ def test_auto_on_the_cpu_is_gather_and_is_logged(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gather_passes_its_self_check(dtype: torch.dtype) -> None:
     assert attention.self_check("gather", CPU, dtype) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["gather", "flex"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_backends_pass_their_self_check_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
-    assert attention.self_check(backend, torch.device("cuda"), dtype) is None
