@@ -13,7 +13,8 @@ from typing import Any
 from steadyvsr.tests.comfy.server import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = 1800
+"""Of one script, against hanging: a minute or two on a machine that has nothing else to do."""
 
 
 def ran(script: Path, *arguments: str | Path, place: Path | None = None, **environment: str) -> Any:
