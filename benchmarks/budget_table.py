@@ -15,12 +15,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker
 from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
-from steadyvsr.memory.budget import History
+from steadyvsr.memory.reading import size_text
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
 from steadyvsr.models.flashvsr.footprint import WanCosts, activation_bytes
@@ -49,6 +50,31 @@ BY_SHAPES = [((768, 1280), AS_IT_IS, False), ((1920, 1080), AS_IT_IS, False), ((
              ((3840, 2160), STRIPS, False), ((768, 1280), CHUNKS, True)]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A prediction and what was then measured, in bytes."""
+
+    setting: str
+    predicted: int
+    measured: int
+    source: str
+
+    @property
+    def error(self) -> float:
+        return (self.predicted - self.measured) / max(self.measured, 1)
+
+    def cells(self) -> tuple[str, ...]:
+        sizes = size_text(self.predicted), size_text(self.measured)
+        return self.setting, *sizes, f"{100 * self.error:+.1f} %", self.source
+
+
+def table(compared: list[Comparison]) -> str:
+    """One line for each comparison."""
+    rows = [("setting", "predicted", "measured", "error", "source"), *(item.cells() for item in compared)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
 def clip_of(size: tuple[int, int], scale: float) -> list[torch.Tensor]:
     width, height = (round(side / scale) for side in size)
     return [torch.zeros(height, width, 3) for _ in range(FRAMES)]
@@ -59,7 +85,7 @@ def run(model: FlashVSR, clip: list[torch.Tensor], options: StreamOptions, **whe
         pass
 
 
-def on_cpu(history: History) -> None:
+def on_cpu(compared: list[Comparison]) -> None:
     for name, dtype in DTYPES.items():
         model = tiny_model(config=NANO, dtype=dtype)
         # The attention's self-check runs once for each dtype.
@@ -73,10 +99,10 @@ def on_cpu(history: History) -> None:
                     NANO, size, kv_ratio, dtype.itemsize, model.prompt.shape[1], on_cpu=True, plan=plan
                 )
                 label = f"nano {size[0]}×{size[1]} {name} kv {kv_ratio:g} tc, {plan}"
-                history.add(label, predicted, tracker.peak, "tracker")
+                compared.append(Comparison(label, predicted, tracker.peak, "tracker"))
 
 
-def by_shapes(history: History) -> None:
+def by_shapes(compared: list[Comparison]) -> None:
     config = FlashVSRConfig()
     for name, dtype in DTYPES.items():
         with torch.device("meta"):
@@ -100,7 +126,7 @@ def by_shapes(history: History) -> None:
                 costs, name_of = (WanCosts(), "wan") if wan else (None, "tc")
                 predicted = activation_bytes(config, size, kv_ratio, dtype.itemsize, plan=plan, wan_decoder=costs)
                 label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {name_of}, {plan}"
-                history.add(label, predicted, tracker.peak, "shapes")
+                compared.append(Comparison(label, predicted, tracker.peak, "shapes"))
 
 
 @contextmanager
@@ -117,14 +143,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
-    history = History()
-    on_cpu(history)
+    compared: list[Comparison] = []
+    on_cpu(compared)
     with fused_attention():
-        by_shapes(history)
-    compared = history.comparisons()
+        by_shapes(compared)
     outside = [item for item in compared if abs(item.error) > WITHIN]
     worst = max(compared, key=lambda item: abs(item.error))
-    print(history.table())
+    print(table(compared))
     print(f"{len(compared)} settings, {len(outside)} more than 10 % off, worst {100 * worst.error:+.1f} %")
     if arguments.json:
         rows = [{**vars(item), "error": round(item.error, 4)} for item in compared]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,20 +77,6 @@ def draw(ledger: Ledger, device: str | None = None) -> Tensor:
         x = _write(canvas, x, 8, text, colour) + 3 * GLYPH_STEP
     _write(canvas, WIDTH - RIGHT - 10 * GLYPH_STEP, 8, f"{end - start:.1f} s", INK)
     return _image(canvas)
-
-
-def write_png(path: Path | str, image: Tensor) -> None:
-    """Writes the first frame of a THWC image in 0..1 as an 8-bit PNG. An existing file is replaced."""
-    pixels = (image[0] * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-    height, width, _ = pixels.shape
-    # Every row of a PNG begins with the number of its filter; 0 is none.
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], 1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
-    data = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + data)
 
 
 def _readings(ledger: Ledger) -> list[Reading]:

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -67,11 +66,3 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the unique storages under `tensors`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def live_tensors(since: set[int] | None = None) -> list[Tensor]:
-    """Tensors that Python can reach through the collector, except those whose `id` is in `since`."""
-    import gc
-
-    gc.collect()
-    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in (since or ())]

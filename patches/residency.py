@@ -119,12 +119,10 @@ def residents(device: torch.device | None = None) -> list[Resident]:
     return sorted(found, key=lambda resident: -resident.bytes)
 
 
-def may_load(needed: int, device: torch.device, limit: int | None = None) -> budget.Admission:
+def may_load(needed: int, device: torch.device) -> budget.Admission:
     """Whether that many bytes fit on a device now, by measurement, and what is in the way; see `budget.may_load`."""
-    in_the_way = [
-        budget.Resident(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes
-    ]
-    return budget.may_load(needed, probe.read(device, settled=True), in_the_way, limit)
+    ours = [budget.Occupant(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes]
+    return budget.may_load(needed, probe.read(device, settled=True), ours)
 
 
 def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[offload.Receipt]:

@@ -15,7 +15,6 @@ from typing import Any
 import comfy.model_management as mm
 
 from ...memory import budget, ledger, probe
-from ...memory.process import shared
 from ...memory.reading import Reading, size_text
 from ...models.flashvsr.footprint import activation_bytes
 from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
@@ -263,14 +262,7 @@ class RunMemory:
             # What others have on the device is no part of the prediction.
             measured = peak.allocated.bytes - (loaded.allocated.bytes - held)
             predicted = held + self._report["predicted"]["activations_bytes"]
-            label = f"{self.model.name} {self.size[0]}×{self.size[1]} kv {self.kv_ratio:g}, {self.plan}"
-            compared = history().add(label, predicted, measured, peak.allocated.source)
-            self._report["predicted"]["error"] = round(compared.error, 4)
-
-
-def history() -> budget.History:
-    """Predicted against measured peaks of the runs of this process."""
-    return shared("flashvsr_history", budget.History)
+            self._report["predicted"]["error"] = round((predicted - measured) / max(measured, 1), 4)
 
 
 def is_out_of_memory(error: Exception) -> bool:
