@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,9 @@ from ..memory import budget, ledger, offload, probe
 from ..memory.process import shared
 from . import prompt
 from .kept import registry, same_model
+
+EVERYTHING = 1e30
+"""Bytes to ask ComfyUI for when every model has to go that is not excepted."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,19 @@ def residents(device: torch.device | None = None) -> list[Resident]:
     return sorted(found, key=lambda resident: -resident.bytes)
 
 
+def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
+    """Has ComfyUI move every model off a device except those of `patchers`; pinned ones stay.
+
+    Returns:
+        Whether the weights on the device became fewer.
+    """
+    own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
+    before = sum(resident.bytes for resident in residents(device))
+    mm.free_memory(EVERYTHING, device, keep_loaded=own)
+    mm.soft_empty_cache()
+    return sum(resident.bytes for resident in residents(device)) < before
+
+
 def may_load(needed: int, device: torch.device) -> budget.Admission:
     """Whether that many bytes fit on a device now, by measurement, and what is in the way; see `budget.may_load`."""
     ours = [budget.Occupant(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes]
@@ -149,7 +165,7 @@ def subject(patcher: Any) -> offload.Subject:
         own = {id(loaded) for loaded in _listed(patcher)}
         others = [loaded for loaded in mm.current_loaded_models if id(loaded) not in own]
         with explicit():
-            mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
+            mm.free_memory(EVERYTHING, patcher.load_device, keep_loaded=others)
 
     return offload.Subject(
         name=type(module).__name__,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.model_patcher
 
 
@@ -38,3 +39,17 @@ def trim_window(video: Any) -> tuple[float, float]:
 def unique_id(node: Any) -> str | None:
     """The id of a running node in its graph; None where it is called outside ComfyUI's executor."""
     return node.hidden.unique_id if node.hidden is not None else None
+
+
+def memory_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that may mean that a device is out of memory; ask `is_out_of_memory` whether one does."""
+    accelerator = getattr(mm, "ACCELERATOR_ERROR", None)
+    return (mm.OOM_EXCEPTION,) if accelerator is None else (mm.OOM_EXCEPTION, accelerator)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether one of `memory_errors` means just that.
+
+    Newer versions tell an accelerator that is out of memory from its other errors.
+    """
+    return bool(mm.is_oom(error)) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)

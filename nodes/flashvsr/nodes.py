@@ -16,7 +16,7 @@ from ...patches.kept import EJECTABLE, POLICIES, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
 from . import model_sets
-from .memory import CLEAN, Limits
+from .memory import CLEAN, RunLimits
 from .model import PRECISIONS, LoadedFlashVSR, device_choices, load
 from .run import Run, checked_frames, upscale_video
 from .wan_decoder import StreamingWanVAE
@@ -261,7 +261,7 @@ def prepared_run(
     colour: str,
     decoder: str,
     vae: object,
-    limits: Limits,
+    limits: RunLimits,
 ) -> Run:
     """The run that the shared inputs describe.
 
@@ -332,7 +332,7 @@ class Upscale(io.ComfyNode):
         node_id = unique_id(cls)
         run = prepared_run(
             UPSCALE, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
-            Limits(budget_gb, tile, clean, log_steps),
+            RunLimits(budget_gb, tile, clean, log_steps),
         )  # fmt: skip
         if channels == 4:
             run.note("The alpha channel was dropped.")
@@ -392,7 +392,7 @@ class UpscaleVideo(io.ComfyNode):
         node_id = unique_id(cls)
         run = prepared_run(
             UPSCALE_VIDEO, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
-            Limits(budget_gb, tile, clean, log_steps),
+            RunLimits(budget_gb, tile, clean, log_steps),
         )  # fmt: skip
         path = upscale_video(run, video)
         report = run.report()

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
 from ...models.video import Clip, ClipWriter, Waveform, open_clip
-from ...patches.versions import trim_window
+from ...patches.versions import memory_errors, trim_window
 from .. import node_status
-from .memory import Limits, RunMemory, memory_errors
+from .memory import RunLimits, RunMemory
 from .model import LoadedFlashVSR
 from .progress import RunProgress
 from .wan_decoder import StreamingWanVAE
@@ -45,7 +45,7 @@ class Run:
     options: StreamOptions
     vae: StreamingWanVAE | None
     node_id: str | None
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:

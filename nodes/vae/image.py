@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import comfy.ldm.modules.diffusionmodules.model as diffusion_modules
 import torch
 from torch import Tensor, nn
 
-from ...memory.process import shared
 from ...models.image_vae import LayeredJob, Step, decoder_steps, encoder_steps
-from ..flashvsr.memory import memory_errors
-from .wan import carried_out, differs
+from ...patches.versions import memory_errors
+from .trial import carried_out, differs, once
 
 TRIAL_LATENTS = (3, 5)
 PROBE_LATENTS = 2
@@ -52,11 +50,8 @@ def chain_of(vae: Any, encodes: bool, pixels: int) -> tuple[list[Step], str]:
         raise
     except (ValueError, AttributeError, RuntimeError) as error:
         return [], f"the layers of its {name} are not those of a known kind: {error}"
-    trials: WeakKeyDictionary[nn.Module, dict[str, str]] = shared("image_vae_trials", WeakKeyDictionary)
-    known = trials.setdefault(network, {})
-    if name not in known:
-        known[name] = _trial(network, encodes, steps, vae.latent_channels, pixels, *place)
-    return ([], known[name]) if known[name] else (steps, "")
+    why_not = once(network, name, lambda: _trial(network, encodes, steps, vae.latent_channels, pixels, *place))
+    return ([], why_not) if why_not else (steps, "")
 
 
 def _steps(

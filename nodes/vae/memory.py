@@ -10,8 +10,9 @@ from typing import Any
 import comfy.model_management as mm
 
 from ...memory import budget, ledger, probe
-from ...memory.reading import MIB, Figure, Reading, size_text
+from ...memory.reading import MIB, Reading, size_text
 from ...patches.residency import handle_of, residents
+from ..attempts import Attempts, figures, node_line, peak_figures
 
 MARGIN = 1.2
 """Times a tile's bytes, for the allocator's rounding."""
@@ -105,15 +106,15 @@ class TileMemory:
         if measured is None and peak is not None:
             measured = peak - self._held
         return {
-            "budget_bytes": budget.gib(self.budget_gb) if self.budget_gb > 0 else None,
+            "budget_bytes": self._limit,
             "weights_bytes": self._held,
             "predicted_bytes": predicted,
             "measured_bytes": measured,
             "predicted_per_measured": round(predicted / measured, 4) if measured else None,
             "run_peak_bytes": peak,
-            "before": _figures(self._before),
-            "peak": {name: _figure(figure) for name, figure in vars(self._peak).items()},
-            "after": _figures(self._after),
+            "before": figures(self._before),
+            "peak": peak_figures(self._peak),
+            "after": figures(self._after),
             "grown_bytes": self._grown(),
             "kept_on_device_bytes": kept,
             "other_models": self._others,
@@ -121,7 +122,7 @@ class TileMemory:
 
     def verdict(self, kept: int) -> dict[str, Any]:
         """Whether the peak stayed within the budget and the memory came back, by measurement; and in words."""
-        peak, grown, limit = self._run_peak(), self._grown(), budget.gib(self.budget_gb) if self.budget_gb > 0 else None
+        peak, grown, limit = self._run_peak(), self._grown(), self._limit
         if peak is None or grown is None:
             note = self._loaded.peak.note or self._loaded.allocated.note or "this device has no peak counter"
             return {"verified": False, "verified_reason": f"not measurable on {self.vae.device}: {note}"}
@@ -132,14 +133,9 @@ class TileMemory:
         words += f"; {size_text(grown)} more than before" + ("" if returned else ", which did not come back")
         return {"verified": kept_to and returned, "verified_reason": words}
 
-    def summary(self, failed: bool) -> dict[str, Any]:
-        """For the line on the node: bytes predicted and read, the budget, and what to change if it did not fit."""
-        return {
-            "predicted": self._held + self.predicted(self._tile),
-            "measured": self._run_peak(),
-            "budget": budget.gib(self.budget_gb) if self.budget_gb > 0 else None,
-            "advice": "it did not fit at first: see the attempts in the report" if failed else "",
-        }
+    def summary(self, attempts: Attempts) -> dict[str, Any]:
+        """For the line on the node."""
+        return node_line(self._held + self.predicted(self._tile), self._run_peak(), self._limit, attempts)
 
     def _fits(self, need: int) -> bool:
         allowed = self._allowed()
@@ -152,8 +148,12 @@ class TileMemory:
         if free is not None:
             # What ComfyUI would move away for a tile; on the CPU the weights lie in RAM already.
             free += self.vae.patcher.model_size() if self._on_cpu else self._books()
-        limits = [free, budget.gib(self.budget_gb) if self.budget_gb > 0 else None]
-        return min((limit for limit in limits if limit is not None), default=None)
+        return min((limit for limit in (free, self._limit) if limit is not None), default=None)
+
+    @property
+    def _limit(self) -> int | None:
+        """The budget in bytes; None without one."""
+        return budget.gib(self.budget_gb) if self.budget_gb > 0 else None
 
     @property
     def _on_cpu(self) -> bool:
@@ -193,12 +193,3 @@ class TileMemory:
         if before is None or after is None:
             return None
         return after - before - (0 if self._on_cpu else self._moved)
-
-
-def _figures(reading: Reading) -> dict[str, Any]:
-    names = ("allocated", "reserved", "used", "process")
-    return {name: _figure(getattr(reading, name)) for name in names}
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    return {"bytes": figure.bytes, "source": figure.source or figure.note}

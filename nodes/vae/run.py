@@ -7,7 +7,6 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ...patches import residency
+from ...patches.versions import is_out_of_memory, memory_errors
 from .. import node_status
-from ..flashvsr.memory import EVERYTHING, is_out_of_memory, memory_errors
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
-from .ladder import MIN_TILE, TileLadder, smaller_tiles
+from .ladder import MIN_TILE, TileLadder, dtype_name, smaller_tiles
 from .layout import compression, output_dtype
 from .memory import TileMemory
 
@@ -101,7 +100,7 @@ class TiledRun:
             weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
             ladder = self._ladder(job, weights, memory, source)
             try:
-                self._carry_out(job, ladder, weights, memory, source)
+                self._carry_out(ladder, weights, memory, source)
             except RuntimeError as error:
                 # Torch's own complaint, or one of a VAE that checks; only a mismatch of channels is known here.
                 self._explain_channels(source, error)
@@ -110,14 +109,14 @@ class TiledRun:
             result = job.result
             if isinstance(job, BlendDecode):
                 result = self.vae.process_output(result)
-            place = f"{job.tile} px, {_name(job.dtype)}, {job.device}"
+            place = f"{job.tile} px, {dtype_name(job.dtype)}, {job.device}"
             self._describe(source, job, result, ladder)
             del job, ladder, weights
         kept = result.nbytes if self.vae.output_device == self.vae.device != torch.device("cpu") else 0
         self._report |= {"memory": memory.report(kept), "seconds": round(time.perf_counter() - started, 3)}
         self._report |= memory.verdict(kept)
         log.info("%s: %s; %s", self.node, place, self._report["verified_reason"])
-        node_status.send(self.node_id, memory=memory.summary(bool(self._report["attempts"])))
+        node_status.send(self.node_id, memory=memory.summary(self._report["attempts"]))
         return result
 
     def report(self) -> str:
@@ -189,7 +188,7 @@ class TiledRun:
             # Out of the handler: the error's traceback holds the tensors of the trial.
             gc.collect()
             mm.soft_empty_cache()
-            if not self._unload_others():
+            if not residency.unload_others(self.vae.device, [self.vae.patcher]):
                 return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
@@ -215,47 +214,44 @@ class TiledRun:
             halves[0] if halves else None,
             self.options.allow_cpu,
             self.options.on_oom == SHRINK,
-            self._unload_others,
+            lambda: residency.unload_others(self.vae.device, [self.vae.patcher]),
             lambda device, dtype: self._move(weights, device, dtype),
             lambda: memory.read().free,
         )
 
-    def _carry_out(
-        self, job: TileJob, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor
-    ) -> None:
+    def _carry_out(self, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor) -> None:
+        job = ladder.job
         bar = comfy.utils.ProgressBar(job.total, node_id=self.node_id)
-
-        def step() -> None:
-            mm.throw_exception_if_processing_interrupted()
-
-        first = self._exact is None
+        if self._exact is None:
+            with memory.measuring_tile():
+                self._advance(ladder, weights)
+            self._recalibrate(ladder, memory, source)
+            bar.update_absolute(job.done, job.total)
         while job.done < job.total:
-            if first:
-                with memory.measuring_tile():
-                    self._advance(job, ladder, weights, step)
-                first = False
-                self._recalibrate(job, ladder, memory, source)
-            else:
-                self._advance(job, ladder, weights, step)
+            self._advance(ladder, weights)
             bar.update_absolute(job.done, job.total)
 
-    def _advance(self, job: TileJob, ladder: TileLadder, weights: CastWeights, step: Callable[[], None]) -> None:
+    def _advance(self, ladder: TileLadder, weights: CastWeights) -> None:
         """One tile; once more in fp32 if it is not finite."""
+        job, on_step = ladder.job, mm.throw_exception_if_processing_interrupted
         try:
-            return ladder.advance(step)
+            return ladder.advance(on_step)
         except NotFinite as error:
             if job.dtype == torch.float32:
-                raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+                raise self._not_finite(error) from error
             self._again.append(str(error).partition("; ")[2])
         dtype, job.dtype = job.dtype, torch.float32
         weights.prepare(job.device, torch.float32)
         try:
-            ladder.advance(step)
+            ladder.advance(on_step)
         except NotFinite as error:
-            raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+            raise self._not_finite(error) from error
         finally:
             job.dtype = dtype
             weights.prepare(job.device, dtype)
+
+    def _not_finite(self, error: NotFinite) -> ValueError:
+        return ValueError(f"{self.node}: {error} Check the input, or load another VAE.")
 
     def _note_again(self) -> None:
         named, more = self._again[:NAMED_TILES], len(self._again) - NAMED_TILES
@@ -263,8 +259,9 @@ class TiledRun:
         if more > 0:
             self.notes.append(f"Computed again in float32: {more} more tiles.")
 
-    def _recalibrate(self, job: TileJob, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
+    def _recalibrate(self, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
         """Takes the side of tile that fits by what the first tile was measured to need."""
+        job = ladder.job
         if ladder.attempts or self.options.on_oom != SHRINK:
             return
         sides = SIDES if not self.options.tile else [job.tile, *(side for side in SIDES if side < job.tile)]
@@ -282,15 +279,6 @@ class TiledRun:
         """Other weights in place of ComfyUI's, which leave the device first."""
         residency.offload_model(self.vae)
         weights.prepare(device, dtype)
-
-    def _unload_others(self) -> bool:
-        """Whether a model other than this VAE left the device."""
-        device, patcher = self.vae.device, self.vae.patcher
-        own = [loaded for loaded in mm.current_loaded_models if loaded.model is patcher]
-        before = sum(item.bytes for item in residency.residents(device))
-        mm.free_memory(EVERYTHING, device, keep_loaded=own)
-        mm.soft_empty_cache()
-        return sum(item.bytes for item in residency.residents(device)) < before
 
     def _device_context(self) -> contextlib.AbstractContextManager[Any]:
         # Newer versions make the VAE's card the current one while it computes.
@@ -311,7 +299,7 @@ class TiledRun:
         self._report |= {
             "mode": BLEND if self._exact is None else EXACT,
             "device": str(job.device),
-            "dtype": _name(job.dtype),
+            "dtype": dtype_name(job.dtype),
             "size": [width, height],
             "samples": source.shape[0],
             "frames": (source if self.encodes else result).shape[2] if source.ndim == 5 else 1,
@@ -321,11 +309,7 @@ class TiledRun:
             "grid": list(job.grid) if isinstance(job, BlendEncode | BlendDecode) else None,
             "units": job.total,
             "spot_db": None if spot is None else round(spot, 2),
-            "output_dtype": _name(output_dtype(self.vae)),
+            "output_dtype": dtype_name(output_dtype(self.vae)),
             "output_bytes": result.nbytes,
-            "attempts": ladder.to_json(),
+            "attempts": ladder.attempts,
         }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,27 +6,20 @@ are put into a `models.wan_vae.WanVAE`, which can compute tiles and chunks. Noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import comfy.ldm.wan.vae
-import comfy.model_management as mm
 import comfy.ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...memory.process import shared
-from ...models.tiling import NotFinite, TileJob
 from ...models.wan_vae import TiledDecode, TiledEncode, WanVAE, rms_norm
 from ...models.wan_vae.layers import RMSNorm
 from ...models.wan_vae.state_dict import check_keys, read_sizes
-from .cast_weights import CastWeights
+from .trial import carried_out, differs, once
 
 TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH, TRIAL_TILE = 2, 2, 3, 16
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Relative error of a trial, by dtype: rounding of two orders of computing, far below any other difference."""
 
 
 class Adoption(NamedTuple):
@@ -85,10 +78,8 @@ def adopted(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Ado
         vae = _around(network)
     except (ValueError, AttributeError) as error:
         return Adoption(None, f"its layers are not those of Wan 2.1: {error}")
-    trials: WeakKeyDictionary[nn.Module, str] = shared("wan_trials", WeakKeyDictionary)
-    if network not in trials:
-        trials[network] = _trial(network, vae, device, dtype)
-    return Adoption(None, trials[network]) if trials[network] else Adoption(vae, "")
+    why_not = once(network, "clip", lambda: _trial(network, vae, device, dtype))
+    return Adoption(None if why_not else vae, why_not)
 
 
 def _around(network: Any) -> WanVAE:
@@ -132,44 +123,6 @@ def _padding(layer: Any) -> tuple[int, int]:
     return (own[2], own[0]) if isinstance(own, tuple) else tuple(layer.padding[-2:])
 
 
-def differs(
-    what: str,
-    both: Callable[[torch.dtype], tuple[Tensor, Tensor]],
-    network: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
-    """Empty, or how two ways of computing the same differ.
-
-    What is not finite in a dtype says nothing about the two ways, so it is computed once more in fp32.
-
-    Args:
-        what: for the words.
-        both: computes it in both ways in a dtype: ours, ComfyUI's.
-        network: whose weights they use.
-        device, dtype: of these weights.
-    """
-    weights, results = CastWeights(network, device, dtype), []
-    for tried in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
-        weights.prepare(device, tried)
-        try:
-            weights.run(lambda tried=tried: results.extend(both(tried)))
-        except NotFinite:
-            continue
-        ours, native = results[0], results[1].to(results[0])
-        if ours.shape != native.shape:
-            return f"{what} has shape {tuple(ours.shape)}, not {tuple(native.shape)}"
-        error = float((ours - native).norm() / native.norm())
-        return "" if error <= tolerance(device, tried) else f"{what} differs by {error:.1e} in {tried}"
-    return f"{what} is not finite in {tried}"
-
-
-def tolerance(device: torch.device, dtype: torch.dtype) -> float:
-    # Convolutions in fp32 use TF32 on newer cards, which rounds as fp16 does.
-    rounded = torch.float16 if dtype == torch.float32 and device.type != "cpu" else dtype
-    return TOLERANCE.get(rounded, 0.0)
-
-
 def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) -> str:
     """Empty, or how the two differ on a clip of two latents."""
     generator = torch.Generator().manual_seed(0)
@@ -189,9 +142,3 @@ def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) 
         return differs("decoding a trial clip", decoded, network, device, dtype) or differs(
             "encoding a trial clip", encoded, network, device, dtype
         )
-
-
-def carried_out(job: TileJob) -> Tensor:
-    while job.done < job.total:
-        job.advance(mm.throw_exception_if_processing_interrupted)
-    return job.result

@@ -44,6 +44,7 @@ def load_pack() -> None:
 load_pack()
 from steadyvsr.models.wan_vae import TiledDecode, TiledEncode  # noqa: E402
 from steadyvsr.nodes.vae import wan as wan_network  # noqa: E402
+from steadyvsr.nodes.vae.trial import tolerance  # noqa: E402
 from steadyvsr.nodes.vae.wan import adopted  # noqa: E402
 
 
@@ -181,7 +182,7 @@ def tf32() -> dict:
         with mode:
             result, _ = run(TiledDecode(ours, z, 16, device=CPU, dtype=torch.float32, finish=lambda x: x))
             seen[name] = error(result, theirs.decode(z))
-    return seen | {name: wan_network.tolerance(torch.device(name), torch.float32) for name in ("cpu", "cuda")}
+    return seen | {name: tolerance(torch.device(name), torch.float32) for name in ("cpu", "cuda")}
 
 
 def main() -> None:
