@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server import PromptServer
+from ..patches import prompt
 
 EVENT = "steadyvsr.node"
 
@@ -17,6 +17,6 @@ def send(node_id: str | None, **message: Any) -> None:
         message: policy and policy_reason; receipt {line, verdict}; progress {phase, frames, total, fps, eta};
             memory {predicted, measured, budget, advice} in bytes and words.
     """
-    server = getattr(PromptServer, "instance", None)
+    server = prompt.server()
     if server is not None and node_id is not None:
-        server.send_sync(EVENT, {"node": node_id, **message}, getattr(server, "client_id", None))
+        server.send_sync(EVENT, {"node": node_id, **message}, server.client_id)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from server import PromptServer
-
 from ..memory.process import shared
+from ..patches import prompt
 
 RING_RECEIPTS = 64
 EVENT = "steadyvsr.receipt"
@@ -62,8 +61,7 @@ def give(card: ReceiptCard) -> dict[str, Any]:
     for old in [old for old in ring if old["id"] == plain["id"]]:
         ring.remove(old)
     ring.append(plain)
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
+    if (server := prompt.server()) is not None:
         server.send_sync(EVENT, plain)
     return plain
 

@@ -21,19 +21,18 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
 import psutil
-import torch
 
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
 from . import presses as snapshots
-from . import prompt
+from . import prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
 from .residency import adopt, is_explicit
 
@@ -91,21 +90,17 @@ def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any
         return otherwise
 
 
-def _lock() -> Any:
-    """Some forks guard the list of models with a lock of their own."""
-    return getattr(mm, "model_management_lock", None) or nullcontext()
-
-
 def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     if _state().thread.depth > 0:
         return original(*arguments, **keywords)
     # The handler of an out-of-memory error calls this while the error is being handled: KEPT yields, PINNED stays.
-    out_of_memory = _is_out_of_memory(sys.exc_info()[1])
+    error = sys.exc_info()[1]
+    out_of_memory = _attempt("reading an error", lambda: versions.is_out_of_memory(error), False)
     caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
     if caller == "housekeeping" and not registry().keeps_anything:
         return original(*arguments, **keywords)
     press = _attempt("snapshot", lambda: snapshots.begin(caller))
-    with _inside(), _lock():
+    with _inside(), versions.list_lock():
         _attempt("repair of entries", repair)
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
@@ -115,14 +110,6 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
             _attempt("putting kept models back", lambda: _put_back(hidden))
             _attempt("counting yields", lambda: _count_yields(before))
             _attempt("snapshot", lambda: snapshots.unloaded(press))
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """By class and words: `is_oom` of newer versions touches the device."""
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    return isinstance(error, mm.OOM_EXCEPTION) or (
-        accelerator_error is not None and isinstance(error, accelerator_error) and "out of memory" in str(error).lower()
-    )
 
 
 def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:

@@ -25,7 +25,7 @@ import psutil
 
 from ..memory.process import shared
 from ..memory.reading import size_text
-from . import prompt
+from . import prompt, versions
 
 log = logging.getLogger("steadyvsr.patches")
 
@@ -369,8 +369,8 @@ def same_model(first: Any, second: Any) -> bool:
     """Whether two patchers patch one model: one module, or its copy on another device (0.33)."""
     if first.model is second.model:
         return True
-    base = getattr(first, "clone_base_uuid", None)
-    return base is not None and base == getattr(second, "clone_base_uuid", None)
+    base = versions.base_uuid(first)
+    return base is not None and base == versions.base_uuid(second)
 
 
 def _weak_reference(value: Any) -> Callable[[], Any]:

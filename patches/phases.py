@@ -14,7 +14,7 @@ from ..memory import budget, ledger, probe
 from ..memory.offload import Receipt, Verdict
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
-from . import prompt, residency
+from . import prompt, residency, versions
 
 CPU = torch.device("cpu")
 
@@ -187,7 +187,7 @@ def work_counter(limits: Limits) -> int:
 
 def accelerators() -> list[torch.device]:
     """ComfyUI's devices, less the CPU: there models compute where they rest, and there is nothing to keep free."""
-    return [device for device in residency.torch_devices() if device != CPU]
+    return [device for device in versions.torch_devices() if device != CPU]
 
 
 def exact_text(amount: int) -> str:

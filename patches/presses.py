@@ -20,7 +20,8 @@ from ..memory import probe
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from .kept import Key, registry
-from .residency import Resident, residents, torch_devices
+from .residency import Resident, residents
+from .versions import torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
 

@@ -17,7 +17,7 @@ import torch
 
 from ..memory import budget, ledger, offload, probe
 from ..memory.process import shared
-from . import prompt
+from . import prompt, versions
 from .kept import registry, same_model
 
 EVERYTHING = 1e30
@@ -64,16 +64,6 @@ def handle_of(module: Any) -> str:
             handles.count += 1
             handles.names[module] = f"m{handles.count}"
         return handles.names[module]
-
-
-def torch_devices() -> list[torch.device]:
-    """Every accelerator that ComfyUI manages; only its current one where it does not list them (0.3.64)."""
-    if hasattr(mm, "get_all_torch_devices"):
-        return list(mm.get_all_torch_devices())
-    current = mm.get_torch_device()
-    if current.type == "cuda":
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [current]
 
 
 def patchers_of(value: Any) -> list[Any]:
@@ -177,7 +167,7 @@ def subject(patcher: Any) -> offload.Subject:
         roots={
             "the patcher's backup": lambda: patcher.backup,
             "the patcher's hook backup": lambda: (patcher.hook_backup, patcher.cached_hook_patches),
-            "ComfyUI's stream buffers": lambda: getattr(mm, "STREAM_CAST_BUFFERS", {}),
+            "ComfyUI's stream buffers": versions.stream_buffers,
             "ComfyUI's node cache": node_outputs,
         },
     )
@@ -187,16 +177,8 @@ def node_outputs() -> list[Any]:
     """What ComfyUI's caches keep of finished nodes, models left out: these are moved, not held there."""
     # By name: the class lives in a module that starts the server's side when it is imported.
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
-    kept: list[Any] = []
-    waiting = [cache for executor in executors for cache in getattr(getattr(executor, "caches", None), "all", ())]
-    while waiting:
-        cache = waiting.pop()
-        waiting += getattr(cache, "subcaches", {}).values()
-        for entry in getattr(cache, "cache", {}).values():
-            outputs = getattr(entry, "outputs", entry)
-            flat = [value for slot in outputs for value in slot] if _are_slots(outputs) else [outputs]
-            kept += [value for value in flat if not _is_model(value)]
-    return kept
+    kept = [value for executor in executors for value in versions.cached_outputs(executor)]
+    return [value for value in kept if not _is_model(value)]
 
 
 def adopt(patcher: Any) -> None:
@@ -236,7 +218,7 @@ class _LedgerPrompt:
 def prompt_ledger() -> ledger.Ledger:
     """The ledger of the process, set to ComfyUI's devices. A new prompt begins a new sequence of phases."""
     book = ledger.current()
-    devices = torch_devices()
+    devices = versions.torch_devices()
     if book.devices != devices:
         book.devices = devices
     running, last = prompt.running(), shared("ledger_prompt", _LedgerPrompt)
@@ -259,19 +241,9 @@ def read_dynamic_vram() -> None:
 
 
 def _dynamic_bytes(device: torch.device) -> int | None:
-    bars = {}
-    for loaded in list(mm.current_loaded_models):
-        patcher = loaded.model
-        if loaded.device != device or not hasattr(patcher, "_vbar_get"):
-            continue
-        bar = patcher._vbar_get()
-        if bar is not None:
-            bars[id(bar)] = bar.loaded_size()
-    return sum(bars.values()) if bars else None
-
-
-def _are_slots(outputs: Any) -> bool:
-    return isinstance(outputs, list | tuple) and all(isinstance(slot, list | tuple) for slot in outputs)
+    there = [loaded.model for loaded in list(mm.current_loaded_models) if loaded.device == device]
+    regions = {id(region): region for patcher in there if (region := versions.dynamic_vram(patcher)) is not None}
+    return sum(region.loaded_size() for region in regions.values()) if regions else None
 
 
 def _is_model(value: Any) -> bool:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
-from ...patches.residency import torch_devices
-from ...patches.versions import patcher_class
+from ...patches.versions import patcher_class, torch_devices
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

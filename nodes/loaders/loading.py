@@ -19,7 +19,7 @@ from ...memory.reading import size_text
 from ...patches import hooks as wrappers
 from ...patches import prompt, residency
 from ...patches.kept import POLICIES, Entry, Key, registry
-from ...patches.versions import supported
+from ...patches.versions import directed, supported, torch_devices
 from .. import node_status
 
 log = logging.getLogger("steadyvsr.nodes")
@@ -45,7 +45,7 @@ def device_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "device",
-            options=list(dict.fromkeys([DEFAULT, AUTO, *map(str, residency.torch_devices()), "cpu"])),
+            options=list(dict.fromkeys([DEFAULT, AUTO, *map(str, torch_devices()), "cpu"])),
             default=DEFAULT,
             optional=True,
             tooltip="Where it computes. default: ComfyUI decides, makes room, and loads partially what does not fit. "
@@ -111,7 +111,7 @@ def choose_place(device: str, allow_cpu: bool, key_of: Callable[[str], Key], nee
     Raises:
         ValueError: no such device, or none that it fits on.
     """
-    devices = residency.torch_devices()
+    devices = torch_devices()
     if device == DEFAULT:
         return Place(None, "ComfyUI's choice")
     if device != AUTO:
@@ -133,17 +133,8 @@ def choose_place(device: str, allow_cpu: bool, key_of: Callable[[str], Key], nee
 
 
 def put(patcher: Any, device: torch.device | None) -> Any:
-    """A patcher that was just made, directed to a device: itself, or a plain clone where dynamic VRAM has no CPU."""
-    if device is None or device == patcher.load_device:
-        return patcher
-    if device == CPU:
-        if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
-            patcher = patcher.clone(disable_dynamic=True)
-        patcher.offload_device = CPU
-    patcher.load_device = device
-    if hasattr(patcher, "register_load_device"):
-        patcher.register_load_device(device)
-    return patcher
+    """A patcher that was just made, directed to a device; see `versions.directed`."""
+    return patcher if device is None or device == patcher.load_device else directed(patcher, device)
 
 
 class Loading:

@@ -42,7 +42,7 @@ class NotFound(Exception):
 
 def register_routes() -> None:
     """Adds the routes to ComfyUI's server, once in a process."""
-    instance = getattr(PromptServer, "instance", None)
+    instance = prompt.server()
     if instance is None or shared("panel_routes", lambda: [False])[0]:
         return
     shared("panel_routes", lambda: [False])[0] = True

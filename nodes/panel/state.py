@@ -17,7 +17,8 @@ from ...memory import ledger, probe
 from ...memory.reading import WHOLE_DEVICE, Figure, Reading, exact
 from ...patches import prompt
 from ...patches.kept import Entry, registry
-from ...patches.residency import handle_of, torch_devices
+from ...patches.residency import handle_of
+from ...patches.versions import torch_devices
 
 PHASE_SECONDS = 120
 """How far back the timeline of the panel goes."""
@@ -75,7 +76,7 @@ def _model(patcher: Any) -> dict[str, Any]:
 def _kind(patcher: Any, entry: Entry | None) -> str | None:
     if isinstance(patcher.model, comfy.model_base.BaseModel):
         return "MODEL"
-    if getattr(patcher, "is_clip", False):
+    if patcher.is_clip:
         return "CLIP"
     if hasattr(patcher.model, "decode") and hasattr(patcher.model, "encode"):
         return "VAE"
