@@ -9,8 +9,7 @@ from comfy_api.v0_0_2 import io, ui
 from server import PromptServer
 
 from ..memory.reading import size_text
-from ..patches import hooks as wrappers
-from ..patches import presses as snapshots
+from ..patches import hooks, presses
 from ..patches.kept import registry
 from ..patches.residency import residents
 from ..patches.versions import supported
@@ -69,7 +68,7 @@ class FreeMemory(io.ComfyNode):
         for name, wanted in (("unload_models", unload_models), ("free_memory", free_memory)):
             if wanted:
                 queue.set_flag(name, True)
-        snapshots.set_reason(reason)
+        presses.set_reason(reason)
         report = json.dumps(
             {
                 "node": FREE,
@@ -77,7 +76,7 @@ class FreeMemory(io.ComfyNode):
                 "when": "after this workflow",
                 "loaded_now": now(),
                 "kept": [entry.name for entry in registry().owned()],
-                "wrappers": wrappers.status(),
+                "wrappers": hooks.status(),
             },
             indent=2,
             ensure_ascii=False,

@@ -14,8 +14,7 @@ from ..memory.budget import gib
 from ..memory.offload import Verdict
 from ..memory.reading import Figure, size_text
 from ..patches import phases as gate
-from ..patches import presses as snapshots
-from ..patches import residency
+from ..patches import presses, residency
 from ..patches.versions import supported, unique_id
 from . import node_status, receipts
 from .flashvsr.nodes import FlashVSRType
@@ -224,7 +223,7 @@ class MemoryReport(io.ComfyNode):
         run, peaks = book.since(residency.prompt_began()), book.take_peaks()
         residents = [resident for resident in residency.residents() if resident.bytes]
         process = probe.read("cpu", settled=True).process
-        press = snapshots.last_press()
+        press = presses.last_press()
         measured = run.to_json()
         # Growth rests on earlier runs too: it is said only where it is a leak, and apart from this run's numbers.
         growth = [phase.pop("growth") for phase in measured["phases"]]
@@ -244,7 +243,7 @@ class MemoryReport(io.ComfyNode):
             *(f"on {item.device}: {item.name} {gate.exact_text(item.bytes)}" for item in residents),
             f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",
             *(f"grows from run to run: {phase}, {leak}" for phase, leak in leaks.items()),
-            *([] if press is None else [f"last press ({press.before.caller}): {press.line}"]),
+            *([] if press is None else [f"last press ({press.caller}): {press.line}"]),
             *([] if press is None else [f"last press, {look.line}" for look in press.looks]),
         ]
         report = as_text(

@@ -1,4 +1,4 @@
-"""Kept models stay through ComfyUI's freeing: wrappers around four functions, each ending in the original.
+"""Kept models stay through ComfyUI's freeing: wrappers around its functions, each of which runs the original.
 
 | function | what the wrapper adds |
 |---|---|
@@ -6,11 +6,13 @@
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+| PromptExecutor.reset | a press has come to its reset |
+| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
 
-Of a backend's devices all are emptied by the one call that the original makes; nothing is added to it.
+The one call of the original empties the caches of all devices of a backend; nothing is added to it.
 
 ComfyUI's prompt worker has no guard around these calls: an exception here would end it for good. So whatever fails on
-our account is logged once, and the original runs as if we were not there. With nothing kept nothing is done.
+our account is logged once, and the original runs as if we were not there. With nothing kept, models are not touched.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ import psutil
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
-from . import presses as snapshots
-from . import prompt, versions
+from . import idle, presses, prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
 from .residency import adopt, is_explicit
 
@@ -99,7 +100,7 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
     caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
     if caller == "housekeeping" and not registry().keeps_anything:
         return original(*arguments, **keywords)
-    press = _attempt("snapshot", lambda: snapshots.begin(caller))
+    press = _attempt("snapshot", lambda: presses.begin(caller))
     with _inside(), versions.list_lock():
         _attempt("repair of entries", repair)
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
@@ -109,7 +110,8 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
         finally:
             _attempt("putting kept models back", lambda: _put_back(hidden))
             _attempt("counting yields", lambda: _count_yields(before))
-            _attempt("snapshot", lambda: snapshots.unloaded(press))
+            if press is not None:
+                _attempt("snapshot", press.unloaded)
 
 
 def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
@@ -209,22 +211,21 @@ def _count_yields(before: dict[str, int]) -> None:
 
 
 def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    thread = _state().thread
-    if thread.depth > 0 or thread.emptying or not (snapshots.press_open() or registry().keeps_anything):
+    thread, press = _state().thread, presses.open_press()
+    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
         return original(*arguments, **keywords)
     # A mark of its own: should the original, another pack's, unload models, then kept ones are to be protected.
     thread.emptying = True
     try:
-        if snapshots.press_open():
+        if press is not None and (prompt.in_work() or is_explicit()):
             # What a prompt or an owner moves now is not the doing of a press that nobody has ended.
-            foreign = prompt.in_work() or is_explicit()
-            _attempt("snapshot", snapshots.end_early if foreign else snapshots.was_reset)
+            _attempt("snapshot", press.end)
         if registry().keeps_anything:
             _attempt("repair of entries", repair)
             _attempt("yielding RAM", yield_ram)
         result = original(*arguments, **keywords)
-        if snapshots.press_open():
-            _attempt("snapshot", snapshots.collected)
+        if press is not None:
+            _attempt("snapshot", press.emptied)
         return result
     finally:
         thread.emptying = False
@@ -299,23 +300,50 @@ def readopt() -> None:
                 adopt(patcher)
 
 
+def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    result = original(*arguments, **keywords)
+    if (press := presses.open_press()) is not None:
+        _attempt("snapshot", press.was_reset)
+    return result
+
+
+def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    flags = original(*arguments, **keywords)
+    _attempt("snapshot", presses.end_open)
+    idle.run_waiting()
+    return flags
+
+
 BODIES: dict[str, Callable[..., Any]] = {
     "unload_all_models": unload_all_models,
     "free_memory": free_memory,
     "soft_empty_cache": soft_empty_cache,
     "load_models_gpu": load_models_gpu,
+    "PromptExecutor.reset": reset,
+    "PromptQueue.get_flags": get_flags,
 }
 
 
 def install() -> None:
-    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing."""
-    for name in NAMES:
-        if status_of(name) != "replaced":
-            continue
-        _wrap(name, getattr(mm, name), BODIES[name])
+    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing.
+
+    A function that this ComfyUI does not have costs its own wrapper only.
+    """
+    for name in BODIES:
+        if status_of(name) == "replaced":
+            _wrap(name)
 
 
-def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> None:
+def _place(name: str) -> tuple[Any, str]:
+    """What has the function: ComfyUI's model management, or a class of its worker (None without a server)."""
+    owner, _, attribute = name.rpartition(".")
+    return (getattr(sys.modules.get("execution"), owner, None) if owner else mm), attribute
+
+
+def _wrap(name: str) -> None:
+    owner, attribute = _place(name)
+    original, body = getattr(owner, attribute), BODIES[name]
+
     @functools.wraps(original)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:
         if not wrapper.steadyvsr_armed:  # type: ignore[attr-defined]
@@ -324,16 +352,17 @@ def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> 
 
     wrapper.steadyvsr_wrapper = name  # type: ignore[attr-defined]
     wrapper.steadyvsr_armed = True  # type: ignore[attr-defined]
-    setattr(mm, name, wrapper)
+    setattr(owner, attribute, wrapper)
     _state().placed.append(wrapper)
 
 
 def uninstall() -> None:
     """Takes wrappers away where they are on top; those that others have wrapped again only stop to act."""
-    for name in NAMES:
-        top = getattr(mm, name)
+    for name in BODIES:
+        owner, attribute = _place(name)
+        top: Any = getattr(owner, attribute, None)
         if _ours(top, name):
-            setattr(mm, name, top.__wrapped__)
+            setattr(owner, attribute, top.__wrapped__)
     # All of them: others' wrappers need not say what they wrap.
     for wrapper in _state().placed:
         wrapper.steadyvsr_armed = False
@@ -341,13 +370,20 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, str]:
-    """For each function: on top | in chain | replaced."""
-    return {name: status_of(name) for name in NAMES}
+    """For each function: on top | in chain | replaced | missing."""
+    return {name: status_of(name) for name in BODIES}
 
 
 def status_of(name: str) -> str:
-    """Where our wrapper of a function stands. "replaced": it is not in the chain, as far as that can be followed."""
-    for position, link in enumerate(_chain(getattr(mm, name))):
+    """Where our wrapper of a function stands.
+
+    "replaced": it is not in the chain of wrappers, as far as that can be followed. "missing": no such function.
+    """
+    owner, attribute = _place(name)
+    function = getattr(owner, attribute, None)
+    if function is None:
+        return "missing"
+    for position, link in enumerate(_chain(function)):
         if _ours(link, name) and link.steadyvsr_armed:
             return "in chain" if position else "on top"
     return "replaced"
@@ -357,8 +393,8 @@ def _ours(link: Any, name: str) -> bool:
     """functools.wraps copies marks to a foreign wrapper around ours: only our own function has our code."""
     code = getattr(link, "__code__", None)
     return (
-        vars(link).get("steadyvsr_wrapper") == name
-        and code is not None
+        code is not None
+        and vars(link).get("steadyvsr_wrapper") == name
         and (code.co_name, code.co_filename) == ("wrapper", __file__)
     )
 

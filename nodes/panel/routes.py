@@ -18,9 +18,7 @@ from ...memory import ledger
 from ...memory.offload import Verdict
 from ...memory.process import shared
 from ...memory.reading import GIB, size_text
-from ...patches import idle as worker
-from ...patches import presses as snapshots
-from ...patches import prompt, residency
+from ...patches import idle, presses, prompt, residency
 from ...patches.kept import POLICIES, registry
 from .. import receipts
 from ..flashvsr import prediction
@@ -46,7 +44,7 @@ def register_routes() -> None:
     if instance is None or shared("panel_routes", lambda: [False])[0]:
         return
     shared("panel_routes", lambda: [False])[0] = True
-    snapshots.listen(_press_receipt)
+    presses.listen(_press_receipt)
     for name, answer in GETS.items():
         instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
     for name, handler in POSTS.items():
@@ -165,7 +163,7 @@ def offload(body: dict[str, Any]) -> dict[str, Any]:
 
     waits = "waits for the end of the running prompt" if prompt.in_work() else "being moved"
     pending = receipts.give(ReceiptCard(f"Offload {name}", waits, "PENDING", id=id))
-    worker.run_when_idle(PromptServer.instance.prompt_queue, move)
+    idle.run_when_idle(PromptServer.instance.prompt_queue, move)
     return {"receipt": pending}
 
 
@@ -202,7 +200,7 @@ def predict(body: dict[str, Any]) -> dict[str, Any]:
         raise BadRequest(str(error)) from error
 
 
-def _press_receipt(press: snapshots.Press) -> None:
+def _press_receipt(press: presses.Press) -> None:
     """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
     after = {item.handle: item.bytes for item in press.after.residents}
     lines = tuple(
@@ -212,13 +210,13 @@ def _press_receipt(press: snapshots.Press) -> None:
     )
     titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
     verdict = "FAILED" if press.lost else "DONE"
-    receipts.give(ReceiptCard(titles[press.before.caller], press.line, verdict, lines))
+    receipts.give(ReceiptCard(titles[press.caller], press.line, verdict, lines))
 
 
 GETS: dict[str, Callable[[], dict[str, Any]]] = {
     "state": lambda: {**panel_state.state(), "sampler": sampler().figures()},
     "receipts": lambda: {"receipts": receipts.newest()},
-    "snapshots": lambda: {"snapshots": snapshots.to_json()},
+    "snapshots": lambda: {"snapshots": presses.to_json()},
     "ledger": lambda: ledger.current().to_json(),
 }
 POSTS: dict[str, Handler] = {
