@@ -24,7 +24,7 @@ from .. import receipts
 from ..flashvsr import prediction
 from ..receipts import Line, ReceiptCard
 from . import state as panel_state
-from .push import sampler
+from .push import state_push
 
 BODY_BYTES = 64 * 1024
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
@@ -92,7 +92,7 @@ def _taken(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
 
 def watch(body: dict[str, Any]) -> dict[str, Any]:
     """A panel opens or closes. {client: id of its websocket, open: bool}"""
-    sampler().watch(_taken(body, "client", str), _taken(body, "open", bool))
+    state_push().watch(_taken(body, "client", str), _taken(body, "open", bool))
     return {}
 
 
@@ -214,7 +214,7 @@ def _press_receipt(press: presses.Press) -> None:
 
 
 GETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "state": lambda: {**panel_state.state(), "sampler": sampler().figures()},
+    "state": lambda: {**panel_state.state(), "push": state_push().figures()},
     "receipts": lambda: {"receipts": receipts.newest()},
     "snapshots": lambda: {"snapshots": presses.to_json()},
     "ledger": lambda: ledger.current().to_json(),
