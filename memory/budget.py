@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from .reading import GIB, MIB, Reading, size_text
 
 CONTEXT_BYTES = 512 * MIB
-"""What a CUDA process takes beside its tensors: the context with loaded kernels is 300 to 600 MiB by common report;
-the memory research of this project gives the same range. Predicted, not measured here."""
+"""What a CUDA process takes besides its tensors: the context with loaded kernels is 300 to 600 MiB by common report.
+Predicted, not measured here."""
 POOL_SHARE = 0.10
 """What the allocator's pool holds beyond live tensors at a peak. ComfyUI itself asks for 10 % more than a model's size
 before a load (`load_models_gpu`: total · 1.1)."""
 RESERVE_BYTES = 256 * MIB
-"""Left alone on a card for the desktop and for other processes' moments."""
+"""Left free on a card for the desktop and for peaks of other processes."""
 
 Setting = TypeVar("Setting")
 
@@ -68,7 +68,7 @@ class Fit:
 
 
 def fit(budget: int, settings: Iterable[Setting], need: Callable[[Setting], Need], weights: int = 0) -> Fit:
-    """Chooses tile, chunk or number of workers: whatever `settings` are, best first.
+    """Chooses the first of `settings` that fits: tiles, chunks or numbers of workers, best first.
 
     Args:
         budget: bytes of live tensors that may be used.
@@ -143,7 +143,7 @@ class Admission:
 
     def __str__(self) -> str:
         if self.free is None:
-            return f"{self.device}: needs {size_text(self.needed)}; how much is free cannot be read"
+            return f"{self.device}: needs {size_text(self.needed)}; its free memory cannot be read"
         state = f"{self.device}: needs {size_text(self.needed)}, {size_text(self.free)} free ({self.source})"
         if self.allowed:
             return state
@@ -178,7 +178,7 @@ class Choice:
 
 
 def choose_device(needed: int, readings: Sequence[Reading], *, cpu_allowed: bool) -> Choice:
-    """The device with the most measured free memory that fits; the CPU only where that is allowed.
+    """The device with the most free memory by measurement, if that is enough; else the CPU, where that is allowed.
 
     Raises:
         ValueError: nothing fits and the CPU is not allowed; names every device.

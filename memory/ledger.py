@@ -1,10 +1,10 @@
-"""Readings over time: phases with before, peak and after, marks within them, warnings, growth from run to run.
+"""Readings over time: phases with before, peak and after, marks within them, warnings, and growth from run to run.
 
     with ledger.current().phase("sample"):
         …
         ledger.mark("sample", step=3)
 
-`mark` and `current` work on the one ledger of the process. What it says goes to the logger steadyvsr.memory.
+`mark` and `current` use the one ledger of the process, which logs to steadyvsr.memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ log = logging.getLogger("steadyvsr.memory")
 RING_MARKS = 4096
 RING_PHASES = 512
 SERIES = 64
-"""Different phases whose growth is followed; beyond that the one that ran longest ago is forgotten."""
+"""How many different phases are watched for growth; beyond that, the one that ran longest ago is forgotten."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """When the fill of a card is worth a warning, all processes counted.
+    """How full a card, all processes counted, must be for a warning.
 
     Attributes:
         warn, critical: shares of the card.
@@ -47,7 +47,7 @@ class Levels:
                 raise ValueError(f"Levels.{name}: expected a share above 0 and up to 1; got {getattr(self, name)}.")
 
     def of(self, reading: Reading) -> str:
-        """ "ok", "warn", "critical", or "unknown" where the fill of the card cannot be read."""
+        """ "ok", "warn", "critical", or "unknown" where nobody tells how full the card is."""
         used, total = reading.used.bytes, reading.total.bytes
         if used is None or total is None:
             return "unknown"
@@ -161,7 +161,7 @@ class Ledger:
         self._leaking: set[tuple[str, str, str]] = set()
 
     def mark(self, stage: str, *, step: int | None = None, quiet: bool = False) -> str:
-        """Reads every device and says so in one line for each, which is logged at INFO and returned.
+        """Reads every device and returns one line for each, which is also logged at INFO.
 
         Args:
             step: its number, where the mark is one of many.
@@ -182,7 +182,7 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything within is one phase; equal names are equal phases, whose growth is watched. They may nest."""
+        """Everything inside is one phase. Phases of one name are compared for growth; phases may nest."""
         with self._lock:
             opened = self._begin(name)
             self._open.append(opened)
@@ -196,9 +196,9 @@ class Ledger:
                 self._open.remove(opened)
 
     def end_phase(self, name: str) -> Phase:
-        """Ends the phase `name` that began where the last one ended (the first: where the ledger was first asked).
+        """Ends the phase `name`, which began where the last one ended, or with `begin_sequence`.
 
-        This is for phases that follow one another through a workflow, where no block of code encloses them.
+        For phases that follow one another through a workflow, where no block of code encloses them.
         """
         with self._lock:
             opened = self._sequence = self._sequence or self._begin(name)
@@ -207,12 +207,12 @@ class Ledger:
             return ended
 
     def begin_sequence(self) -> None:
-        """Starts a run of phases that `end_phase` will end, such as a prompt: what came before belongs to none."""
+        """Starts a sequence of phases for `end_phase`, such as a prompt: what came before belongs to none of them."""
         with self._lock:
             self._sequence = self._begin("")
 
     def open_phases(self) -> list[tuple[str, float]]:
-        """Names of the phases that are going on, outermost first, with the moment of their first reading."""
+        """Names of the phases that are open, outermost first, each with the moment of its first reading."""
         with self._lock:
             return [(opened.name, opened.before[0].moment) for opened in self._open if opened.before]
 
@@ -258,7 +258,7 @@ class Ledger:
             }
 
     def _read(self, *, settled: bool) -> tuple[Reading, ...]:
-        """Readings of all devices, counted into every open peak; the fill of the card is watched."""
+        """Readings of all devices, counted into every open peak, and checked against the warning levels."""
         reader = self.reader or probe.current()
         devices = [probe.default_device()] if self.devices is None else self.devices
         readings = tuple(probe.attempt(reader, device, settled=settled) for device in devices)
@@ -304,7 +304,7 @@ class Ledger:
         return ended
 
     def _follow(self, name: str, reading: Reading) -> leak.Growth | None:
-        """Adds the end of a phase to its series and warns once when it has begun to grow."""
+        """Adds the end of a phase to its series, and warns once when the series begins to grow."""
         figure = reading.tensors
         if figure.bytes is None:
             return None
@@ -338,7 +338,7 @@ def current() -> Ledger:
 
 
 def mark(stage: str, *, step: int | None = None, quiet: bool = False) -> str:
-    """Reads the device in use and logs one line, which is also returned; see `Ledger.mark`.
+    """Reads every device of the ledger and logs one line, which is also returned; see `Ledger.mark`.
 
     `after VAE encode · 2.10 GiB allocated · 2.50 reserved · 3.02 driver (NVML)`
     """
@@ -346,7 +346,7 @@ def mark(stage: str, *, step: int | None = None, quiet: bool = False) -> str:
 
 
 def _say(line: str) -> None:
-    """Logs at INFO. In a program that has not set up logging at all, the line still reaches the terminal."""
+    """Logs at INFO; in a program that has not set up logging, the line still reaches the terminal."""
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)

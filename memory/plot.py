@@ -1,4 +1,4 @@
-"""A picture of a ledger: allocated, reserved and driver bytes over time, with the phases. Drawn with numpy alone."""
+"""A plot of a ledger: allocated, reserved and driver bytes over time, with the phases. Drawn with numpy alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _scale(highest: int) -> tuple[float, int, str]:
 
 
 def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> None:
-    """A band for each phase, with its name where there is room; names take turns in two rows."""
+    """A band for each phase, with its name where there is room; names alternate between two rows."""
     for index, phase in enumerate(ledger.phases):
         before = next((item for item in phase.before if item.device == device), None)
         after = next((item for item in phase.after if item.device == device), None)
@@ -108,7 +108,7 @@ def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> Non
 
 
 def _draw_line(canvas: np.ndarray, points: Sequence[tuple[int, int]], colour: tuple[int, int, int]) -> None:
-    """Two pixels thick. Between two readings nothing is known, so the line is straight there."""
+    """Two pixels thick, and straight between two readings, where nothing is known."""
     for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[-1]] if points else [], strict=True):
         steps = max(abs(x1 - x0), abs(y1 - y0), 1)
         xs = np.linspace(x0, x1, steps + 1).round().astype(int)

@@ -1,7 +1,7 @@
 """Bytes of live tensors, counted storage by storage while a block of code runs.
 
-Allocators report what they hold, not what is alive, and on the CPU they report nothing. This counts every storage that
-an operator makes inside the `with` block, until its last tensor dies.
+Allocators report what they hold, not what is alive, and on the CPU they report nothing. The tracker counts each storage
+that an operator makes inside the `with` block, until its last tensor dies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StorageTracker(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: the most that were alive at once since the start or `reset_peak`.
-        created: how many storages were made: 0 means that nothing was watched.
+        created: how many storages were made; 0 means that nothing was watched.
         largest: elements of the largest tensor that an operator returned.
     """
 

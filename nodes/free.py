@@ -23,11 +23,11 @@ def passed_output() -> io.Output:
 
 
 def report_output() -> io.Output:
-    return io.String.Output("report", display_name="report", tooltip="What was asked and what is there now, as JSON.")
+    return io.String.Output("report", display_name="report", tooltip="What was asked and what is loaded now, as JSON.")
 
 
 def now() -> list[dict[str, Any]]:
-    """What ComfyUI's list says is loaded at this moment."""
+    """What is loaded now, by ComfyUI's list."""
     return [{**vars(item), "device": str(item.device)} for item in residents()]
 
 
@@ -38,20 +38,22 @@ class FreeMemory(io.ComfyNode):
             node_id="SteadyVSR_FreeMemory",
             display_name=FREE,
             category=CATEGORY,
-            description="Presses ComfyUI's free-memory button at the end of this workflow. Kept models stay. What came "
-            "of it stands in the memory panel and in the log; to free a model within a workflow use a Phase Gate.",
+            description="Presses ComfyUI's free-memory button at the end of this workflow. Kept models stay. The "
+            "memory panel and the log show what it freed; to free a model within a workflow, use a Phase Gate.",
             inputs=[
-                io.AnyType.Input("value", tooltip="Anything; the wish is noted when it is there. It is passed on."),
+                io.AnyType.Input(
+                    "value", tooltip="Anything; the request is noted when it arrives. It is passed on unchanged."
+                ),
                 io.Boolean.Input(
                     "unload_models", default=True, tooltip="Take every model that is not kept off its device."
                 ),
                 io.Boolean.Input(
                     "free_memory",
                     default=False,
-                    tooltip="Also drop the results of nodes, and with them models in RAM that nobody keeps. ComfyUI "
-                    "unloads models with this alone, too.",
+                    tooltip="Also drop the results of nodes, and with them models in RAM that nobody keeps. With this "
+                    "alone, ComfyUI unloads models too.",
                 ),
-                io.String.Input("reason", default="", tooltip="Words that stand beside the result."),
+                io.String.Input("reason", default="", tooltip="A note that is shown beside the result."),
             ],
             outputs=[passed_output(), report_output()],
             is_output_node=True,
@@ -91,9 +93,13 @@ class ReleaseKept(io.ComfyNode):
             node_id="SteadyVSR_ReleaseKept",
             display_name=RELEASE,
             category=CATEGORY,
-            description="Gives up every kept model: from then on ComfyUI treats it like any other, and the free-memory "
-            "buttons take it. Nothing is moved by this node itself.",
-            inputs=[io.AnyType.Input("value", tooltip="Anything; models are given up when it is there. It goes on.")],
+            description="Releases every kept model: from then on ComfyUI treats it like any other, and the "
+            "free-memory buttons take it. The node itself moves nothing.",
+            inputs=[
+                io.AnyType.Input(
+                    "value", tooltip="Anything; models are released when it arrives. It is passed on unchanged."
+                )
+            ],
             outputs=[passed_output(), report_output()],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unpin", "forget models"]),

@@ -1,4 +1,4 @@
-"""What a node shows of itself while it runs and afterwards: lines on the node in every open page."""
+"""What a node shows of itself while it runs and afterwards: lines on the node, in every open page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVENT = "steadyvsr.node"
 
 
 def send(node_id: str | None, **message: Any) -> None:
-    """Sends parts of a node's status; parts that are left out stay as they are on the page.
+    """Sends parts of a node's status; the page keeps the parts that are left out.
 
     Args:
         node_id: of the node in its graph; None (outside the executor) sends nothing.

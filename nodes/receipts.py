@@ -1,4 +1,4 @@
-"""Receipts of what was asked for: kept in a ring, pushed to every open page."""
+"""Receipts of what was asked for, kept in a ring and pushed to every open page."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Line:
 
 @dataclass(frozen=True)
 class ReceiptCard:
-    """What the panel shows for one action.
+    """What the panel shows of one action.
 
     Attributes:
         title: what was asked.
         line: what was measured.
         verdict: of memory.offload, or DONE | PENDING | FAILED.
         models: what became of each.
-        id: the same id replaces an earlier card, such as PENDING by its result.
+        id: a card replaces an earlier one of the same id, such as PENDING by its result.
         time: seconds of `time.time`.
     """
 

@@ -41,7 +41,7 @@ log = logging.getLogger("steadyvsr.patches")
 
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
 ENOUGH_RAM = 1.5
-"""Times the registry's `min_available`: RAM is yielded once below that, and again only after this was reached."""
+"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
 
 
 class _Thread(threading.local):
@@ -51,7 +51,7 @@ class _Thread(threading.local):
 
 
 class _State:
-    """Of the process, whatever copy of this module was imported first."""
+    """One for the process, whatever copy of this module was imported first."""
 
     def __init__(self) -> None:
         self.thread = _Thread()
@@ -66,7 +66,7 @@ def _state() -> _State:
 
 @contextmanager
 def _inside() -> Iterator[None]:
-    """Calls from within go straight to the originals, of a second installation too."""
+    """Calls from inside go straight to the originals, even through wrappers of a second installation."""
     thread = _state().thread
     thread.depth += 1
     try:
@@ -76,25 +76,25 @@ def _inside() -> Iterator[None]:
 
 
 def _idle() -> bool:
-    """Whether a wrapper has nothing to do: it was called from within another one, or nothing is kept."""
+    """Whether a wrapper has nothing to do: another one called it, or nothing is kept."""
     return _state().thread.depth > 0 or not registry().keeps_anything
 
 
 def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any:
-    """Our own part of a wrapper: its failure is logged once with its traceback and changes nothing else."""
+    """Runs our own part of a wrapper; a failure is logged once with its traceback and changes nothing else."""
     try:
         return action()
     except Exception as error:
         if what not in _state().failures:
             _state().failures.add(what)
-            log.error("%s failed; ComfyUI goes on as without SteadyVSR.", what, exc_info=error)
+            log.error("%s failed; ComfyUI continues as it would without SteadyVSR.", what, exc_info=error)
         return otherwise
 
 
 def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     if _state().thread.depth > 0:
         return original(*arguments, **keywords)
-    # The handler of an out-of-memory error calls this while the error is being handled: KEPT yields, PINNED stays.
+    # ComfyUI calls this while it handles an out-of-memory error: then KEPT yields, and PINNED stays.
     error = sys.exc_info()[1]
     out_of_memory = _attempt("reading an error", lambda: versions.is_out_of_memory(error), False)
     caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
@@ -118,7 +118,7 @@ def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, 
     """Takes kept entries out of ComfyUI's list, in place, and returns them with their positions."""
     models = mm.current_loaded_models
     kept = {id(loaded) for loaded in registry().listed(*((PINNED,) if out_of_memory else (KEPT, PINNED)))}
-    # Another pack's function may read the patcher of every entry: one without would end the worker.
+    # Another pack's function may read the patcher of every entry; an entry without one would end the worker.
     spare_dead = registry().keeps_anything and getattr(original, "__module__", None) != mm.__name__
     hidden = [
         (index, loaded)
@@ -168,7 +168,7 @@ def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A call of free_memory. What a version or a fork added to its parameters goes through as it came."""
+    """A call of free_memory. Parameters that a version or a fork has added are passed on as they came."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -191,7 +191,7 @@ class _Asked:
         return self.device is not None and mm.get_free_memory(self.device) < self.required
 
     def means_only(self, kept: list[Any]) -> bool:
-        """Whether the caller asks for more than a device has and spares all but kept models: it means just these."""
+        """Whether the caller asks for more than a device has and spares all but kept models: then it means these."""
         if not self.spared or self.device is None or self.required <= mm.get_total_memory(self.device):
             return False
         spared, ours = {id(loaded) for loaded in self.spared}, {id(loaded) for loaded in kept}
@@ -214,7 +214,7 @@ def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: 
     thread, press = _state().thread, presses.open_press()
     if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
         return original(*arguments, **keywords)
-    # A mark of its own: should the original, another pack's, unload models, then kept ones are to be protected.
+    # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
     try:
         if press is not None and (prompt.in_work() or is_explicit()):
@@ -232,9 +232,9 @@ def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: 
 
 
 def repair() -> None:
-    """Gives entries whose patcher died with a clone, while the owner keeps the module, the owner's patcher.
+    """Gives the owner's patcher to entries whose own patcher, a clone, has died while the owner keeps the module.
 
-    Without it such an entry can neither be used nor freed. Where the module was listed again since, the entry goes.
+    Without a patcher, an entry can neither be used nor freed. If the module is listed again by now, the entry goes.
     """
     models = mm.current_loaded_models
     dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
@@ -258,7 +258,7 @@ def repair() -> None:
 
 
 def yield_ram() -> None:
-    """Releases kept models while RAM is short, never while a prompt runs (attention calls this in mid-sampling)."""
+    """Releases kept models while RAM is short, but not during a prompt: attention empties caches in mid-sampling."""
     if prompt.in_work():
         return
     state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
@@ -291,7 +291,7 @@ def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: A
 
 
 def readopt() -> None:
-    """Lists kept models again that are on their device and that ComfyUI has lost in the middle of a load."""
+    """Lists kept models again that are on their device, but that ComfyUI lost in the middle of a load."""
     repair()
     known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
     for entry in registry().owned():
@@ -357,7 +357,7 @@ def _wrap(name: str) -> None:
 
 
 def uninstall() -> None:
-    """Takes wrappers away where they are on top; those that others have wrapped again only stop to act."""
+    """Takes wrappers away where they are on top; those that others have wrapped stay and do nothing more."""
     for name in BODIES:
         owner, attribute = _place(name)
         top: Any = getattr(owner, attribute, None)
@@ -390,7 +390,7 @@ def status_of(name: str) -> str:
 
 
 def _ours(link: Any, name: str) -> bool:
-    """functools.wraps copies marks to a foreign wrapper around ours: only our own function has our code."""
+    """By its code: functools.wraps copies our marks to a foreign wrapper around ours."""
     code = getattr(link, "__code__", None)
     return (
         code is not None
@@ -400,7 +400,7 @@ def _ours(link: Any, name: str) -> bool:
 
 
 def _chain(function: Any) -> Iterator[Any]:
-    """A function and what it wraps, as far as `__wrapped__` tells."""
+    """A function and what it wraps, as far as `__wrapped__` says."""
     seen: set[int] = set()
     while callable(function) and hasattr(function, "__dict__") and id(function) not in seen:
         seen.add(id(function))

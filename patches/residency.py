@@ -30,13 +30,13 @@ class Resident:
 
     Attributes:
         name: class of the network.
-        device: where its books say that it is loaded.
-        bytes: on that device; for dynamic VRAM what is there now.
+        device: where ComfyUI's books say that it is loaded.
+        bytes: on that device; with dynamic VRAM, what is there now.
         size: of all its weights.
         policy: keep | pin | no, or None for a model that the registry does not know.
         id: of the registry's entry, or None.
         dead: its patcher is gone while somebody holds its module: ComfyUI can no longer move it.
-        handle: names the network as long as it lives; see `handle_of`.
+        handle: names the network as long as it lives (`handle_of`).
     """
 
     name: str
@@ -132,7 +132,7 @@ def may_load(needed: int, device: torch.device) -> budget.Admission:
 
 
 def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[offload.Receipt]:
-    """Moves every network of a MODEL, CLIP, VAE or FLASHVSR off its device and says what became of the memory.
+    """Moves every network of a MODEL, CLIP, VAE or FLASHVSR off its device, with a receipt for each.
 
     Kept and pinned models move too: keep and pin protect against others, not against who asks for this.
 
@@ -174,7 +174,7 @@ def subject(patcher: Any) -> offload.Subject:
 
 
 def node_outputs() -> list[Any]:
-    """What ComfyUI's caches keep of finished nodes, models left out: these are moved, not held there."""
+    """What ComfyUI's caches keep of finished nodes, except models: those are moved, not held there."""
     # By name: the class lives in a module that starts the server's side when it is imported.
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
     kept = [value for executor in executors for value in versions.cached_outputs(executor)]
@@ -182,7 +182,7 @@ def node_outputs() -> list[Any]:
 
 
 def adopt(patcher: Any) -> None:
-    """Puts a resident model back into ComfyUI's list, from which an error in the middle of a load dropped it."""
+    """Puts a resident model back into ComfyUI's list after an error in the middle of a load has dropped it."""
     loaded = mm.LoadedModel(patcher)
     loaded.real_model = weakref.ref(patcher.model)
     loaded.model_finalizer = weakref.finalize(patcher.model, mm.cleanup_models)
@@ -196,7 +196,7 @@ class _Explicit(threading.local):
 
 @contextmanager
 def explicit() -> Iterator[None]:
-    """Marks this thread's calls of ComfyUI as an owner's wish: nothing is protected from them."""
+    """Marks what this thread asks of ComfyUI as the owner's own wish, from which nothing is protected."""
     mark = shared("explicit", _Explicit)
     mark.depth += 1
     try:
@@ -216,7 +216,7 @@ class _LedgerPrompt:
 
 
 def prompt_ledger() -> ledger.Ledger:
-    """The ledger of the process, set to ComfyUI's devices. A new prompt begins a new sequence of phases."""
+    """The ledger of the process, which reads ComfyUI's devices. A new prompt begins a new sequence of phases."""
     book = ledger.current()
     devices = versions.torch_devices()
     if book.devices != devices:
@@ -229,12 +229,12 @@ def prompt_ledger() -> ledger.Ledger:
 
 
 def prompt_began() -> float:
-    """When the prompt began that `prompt_ledger` was last asked in: seconds of `time.perf_counter`."""
+    """When the prompt began in which `prompt_ledger` was last asked for: seconds of `time.perf_counter`."""
     return shared("ledger_prompt", _LedgerPrompt).began
 
 
 def read_dynamic_vram() -> None:
-    """Lets the process' probe see weights that ComfyUI keeps outside torch's allocator (0.33's dynamic VRAM)."""
+    """Lets the process' probe see weights that ComfyUI keeps outside torch's allocator (dynamic VRAM)."""
     reader = probe.current()
     if isinstance(reader, probe.DeviceProbe):
         reader.dynamic = _dynamic_bytes

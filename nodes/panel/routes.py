@@ -1,7 +1,7 @@
 """The routes of the memory panel, under /steadyvsr: what it shows, and what its buttons ask for.
 
 Everything that comes in is checked here. Models are named by handles and ids that this process gave out, never by a
-path; what moves a model waits for the end of the running prompt.
+path. Whatever moves a model waits for the end of the running prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class BadRequest(Exception):
-    """What came in is not what the route takes."""
+    """The body is not what the route takes."""
 
 
 class NotFound(Exception):
@@ -39,7 +39,7 @@ class NotFound(Exception):
 
 
 def register_routes() -> None:
-    """Adds the routes to ComfyUI's server, once in a process."""
+    """Adds the routes to ComfyUI's server, once per process."""
     instance = prompt.server()
     if instance is None or shared("panel_routes", lambda: [False])[0]:
         return
@@ -86,7 +86,7 @@ def _taken(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
     value = body.get(name, default)
     # A bool is an int to Python, but not to the sender.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which is of another type.")
+        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which has the wrong type.")
     return value
 
 
@@ -97,7 +97,7 @@ def watch(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def free(body: dict[str, Any]) -> dict[str, Any]:
-    """What ComfyUI's own buttons post to /free: the flags are acted on after the running prompt."""
+    """Sets the flags that ComfyUI's own buttons set; its worker acts on them after the running prompt."""
     flags = {name: _taken(body, name, bool, False) for name in ("unload_models", "free_memory")}
     if not any(flags.values()):
         raise BadRequest("expected unload_models or free_memory to be true; got neither.")
@@ -108,12 +108,12 @@ def free(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def release(body: dict[str, Any]) -> dict[str, Any]:
-    """Gives up kept models: those in {ids: […]}, or all without it."""
+    """Gives up kept models: those in {ids: […]}, or all of them without it."""
     ids = body.get("ids")
     if ids is not None:
         ids = _taken(body, "ids", list)
         if not all(isinstance(id, str) for id in ids):
-            raise BadRequest("ids: expected a list of ids; got something else in it.")
+            raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
         known = {entry.id for entry in registry().owned()}
         unknown = [id for id in ids if id not in known]
         if unknown:
@@ -129,7 +129,7 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def policy(body: dict[str, Any]) -> dict[str, Any]:
-    """Keeps a model, or stops keeping it. {id, policy: no | keep | pin}"""
+    """Keeps a model or stops keeping it. {id, policy: no | keep | pin}"""
     id, wanted = _taken(body, "id", str), _taken(body, "policy", str)
     if wanted not in POLICIES:
         raise BadRequest(f"policy: expected {', '.join(POLICIES)}; got {wanted[:40]!r}.")
@@ -201,7 +201,7 @@ def predict(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _press_receipt(press: presses.Press) -> None:
-    """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
+    """The receipt of a press, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
     after = {item.handle: item.bytes for item in press.after.residents}
     lines = tuple(
         Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
