@@ -32,7 +32,7 @@ def spent(process: psutil.Process) -> tuple[float, dict[int, float]]:
 
 async def figures(session: Any) -> dict[str, Any]:
     async with session.get("/steadyvsr/state") as answer:
-        return (await answer.json())["sampler"]
+        return (await answer.json())["push"]
 
 
 async def watch(session: Any, wanted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from ..patches import hooks as wrappers
+from ..patches import hooks
 from ..patches.residency import read_dynamic_vram
 from .doctor import Doctor
 from .flashvsr.model_sets import register_model_folder
@@ -29,7 +29,7 @@ class FlashVSRExtension(ComfyExtension):
         register_model_folder()
         read_dynamic_vram()
         register_routes()
-        wrappers.install()
+        hooks.install()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

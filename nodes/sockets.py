@@ -8,8 +8,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io, ui
 
 from ..patches.kept import EJECTABLE, POLICIES
-from ..patches.residency import torch_devices
-from ..patches.versions import supported
+from ..patches.versions import supported, torch_devices
 
 FlashVSRType = io.Custom("FLASHVSR")
 

@@ -15,10 +15,9 @@ from comfy_api.v0_0_2 import io
 from ...memory import budget, probe
 from ...memory.offload import Receipt
 from ...memory.reading import size_text
-from ...patches import hooks as wrappers
-from ...patches import prompt, residency
+from ...patches import hooks, prompt, residency
 from ...patches.kept import POLICIES, Entry, Key, registry
-from ...patches.versions import supported
+from ...patches.versions import directed, supported, torch_devices
 from .. import node_status
 from ..sockets import (
     ADVANCED,
@@ -142,7 +141,7 @@ def choose_place(wish: Wish, files: ModelFiles, node: str) -> Place:
     Raises:
         ValueError: there is no such device, or the model fits on none.
     """
-    devices = residency.torch_devices()
+    devices = torch_devices()
     if wish.device == DEFAULT:
         return Place(None, "ComfyUI's choice")
     if wish.device != AUTO:
@@ -166,17 +165,8 @@ def choose_place(wish: Wish, files: ModelFiles, node: str) -> Place:
 
 
 def put(patcher: Any, device: torch.device | None) -> Any:
-    """Directs a new patcher to a device; returns it, or a plain clone where dynamic VRAM cannot use the CPU."""
-    if device is None or device == patcher.load_device:
-        return patcher
-    if device == CPU:
-        if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
-            patcher = patcher.clone(disable_dynamic=True)
-        patcher.offload_device = CPU
-    patcher.load_device = device
-    if hasattr(patcher, "register_load_device"):
-        patcher.register_load_device(device)
-    return patcher
+    """A patcher that was just made, directed to a device; see `versions.directed`."""
+    return patcher if device is None or device == patcher.load_device else directed(patcher, device)
 
 
 class Loading:
@@ -205,7 +195,7 @@ class Loading:
             self._report["source"] = "disk"
             return load(place.device)
 
-        wrappers.install()  # again: a pack imported after this one may have replaced them
+        hooks.install()  # again: a pack imported after this one may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
             value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(files.bytes))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...patches import versions
+
 CROP, PAD = "crop", "pad"
 
 
@@ -33,17 +35,12 @@ def checked_vae(vae: Any, node: str) -> bool:
     if getattr(vae, "latent_dim", 2) not in (2, 3) or getattr(vae, "extra_1d_channel", None) is not None:
         name = type(vae.first_stage_model).__name__
         raise ValueError(f"{node}: expected a VAE for images or video; got {name}, which is not. Use its own nodes.")
-    return not getattr(vae, "handles_tiling", False)
+    return not versions.tiles_itself(vae)
 
 
 def compression(ratio: Any) -> int:
     """Pixels per latent along a side, of a VAE's `downscale_ratio` or `upscale_ratio`."""
     return int(ratio[-1] if isinstance(ratio, tuple | list) else ratio)
-
-
-def output_dtype(vae: Any) -> torch.dtype:
-    """The dtype of its results: fp32, unless a newer ComfyUI was started with another one."""
-    return vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
 
 
 def pixels_for(vae: Any, pixels: Tensor, odd_size: str, node: str) -> tuple[Tensor, list[str]]:
@@ -87,8 +84,9 @@ def latents_for(vae: Any, samples: dict[str, Any], node: str) -> tuple[Tensor, l
     """
     notes: list[str] = []
     latents = samples["samples"]
-    if getattr(latents, "is_nested", False):
-        latents = latents.unbind()[0]
+    several = versions.several_latents(latents)
+    if several is not None:
+        latents = several[0]
         notes.append("Of several latents in one the first was decoded.")
     if latents.ndim not in (4, 5) or 0 in latents.shape:
         raise ValueError(f"{node}: expected at least 1 latent, NCHW or NCTHW; got shape {tuple(latents.shape)}.")
@@ -104,15 +102,14 @@ def latents_for(vae: Any, samples: dict[str, Any], node: str) -> tuple[Tensor, l
 
 
 def latent_output(vae: Any, result: Tensor) -> Tensor:
-    """The network's result as a LATENT carries it."""
-    latents = result.to(device=vae.output_device, dtype=output_dtype(vae))
-    formatted = getattr(vae, "format_encoded", None)
-    return latents if formatted is None else formatted(latents)
+    """A network's latents as a LATENT carries them."""
+    latents = result.to(device=vae.output_device, dtype=versions.vae_output_dtype(vae))
+    return versions.formatted_latents(vae, latents)
 
 
 def image_output(vae: Any, result: Tensor) -> Tensor:
-    """Pixels in 0..1, NCHW or NCTHW, as an IMAGE: BHWC, one clip after another."""
-    pixels = result.to(device=vae.output_device, dtype=output_dtype(vae)).movedim(1, -1)
+    """Pixels in 0..1, NCHW or NCTHW, as an IMAGE: BHWC, clips one after another."""
+    pixels = result.to(device=vae.output_device, dtype=versions.vae_output_dtype(vae)).movedim(1, -1)
     return pixels.reshape(-1, *pixels.shape[-3:]) if pixels.ndim == 5 else pixels
 
 
@@ -122,7 +119,7 @@ def _fit_channels(vae: Any, pixels: Tensor, node: str, notes: list[str]) -> Tens
         notes.append(f"The first {wanted} of {got} channels were encoded.")
         return pixels[..., :wanted]
     if got < wanted:
-        value = getattr(vae, "pad_channel_value", None)
+        value = versions.channel_padding(vae)
         if value is None:
             raise ValueError(f"{node}: expected images of {wanted} channels; got {got}. Convert them to RGB.")
         notes.append(f"The images have {got} channels; the missing {wanted - got} of {wanted} were filled.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import time
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
-from ...patches import residency
+from ...patches import residency, versions
 from ...patches.versions import is_out_of_memory, memory_errors
 from .. import node_status
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
 from .ladder import MIN_TILE, TileLadder, dtype_name, smaller_tiles
-from .layout import compression, output_dtype
+from .layout import compression
 from .memory import TileMemory
 
 log = logging.getLogger("steadyvsr.nodes")
@@ -90,7 +89,7 @@ class TiledRun:
         memory = TileMemory(
             self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
         )
-        with self._device_context(), memory.running("VAE encode" if self.encodes else "VAE decode"):
+        with versions.device_context(self.vae.device), memory.running("VAE encode" if self.encodes else "VAE decode"):
             memory.load(MIN_TILE)
             self._exact = self._exact_path(source)
             tile, overlap = self._first_tile(memory)
@@ -283,11 +282,6 @@ class TiledRun:
         residency.offload_model(self.vae)
         weights.prepare(device, dtype)
 
-    def _device_context(self) -> contextlib.AbstractContextManager[Any]:
-        # Newer versions make the VAE's card the current device while it computes.
-        make = getattr(mm, "cuda_device_context", None)
-        return make(self.vae.device) if make is not None else contextlib.nullcontext()
-
     def _explain_channels(self, source: Tensor, error: RuntimeError) -> None:
         wanted, got = getattr(self.vae, "latent_channels", None), source.shape[1]
         if not self.encodes and wanted is not None and wanted != got and not isinstance(error, mm.OOM_EXCEPTION):
@@ -312,7 +306,7 @@ class TiledRun:
             "grid": list(job.grid) if isinstance(job, BlendEncode | BlendDecode) else None,
             "units": job.total,
             "spot_db": None if spot is None else round(spot, 2),
-            "output_dtype": dtype_name(output_dtype(self.vae)),
+            "output_dtype": dtype_name(versions.vae_output_dtype(self.vae)),
             "output_bytes": result.nbytes,
             "attempts": ladder.attempts,
         }

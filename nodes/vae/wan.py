@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...models.wan_vae import TiledDecode, TiledEncode, WanVAE, rms_norm
 from ...models.wan_vae.layers import RMSNorm
 from ...models.wan_vae.state_dict import check_keys, read_sizes
+from ...patches.versions import frame_padding
 from .trial import carried_out, differs, once
 
 TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH, TRIAL_TILE = 2, 2, 3, 16
@@ -49,7 +50,7 @@ class _Conv3d(nn.Module):
         weight, bias = comfy.ops.cast_bias_weight(self.layer, x)
         if autopad:
             weight = weight[:, :, -x.shape[2] :]
-        return F.conv3d(x, weight, bias, self.layer.stride, (0, *_padding(self.layer)))
+        return F.conv3d(x, weight, bias, self.layer.stride, (0, *frame_padding(self.layer)))
 
 
 class _Norm(nn.Module):
@@ -111,16 +112,10 @@ def _borrowed(name: str, layer: nn.Module, theirs: Any) -> nn.Module:
     if not isinstance(theirs, nn.Conv3d if isinstance(layer, nn.Conv3d) else nn.Conv2d):
         raise ValueError(f"{name} is a {type(theirs).__name__}")
     ours = layer.kernel_size, layer.stride, layer.dilation, layer.groups, layer.padding[-2:]
-    found = theirs.kernel_size, theirs.stride, theirs.dilation, theirs.groups, _padding(theirs)
+    found = theirs.kernel_size, theirs.stride, theirs.dilation, theirs.groups, frame_padding(theirs)
     if ours != found:
         raise ValueError(f"{name} has kernel, stride, dilation, groups, padding {found}, not {ours}")
     return _Conv3d(theirs) if isinstance(layer, nn.Conv3d) else theirs
-
-
-def _padding(layer: Any) -> tuple[int, int]:
-    """Rows and columns of zeros around a frame; 0.3.64 keeps them in its own attribute, in the order of `F.pad`."""
-    own = getattr(layer, "_padding", None)
-    return (own[2], own[0]) if isinstance(own, tuple) else tuple(layer.padding[-2:])
 
 
 def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) -> str:

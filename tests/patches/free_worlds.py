@@ -44,7 +44,7 @@ EVERYTHING = {"unload_models": True, "free_memory": True}
 STOCK = "stock"
 
 
-class Queue:
+class PromptQueue:
     """As much of ComfyUI's prompt queue as anybody asks for."""
 
     def __init__(self) -> None:
@@ -54,6 +54,12 @@ class Queue:
     def set_flag(self, name: str, value: object) -> None:
         self.flags.append(name)
 
+    def get_flags(self) -> dict[str, bool]:
+        return {}
+
+
+Queue = PromptQueue
+
 
 class NodeCache:
     """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
@@ -61,6 +67,16 @@ class NodeCache:
     def __init__(self) -> None:
         self.outputs: dict[tuple, Any] = {}
         self.changed = {"cache": self}
+
+
+class PromptExecutor:
+    """ComfyUI's, as far as its node cache goes."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache = NodeCache()
 
 
 class Errors(logging.Handler):
@@ -81,7 +97,7 @@ class World:
 
     def __init__(self, column: str, capacity: int = 10_000, devices: tuple[torch.device, ...] = (FIRST,)) -> None:
         self.column, self.capacity, self.devices = column, capacity * MIB, devices
-        self.cache = NodeCache()
+        self.executor = PromptExecutor()
         self.modules: list[weakref.ref] = []
         self.reads: dict[str, int] = {}
         self.folder = tempfile.TemporaryDirectory()
@@ -89,7 +105,9 @@ class World:
         self.queue = Queue()
         server = types.ModuleType("server")
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
-        sys.modules["server"] = server
+        execution: Any = types.ModuleType("execution")
+        execution.PromptExecutor, execution.PromptQueue = PromptExecutor, PromptQueue
+        sys.modules |= {"server": server, "execution": execution}
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
         for name in ("retention", "presses"):
             state.pop(name, None)
@@ -119,6 +137,14 @@ class World:
         mm.minimum_inference_memory, mm.EXTRA_RESERVED_VRAM = lambda: 0, 0
 
     # What there is.
+
+    @property
+    def cache(self) -> NodeCache:
+        return self.executor.cache
+
+    @cache.setter
+    def cache(self, fresh: NodeCache) -> None:
+        self.executor.cache = fresh
 
     def alive(self) -> list[torch.nn.Module]:
         return [module for module in (ref() for ref in self.modules) if module is not None]
@@ -208,12 +234,13 @@ class World:
 
     def tail(self, unload_models: bool = False, free_memory: bool = False) -> dict[str, str]:
         """The end of a turn of ComfyUI's worker, with these flags; what was there after each of its steps."""
+        self.queue.get_flags()
         seen = {"pre": self.state()}
         if unload_models or free_memory:
             mm.unload_all_models()
         seen["unloaded"] = self.state()
         if free_memory:
-            self.cache = NodeCache()
+            self.executor.reset()
         seen["reset"] = self.state()
         gc.collect()
         seen["collected"] = self.state()

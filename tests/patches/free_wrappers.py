@@ -23,8 +23,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "session"))
     importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
+import torch  # noqa: E402
 from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses  # noqa: E402
 
+probe: Any = importlib.import_module("steadyvsr.memory.probe")
 residency: Any = importlib.import_module("steadyvsr.patches.residency")
 
 
@@ -220,7 +222,7 @@ def installing(world: World) -> dict:
         found = [hooks.status_of("unload_all_models")]
         hooks.uninstall()
         found.append(hooks.status_of("unload_all_models"))
-        world.__dict__["cache"].outputs.clear()
+        world.cache.outputs.clear()
         world.prompt(B)
         mm.unload_all_models()
         seen[kind] = {"status": found, "still_theirs": mm.unload_all_models is foreign, "called": called}
@@ -259,6 +261,67 @@ def callers(world: World) -> dict:
     mm.unload_all_models()
     seen["in a prompt"] = sorted({look.caller for look in presses.latest()})
     return seen
+
+
+def stages(world: World) -> dict:
+    """How far each kind of press goes, and what it says of that."""
+
+    def told() -> list:
+        press = presses.last_press()
+        return [[look.stage for look in press.looks], press.state, press.left_out]
+
+    seen = {}
+    for name, flags in (("both", EVERYTHING), ("unload", {"unload_models": True}), ("free", {"free_memory": True})):
+        world.prompt(A, B)
+        world.tail(**flags)
+        seen[name] = told()
+    world.prompt(A, B, fails=mm.OOM_EXCEPTION("planted"))
+    seen["out of memory"] = told()
+    world.prompt(A, B)
+    mm.unload_all_models()
+    mm.soft_empty_cache()
+    seen["no collection"] = told()
+    world.prompt(A, B)
+    mm.unload_all_models()
+    other = threading.Thread(target=mm.soft_empty_cache)
+    other.start()
+    other.join()
+    gc.collect()
+    mm.soft_empty_cache()
+    seen["another thread between"] = told()
+    world.prompt(A, B)
+    mm.unload_all_models()
+    world.executor.reset()
+    world.queue.get_flags()
+    seen["the worker's next turn"] = told()
+    mm.unload_all_models()
+    first = presses.open_press()
+    mm.unload_all_models()
+    return seen | {"another press": [first.state, presses.open_press().state]}
+
+
+def garbage(world: World) -> dict:
+    """Both buttons, while the result of a node is in the cache: bytes of live tensors at every stage."""
+    with probe.tracking():
+        world.cache.outputs["image", False] = torch.zeros(8 << 20, dtype=torch.uint8)
+        world.tail(**EVERYTHING)
+    return {look.stage: look.devices[0].allocated.bytes for look in presses.latest()}
+
+
+def missing(world: World) -> dict:
+    """A ComfyUI without one of the functions, and without a worker."""
+    gone, execution = mm.free_memory, sys.modules.pop("execution")
+    hooks.uninstall()
+    del mm.free_memory
+    try:
+        hooks.install()
+        seen = {"status": hooks.status()}
+    finally:
+        hooks.uninstall()
+        mm.free_memory = gone.__wrapped__
+        sys.modules["execution"] = execution
+    hooks.install()
+    return seen | {"again": set(hooks.status().values()) == {"on top"}}
 
 
 def ring(world: World) -> dict:
@@ -327,7 +390,8 @@ def own_failure(world: World) -> dict:
 SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
     "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
-    "log": log, "doubled": doubled, "own failure": own_failure,
+    "log": log, "doubled": doubled, "own failure": own_failure, "stages": stages, "garbage": garbage,
+    "missing": missing,
 }  # fmt: skip
 
 
