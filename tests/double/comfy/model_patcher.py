@@ -19,6 +19,7 @@ class ModelPatcher:
         self.patches_uuid = self.clone_base_uuid = uuid.uuid4()
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.backup: dict[str, torch.Tensor] = {}
+        self.is_clip = False
         defaults = {"device": offload_device, "model_loaded_weight_memory": 0, "current_weight_patches_uuid": None}
         for name, value in defaults.items():
             if getattr(model, name, None) is None:
@@ -29,6 +30,7 @@ class ModelPatcher:
         made.parent, made.backup, made.clone_base_uuid = self, self.backup, self.clone_base_uuid
         made.patches = {name: list(patches) for name, patches in self.patches.items()}
         made.patches_uuid, made.model_options = self.patches_uuid, copy.copy(self.model_options)
+        made.is_clip = self.is_clip
         return made
 
     def is_clone(self, other: Any) -> bool:
