@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 VARIANCE_FLOOR = 1e-5
@@ -52,12 +53,12 @@ METHODS = {"adain": adain, "wavelet": wavelet, "none": clamped}
 
 def _low(x: Tensor) -> Tensor:
     """Binomial [1 2 1]²/16 smoothing with radius 1, 2, 4, 8, 16 in turn, borders replicated."""
-    batch, channels, time, height, width = x.shape
-    x = x.transpose(1, 2).reshape(batch * time, channels, height, width)
+    batch = x.shape[0]
+    x = rearrange(x, "n c t h w -> (n t) c h w")
     for level in range(WAVELET_LEVELS):
         r = 2**level
         y = F.pad(x, (r, r, 0, 0), mode="replicate")
         x = (y[..., : -2 * r] + 2 * y[..., r:-r] + y[..., 2 * r :]) / 4
         y = F.pad(x, (0, 0, r, r), mode="replicate")
         x = (y[..., : -2 * r, :] + 2 * y[..., r:-r, :] + y[..., 2 * r :, :]) / 4
-    return x.view(batch, time, channels, height, width).transpose(1, 2)
+    return rearrange(x, "(n t) c h w -> n c t h w", n=batch)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import cast_on_use, to_like, weight_and_bias
@@ -52,8 +53,7 @@ class ChannelNorm(nn.Module):
 
 def space_to_depth(clip: Tensor) -> Tensor:
     """NCTHW → a view N,3,16,16,T,H/16,W/16, whose axes 1 to 3 are the channel (c·16 + y)·16 + x."""
-    p = PIXELS_PER_TOKEN
-    return clip.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 4, 6, 2, 3, 5)
+    return rearrange(clip, "n c t (h y) (w x) -> n c y x t h w", y=PIXELS_PER_TOKEN, x=PIXELS_PER_TOKEN)
 
 
 def _owned(frames: Tensor) -> Tensor:
@@ -158,9 +158,9 @@ def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:
         return F.conv3d(padded, weight, bias, stride=(2, 1, 1))
     # As a two-dimensional convolution whose channels are (channel, frame of the window): the same numbers without
     # Conv3d, which is slow in half precision on CUDA (pytorch #166643).
-    windows = padded.unfold(2, KERNEL_FRAMES, 2).permute(0, 2, 1, 5, 3, 4)
-    outputs = F.conv2d(windows.flatten(0, 1).flatten(1, 2), weight.flatten(1, 2), bias)
-    return outputs.unflatten(0, (padded.shape[0], -1)).transpose(1, 2)
+    windows = rearrange(padded.unfold(2, KERNEL_FRAMES, 2), "n c t h w k -> (n t) (c k) h w")
+    outputs = F.conv2d(windows, weight.flatten(1, 2), bias)
+    return rearrange(outputs, "(n t) c h w -> n c t h w", n=padded.shape[0])
 
 
 class BufferLQ4xProjection(CausalLQ4xProjection):

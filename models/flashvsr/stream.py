@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .colour import METHODS
@@ -323,7 +324,7 @@ class _Run:
         frames = frames.mul(2).sub_(1) if self.vae is None else frames.clamp(-1, 1)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
-        frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
+        frames = rearrange(frames.add_(1).div_(2).clamp_(0, 1), "1 c t h w -> t h w c")
         finished = [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
         left = waiting[:, :, last - first :]
         state.decoded = left if left.shape[2] else None
@@ -338,7 +339,7 @@ class _Run:
         frames = torch.stack(
             [window[min(i - start, len(window) - 1)].to(self.device).float() for i in range(first, last)]
         )
-        frames = frames.permute(0, 3, 1, 2)
+        frames = rearrange(frames, "t h w c -> t c h w")
         width, height = self.size
         if frames.shape[2:] != (height, width):
             # Antialiasing matters only where a side shrinks by rounding; PIL's bicubic, which the weights saw, has it.
@@ -346,7 +347,7 @@ class _Run:
         frames = frames.clamp_(0, 1).mul_(2).sub_(1)
         if self.padded != self.size:
             frames = F.pad(frames, (0, self.padded[0] - width, 0, self.padded[1] - height), mode="replicate")
-        return frames.transpose(0, 1)[None]
+        return rearrange(frames, "t c h w -> 1 c t h w")
 
     def _draw_noise(self, step: int) -> Tensor:
         """Noise of one step's latent frames, NCTHW fp32 on the CPU.

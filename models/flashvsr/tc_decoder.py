@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import cast_on_use, to_like
@@ -92,10 +93,8 @@ class DecoderMemory:
 
 def condition_cells(frames: Tensor) -> Tensor:
     """Low-quality frames NTCHW (T a multiple of 4) → cells N,T/4,768,H/8,W/8, channel = ((c·4+t)·8+y)·8+x."""
-    batch, time, channels, height, width = frames.shape
-    ft, fh, fw = CONDITION_CELL
-    cells = frames.reshape(batch, time // ft, ft, channels, height // fh, fh, width // fw, fw)
-    return cells.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(batch, time // ft, -1, height // fh, width // fw)
+    time, rows, columns = CONDITION_CELL
+    return rearrange(frames, "n (t f) c (h y) (w x) -> n t (c f y x) h w", f=time, y=rows, x=columns)
 
 
 def phase_kernels(grow: Tensor, conv: Tensor, stride: int) -> list[Tensor]:
@@ -146,6 +145,7 @@ def upsample_phases(padded: Tensor, kernel: Tensor) -> Tensor:
         for column in range(2):
             window = padded[:, :, row : row + height + 1, column : column + width + 1]
             out[:, :, row, :, column] = F.conv2d(window, kernel[2 * row + column]).permute(0, 2, 3, 1)
+    # Not `rearrange`: for a batch of one it gives strides that no longer say "channels last" to the convolutions.
     return out.view(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
 
 

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import cast_on_use, rms_gain, to_like, weight_and_bias
@@ -167,7 +168,7 @@ class Block(nn.Module):
 
     def _blocks(self, x: Tensor) -> Tensor:
         """L × heads × head dim → HBTD."""
-        return x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3).contiguous()
+        return rearrange(x, "(b t) h d -> h b t d", t=BLOCK_TOKENS).contiguous()
 
     def _attend(self, x: Tensor, step: _Step, state: TransformerState, layer: int) -> tuple[Tensor, LayerCache]:
         """What x attends to, BLD, and the step's own keys and values."""
@@ -181,7 +182,7 @@ class Block(nn.Module):
         if layer == 0 and state.pairs == 0:
             log.info("attention: %s selects %.1f %% of the block pairs", step.backend, 100 * mask.float().mean().item())
         attended = sparse_attention(queries, seen.keys, seen.values, mask, step.backend)
-        return attended.permute(1, 2, 0, 3).reshape(x.shape), new
+        return rearrange(attended, "h b t d -> 1 (b t) (h d)"), new
 
     def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values BLD of the prompt."""
@@ -191,8 +192,8 @@ class Block(nn.Module):
     def _attend_prompt(self, x: Tensor, text: Tensor) -> Tensor:
         attn = self.cross_attn
         parts = (attn.norm_q(attn.q(x)), *self.prompt_keys_values(text))
-        queries, keys, values = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        queries, keys, values = (rearrange(part, "n l (h d) -> n h l d", h=self.num_heads) for part in parts)
+        return rearrange(F.scaled_dot_product_attention(queries, keys, values), "n h l d -> n l (h d)")
 
 
 class Head(nn.Module):

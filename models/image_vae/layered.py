@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..tiling.job import NotFinite, OnStep
@@ -288,7 +289,7 @@ def attend(norm: nn.Module, to_q: nn.Module, to_k: nn.Module, to_v: nn.Module, p
     """Self-attention over all positions of NCHW with one head, added to `x`; queries in blocks."""
     n, c, h, w = x.shape
     hidden = norm(x)
-    q, k, v = (layer(hidden).view(n, 1, c, h * w).transpose(2, 3) for layer in (to_q, to_k, to_v))
+    q, k, v = (rearrange(layer(hidden), "n c h w -> n 1 (h w) c") for layer in (to_q, to_k, to_v))
     del hidden
     blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(max(1, ATTENTION_SCORES // (h * w)), 2)]
     return x + proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import to_like
@@ -184,7 +185,8 @@ class AttentionBlock(nn.Module):
 
     def _attend(self, frame: Tensor) -> Tensor:
         n, c, h, w = frame.shape
-        q, k, v = self.to_qkv(self.norm(frame)).view(n, 1, 3 * c, h * w).transpose(2, 3).contiguous().chunk(3, dim=-1)
+        qkv = rearrange(self.to_qkv(self.norm(frame)), "n c h w -> n 1 (h w) c").contiguous()
+        q, k, v = qkv.chunk(3, dim=-1)
         at_once = max(1, ATTENTION_SCORES // (h * w))
         blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(at_once, dim=2)]
         return self.proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
@@ -222,7 +224,7 @@ class Upsample(nn.Module):
             cache.put(x.new_zeros(n, c, 2, h, w))
             return x
         x = causal(time_conv, with_past(x, cache), t)
-        return x.view(n, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(n, c, 2 * t, h, w)
+        return rearrange(x, "n (two c) t h w -> n c (t two) h w", two=2)
 
 
 class Downsample(nn.Module):

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..tiling.job import NotFinite, OnStep
@@ -197,7 +198,7 @@ class TiledDecode(TiledJob):
         self._finish = finish or (lambda frames: frames.clamp_(-1, 1))
         frames = FRAMES_PER_LATENT * (t - 1) + 1
         result = torch.empty(n, frames, height, width, 3, dtype=self._wide)
-        self.result = result.permute(0, 4, 1, 2, 3)
+        self.result = rearrange(result, "n t h w c -> n c t h w")
 
     def _global(self, on_step: OnStep) -> None:
         cache, features = self._frame_cache(), []
