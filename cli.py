@@ -40,10 +40,11 @@ from .app.doctor import examine
 from .app.folder import Manifest, Night, WorkerSettings, find_jobs, folder_settings, holds_videos, run_night
 from .memory.host import fix_heap_growth
 from .models.flashvsr import FlashVSR, StreamOptions
+from .models.flashvsr.attention import backend_choices
 from .models.flashvsr.checkpoint import load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from .models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
+from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
@@ -135,7 +136,7 @@ def _add_upscale(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--kv-ratio", type=float, default=defaults.kv_ratio, help="(default: %(default)s)")
     run.add_argument("--local-range", type=int, default=defaults.local_range, help="in blocks (default: %(default)s)")
     run.add_argument("--colour", choices=COLOURS, default=defaults.colour, help="colour transfer from the input")
-    run.add_argument("--attention", choices=BACKENDS, default=defaults.attention)
+    run.add_argument("--attention", choices=backend_choices(), default=defaults.attention)
     run.add_argument(
         "--tile", type=int, metavar="PIXELS", help="output pixels per tile; the last resort: costs quality"
     )

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from steadyvsr.models.flashvsr.attention import self_check
+from steadyvsr.models.flashvsr.attention import BACKENDS, self_check
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     device, rows = torch.device(options.device), []
-    for backend in ("gather", "flex"):
+    for backend in BACKENDS:
         for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
             started = time.perf_counter()
             problem = self_check(backend, device, dtype)

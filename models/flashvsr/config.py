@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from .attention import check_backend
+
 HEAD_DIM = 128
 PATCH = 2
 LATENT_STRIDE = 8
@@ -15,7 +17,6 @@ LATENT_STRIDE = 8
 BLOCK_PIXELS = 128
 """One attention block covers 8 × 8 tokens of 16 × 16 pixels: the frame is padded to multiples of this."""
 COLOURS = ("adain", "wavelet", "none")
-BACKENDS = ("auto", "gather", "flex")
 LQ_CACHE_ORDERS = ("fixed", "as_trained")
 TRAINED_AREA = 768 * 1280
 """Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""
@@ -108,7 +109,7 @@ class StreamOptions:
         kv_ratio: latent-frame pairs kept in the key/value cache, at least 2; fractions are dropped.
         local_range: side of the local attention window, in blocks of 128 pixels.
         colour: adain | wavelet | none.
-        attention: auto | gather | flex.
+        attention: "auto", or the name of a backend in `attention.BACKENDS`.
         tile: side of spatial transformer tiles in output pixels (a multiple of 128), or None for whole frames. Tiling
             costs quality: it is the last thing to try when memory is short.
     """
@@ -143,8 +144,7 @@ class StreamOptions:
             raise ValueError(f"StreamOptions.local_range: expected an integer of at least 1; got {self.local_range!r}.")
         if self.colour not in COLOURS:
             raise ValueError(f"StreamOptions.colour: expected one of {', '.join(COLOURS)}; got {self.colour!r}.")
-        if self.attention not in BACKENDS:
-            raise ValueError(f"StreamOptions.attention: expected one of {', '.join(BACKENDS)}; got {self.attention!r}.")
+        check_backend(self.attention, "StreamOptions.attention")
         if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 256 or self.tile % BLOCK_PIXELS):
             raise ValueError(
                 f"StreamOptions.tile: expected None or a multiple of {BLOCK_PIXELS} of at least 256; got {self.tile!r}."

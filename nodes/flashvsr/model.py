@@ -30,7 +30,7 @@ class LoadedFlashVSR:
         version: v1 | v1.1.
         family: of the checkpoint.
         device, dtype: where and in what to compute.
-        attention: auto | gather | flex.
+        attention: auto, or the name of a backend.
     """
 
     name: str

@@ -10,8 +10,9 @@ import torch
 from comfy_api.v0_0_2 import Input, InputImpl, io, ui
 
 from ...models.flashvsr import StreamOptions
+from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
-from ...models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
+from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS
 from ...patches.kept import EJECTABLE, POLICIES, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
@@ -68,10 +69,10 @@ class LoadFlashVSR(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=list(BACKENDS),
+                    options=list(backend_choices()),
                     default="auto",
-                    tooltip="How block-sparse attention is computed; the result is the same. auto takes flex on a GPU "
-                    "where it passes a self-check, else gather. It never becomes dense.",
+                    tooltip="How block-sparse attention is computed; the result is the same. auto takes the "
+                    "fastest backend that passes a self-check on this device. It never becomes dense.",
                 ),
                 io.Combo.Input(
                     "lq_cache_order",
