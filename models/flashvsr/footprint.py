@@ -8,9 +8,8 @@ kernels, and what an allocator keeps beyond live tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..tiling import grid_tiles
+from ..wan_vae.costs import WanCosts
 from .config import LATENT_STRIDE, FlashVSRConfig
 from .memory_plan import MemoryPlan
 from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
@@ -49,45 +48,6 @@ COLOUR_TENSORS = 3
 """Sets of frames in fp32 while they get their colours."""
 LAST_STAGE_TENSORS = 2
 """Maps at full resolution, of one strip, at the decoder's end."""
-WAN_TILE, WAN_TILE_READS = 512, 14
-"""Side in pixels of the tiles of `wan_vae.StreamingDecoder`, and how many more of each side they read at most."""
-WAN_CACHE = 2364
-"""Elements of its feature cache per output pixel."""
-WAN_TILE_WORK, WAN_FRAME_WORK = 1000, 30
-"""Elements alive beside the cache: per pixel that a tile reads, and per pixel of the frame."""
-
-
-@dataclass(frozen=True)
-class WanCosts:
-    """What a streamed Wan 2.1 decoder of full width (dim 96) needs that computes tiles of at most 512 pixels.
-
-    Counted from shapes with the tracker of benchmarks/budget_table.py; the same at every size.
-
-    Attributes:
-        copies: of the cache that exist while it decodes: 2 in a run that can be taken up again after an error, which
-            keeps the old one until the new one is complete.
-        itemsize: bytes of one number; None: those of the compute dtype.
-    """
-
-    copies: int = 1
-    itemsize: int | None = None
-
-    def device_bytes(self, size: tuple[int, int], itemsize: int, resting: bool) -> tuple[int, int]:
-        """Bytes of the cache, and of everything else while a latent is decoded.
-
-        Args:
-            size: width and height of the output, padded.
-            itemsize: of the compute dtype.
-            resting: whether the cache rests in RAM.
-        """
-        itemsize = self.itemsize or itemsize
-        pixels = size[0] * size[1]
-        tile = (min(size[0], WAN_TILE) + WAN_TILE_READS) * (min(size[1], WAN_TILE) + WAN_TILE_READS)
-        work = (WAN_TILE_WORK * tile + WAN_FRAME_WORK * pixels) * itemsize
-        if resting:
-            return 0, work
-        cache = WAN_CACHE * pixels * itemsize
-        return cache, work + (self.copies - 1) * cache
 
 
 def activation_bytes(
@@ -168,15 +128,6 @@ def lq_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
 def _lq_tokens_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
     """Tokens of the LQ projection for one latent frame."""
     return config.lq_layers * (pixels // TOKEN_PIXELS) * config.dim * itemsize
-
-
-def state_bytes(
-    config: FlashVSRConfig, padded: tuple[int, int], kv_ratio: float, itemsize: int, prompt_tokens: int = 512
-) -> int:
-    """Bytes kept between process steps: key/value cache, LQ cache, decoder memory, the embedded prompt."""
-    pixels = padded[0] * padded[1]
-    networks = cache_bytes(config, pixels, kv_ratio, itemsize) + lq_state_bytes(config, pixels, itemsize)
-    return networks + prompt_tokens * config.dim * itemsize + decoder_state_bytes(config, pixels, itemsize)
 
 
 def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:

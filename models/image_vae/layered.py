@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..tiling.areas import Area
 from ..tiling.job import NotFinite, OnStep
 
 PIECES = 8
@@ -61,41 +62,6 @@ class Step:
     whole: bool = False
 
 
-@dataclass(frozen=True)
-class Box:
-    """Rows `top` … `bottom` and columns `left` … `right` of an image."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def parts(self, side: int, step: int) -> list[Box]:
-        """Boxes of at most `side` along each side and nearly equal size, at multiples of `step`."""
-        rows, columns = (_parts(*edges, side, step) for edges in ((self.top, self.bottom), (self.left, self.right)))
-        return [Box(*row, *column) for row in rows for column in columns]
-
-    def grown(self, before: int, after: int, height: int, width: int) -> Box:
-        return Box(
-            max(0, self.top - before), min(height, self.bottom + after),
-            max(0, self.left - before), min(width, self.right + after),
-        )  # fmt: skip
-
-    def scaled(self, up: int, down: int) -> Box:
-        return Box(*(value * up // down for value in (self.top, self.bottom, self.left, self.right)))
-
-    def shifted(self, other: Box) -> Box:
-        """The same place, counted from the upper left corner of `other`."""
-        rows, columns = other.top, other.left
-        return Box(self.top - rows, self.bottom - rows, self.left - columns, self.right - columns)
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[..., self.top : self.bottom, self.left : self.right]
-
-    def __str__(self) -> str:
-        return f"rows {self.top}–{self.bottom}, columns {self.left}–{self.right}"
-
-
 class LayeredJob:
     """Encodes or decodes images; see `models.tiling.job.TileJob`. A unit is one tile of one layer.
 
@@ -137,7 +103,7 @@ class LayeredJob:
         if not left:
             return self._units_done
         sizes = self._sizes()
-        counts = [len(self._boxes(step, size)) for step, size in zip(self._steps, sizes, strict=True)]
+        counts = [len(self._areas(step, size)) for step, size in zip(self._steps, sizes, strict=True)]
         return self._units_done + len(self._left) + sum(counts[self._index + 1 :]) + (left - 1) * sum(counts)
 
     def cut(self, tile: int) -> None:
@@ -145,7 +111,7 @@ class LayeredJob:
         self.tile = tile
         step = self._steps[self._index]
         if not step.whole:
-            self._left = [part for box in self._left for part in box.parts(self._side(step), step.down)]
+            self._left = [part for area in self._left for part in area.parts(self._side(step), step.down)]
 
     @torch.no_grad()
     def advance(self, on_step: OnStep) -> None:
@@ -155,9 +121,8 @@ class LayeredJob:
             NotFinite: it came out with NaN or infinity.
         """
         on_step()
-        step, box = self._steps[self._index], self._left[0]
-        height, width = self._map.shape[-2:]
-        read = box.grown(step.before, step.after, height, width)
+        step, area = self._steps[self._index], self._left[0]
+        read = area.grown(step.before, step.after)
         x = read.of(self._map).to(self.device)
         if self._index == 0:
             x = self._prepare(x.clone())
@@ -166,14 +131,14 @@ class LayeredJob:
             x = F.silu(_normalised(x, step.norm, *self._statistics(step.norm)), inplace=True)
         y = step.compute(x)
         del x
-        out = box.scaled(step.up, step.down)
-        y = out.shifted(read.scaled(step.up, step.down)).of(y)
+        out = area.scaled(step.up, step.down)
+        y = out.inside(y, read.scaled(step.up, step.down))
         if step.adds:
-            kept = box.of(self._kept).to(self.device, self.dtype)
+            kept = area.of(self._kept).to(self.device, self.dtype)
             y = (kept if step.shortcut is None else step.shortcut(kept)) + y
         if not torch.isfinite(y).all():
             raise NotFinite(
-                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {box}, computed in {y.dtype}."
+                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {area}, computed in {y.dtype}."
             )
         last = self._index == len(self._steps) - 1
         following = None if last else self._steps[self._index + 1].norm
@@ -186,7 +151,7 @@ class LayeredJob:
         if not self._left:
             self._next_step(step)
 
-    def _store(self, y: Tensor, step: Step, out: Box) -> None:
+    def _store(self, y: Tensor, step: Step, out: Area) -> None:
         made = self._out
         if made is None:
             height, width = (size * step.up // step.down for size in self._map.shape[-2:])
@@ -207,7 +172,7 @@ class LayeredJob:
         self._known, self._moments = self._moments, []
         self._index += 1
         if self._index < len(self._steps):
-            self._left = self._boxes(self._steps[self._index], (self._map.shape[-2], self._map.shape[-1]))
+            self._left = self._areas(self._steps[self._index], self._map.shape[-2:])
             return
         if self._sample == 0:
             self.result = torch.empty(self._source.shape[0], *self._map.shape[1:], dtype=self._map.dtype)
@@ -225,7 +190,7 @@ class LayeredJob:
         self._out: Tensor | None = None
         self._known: list[Tensor] = []
         self._moments: list[Tensor] = []
-        self._left = self._boxes(self._steps[0], (self._map.shape[-2], self._map.shape[-1]))
+        self._left = self._areas(self._steps[0], self._map.shape[-2:])
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Height and width of each layer's input."""
@@ -236,8 +201,8 @@ class LayeredJob:
             height, width = height * step.up // step.down, width * step.up // step.down
         return sizes
 
-    def _boxes(self, step: Step, size: tuple[int, int]) -> list[Box]:
-        whole = Box(0, size[0], 0, size[1])
+    def _areas(self, step: Step, size: Sequence[int]) -> list[Area]:
+        whole = Area.whole(*size)
         return [whole] if step.whole else whole.parts(self._side(step), step.down)
 
     def _side(self, step: Step) -> int:
@@ -293,13 +258,6 @@ def attend(norm: nn.Module, to_q: nn.Module, to_k: nn.Module, to_v: nn.Module, p
     del hidden
     blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(max(1, ATTENTION_SCORES // (h * w)), 2)]
     return x + proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
-
-
-def _parts(start: int, stop: int, side: int, step: int) -> list[tuple[int, int]]:
-    steps = -(-(stop - start) // step)
-    count = -(-steps // max(1, side // step))
-    edges = [start + step * (steps * i // count) for i in range(count)] + [stop]
-    return list(zip(edges, edges[1:], strict=False))
 
 
 def _moments(x: Tensor, groups: int) -> Tensor:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import to_like
-from .areas import Area, Interval
+from ..tiling.areas import Area, Interval
 
 ATTENTION_SCORES = 1 << 22
 """Attention is computed for as many queries at a time: a kernel without a fused path would need tokens² numbers."""
@@ -209,7 +209,7 @@ class Upsample(nn.Module):
             x = self._double_frames(self.time_conv, x, cache)
         n, c, t, _, _ = x.shape
         out = x.new_empty(n, c // 2, t, *area.shape)
-        enlarged = self.reads(area).doubled()
+        enlarged = self.reads(area).scaled(2)
         for i in range(t):  # frame by frame: the enlarged input has twice the elements of the output
             frame = self.resample["1"](F.interpolate(x[:, :, i], scale_factor=2, mode="nearest-exact"))
             out[:, :, i] = area.inside(frame, enlarged)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import cast_on_use
-from .areas import Area
+from ..tiling.areas import Area
 from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, causal, with_past
 from .state_dict import check_keys, read_sizes, strip_prefix
 
@@ -242,7 +242,7 @@ class WanVAE(nn.Module):
         return self._encode(frames, CausalCache(), whole=True)
 
     @torch.no_grad()
-    def encode_stream(self, frames: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+    def encode_with_cache(self, frames: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
         """The next frames of a clip to latents.
 
         Args:
@@ -271,7 +271,7 @@ class WanVAE(nn.Module):
         return self._decode(latents, CausalCache(), whole=True).clamp_(-1, 1)
 
     @torch.no_grad()
-    def decode_stream(self, latents: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+    def decode_with_cache(self, latents: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
         """The next latents of a clip to frames.
 
         Args:
@@ -298,20 +298,34 @@ class WanVAE(nn.Module):
         mean = like.new_tensor(self.latents_mean).view(1, -1, 1, 1, 1)
         return mean, like.new_tensor(self.latents_std).view(1, -1, 1, 1, 1)
 
-    def _encode(self, frames: Tensor, cache: CausalCache, whole: bool) -> Tensor:
-        if self.encoder is None or self.conv1 is None:
+    def check_frames(self, frames: Tensor, started: bool = False) -> None:
+        """Raises a ValueError unless these frames can be encoded: as a whole clip, or where a stream has `started`."""
+        if self.encoder is None:
             raise ValueError(
-                "Wan VAE: expected weights with an encoder; got a decoder alone. Load the complete Wan 2.1 VAE."
+                "Wan VAE: expected weights with an encoder; got a decoder alone. Load the whole Wan 2.1 VAE."
             )
         if frames.ndim != 5 or frames.shape[1] != 3:
             raise ValueError(f"Wan VAE: expected frames NCTHW with 3 channels; got shape {tuple(frames.shape)}.")
-        n, _, t, h, w = frames.shape
-        first = 0 if cache.started else 1
-        if t < 1 or (t - first) % FRAMES_PER_LATENT or h % PIXELS_PER_LATENT or w % PIXELS_PER_LATENT:
+        t, h, w = frames.shape[2:]
+        if t < 1 or (t - (not started)) % FRAMES_PER_LATENT or h % PIXELS_PER_LATENT or w % PIXELS_PER_LATENT:
             raise ValueError(
-                f"Wan VAE: expected {'4k+1' if first else '4k'} frames of a height and width that 8 divides; "
+                f"Wan VAE: expected {'4k' if started else '4k+1'} frames of a height and width that 8 divides; "
                 f"got {t} frames of {h}x{w}. Pad or crop the clip."
             )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raises a ValueError unless `decode` can take these latents."""
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
+            raise ValueError(
+                f"Wan VAE: expected latents NCTHW with {self.z_dim} channels and at least one frame; "
+                f"got shape {tuple(latents.shape)}."
+            )
+
+    def _encode(self, frames: Tensor, cache: CausalCache, whole: bool) -> Tensor:
+        self.check_frames(frames, cache.started)
+        assert self.encoder is not None and self.conv1 is not None
+        n, _, t, h, w = frames.shape
+        first = 0 if cache.started else 1
         count = first + (t - first) // FRAMES_PER_LATENT
         latents = frames.new_empty(n, self.z_dim, count, h // PIXELS_PER_LATENT, w // PIXELS_PER_LATENT)
         stop = 0
@@ -323,11 +337,7 @@ class WanVAE(nn.Module):
         return latents
 
     def _decode(self, latents: Tensor, cache: CausalCache, whole: bool) -> Tensor:
-        if latents.ndim != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
-            raise ValueError(
-                f"Wan VAE: expected latents NCTHW with {self.z_dim} channels and at least one frame; "
-                f"got shape {tuple(latents.shape)}."
-            )
+        self.check_latents(latents)
         n, _, t, h, w = latents.shape
         count = FRAMES_PER_LATENT * t - (0 if cache.started else FRAMES_PER_LATENT - 1)
         frames = latents.new_empty(n, 3, count, h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .areas import Area
+from ..tiling.areas import Area
 from .layers import CausalCache
 from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
 

@@ -17,50 +17,71 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..tiling.areas import Area
 from ..tiling.job import NotFinite, OnStep
-from .areas import Area
-from .layers import ATTENTION_SCORES, CausalCache
+from .layers import CausalCache
 from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
 
-PerChunk = Callable[[Tensor], Tensor]
+Elementwise = Callable[[Tensor], Tensor]
 """NCTHW to NCTHW, element by element; for what lies between a caller's numbers and the network's."""
 
 RAM = torch.device("cpu")
-RELEASED_DIM = 96
 FRAME_CACHE_TILES = 16
 """Frames of more pixels than so many tiles have keep their past in RAM: 33 kB for 64 pixels, which they would otherwise
 need on the device for as long as the clip lasts."""
 
-# Numbers alive at once at the released size (dim 96), counted on the meta device: `benchmarks.wan_tiles`.
-DECODE_TILE = ((0, 455), (73_800, 2525), (81_100, 3141))
-"""Of tiles of a clip of 1, 2, more latents: per pixel of the side, and of the area, of what is read."""
-ENCODE_TILE = ((0, 292), (0, 2060), (0, 2060))
-DECODE_FRAME, ENCODE_FRAME = (2720, 9632, 10432), (2688, 8896, 9664)
-"""Of the stages that see whole frames, per latent pixel; the first also where their past lies in RAM."""
+
+def is_large(size: tuple[int, int], tile: int) -> bool:
+    """Whether the past of frames of this height and width rests in RAM, in a job with tiles of that side."""
+    return size[0] * size[1] > FRAME_CACHE_TILES * tile**2
 
 
-def peak_bytes(vae: WanVAE, *, encodes: bool, latents: int, size: tuple[int, int], tile: int, itemsize: int) -> int:
-    """Bytes that a job will need on its device at most, beside the weights.
+def encode_tiled(vae: WanVAE, frames: Tensor, tile: int = 256) -> Tensor:
+    """Encodes a clip in tiles: what `WanVAE.encode` returns, up to rounding, in the memory of one tile.
+
+        latents = encode_tiled(vae, frames, tile=256)
 
     Args:
-        latents: of the clip, in time.
-        size: height and width of the frames in pixels.
-        itemsize: bytes of one number.
+        vae: the weights, on the device of the frames or in layers that cast on use.
+        frames: NCTHW in -1..1, T = 4k+1, height and width multiples of 8; computed on their device, in their dtype.
+        tile: largest side of a tile in pixels; what the network reads around it is not counted.
+
+    Returns:
+        Latents NCTHW on the CPU, normalised, in fp32 at least.
+
+    Raises:
+        ValueError: wrong shape, or the weights have no encoder.
+        NotFinite: NaN or infinity came out. It names the tile.
     """
-    length = min(latents, 3) - 1
-    at_side, at_area = (ENCODE_TILE if encodes else DECODE_TILE)[length]
-    around = 65 if encodes else 14
-    height, width = (min(tile, side) + around for side in size)
-    of_tile = at_area * height * width + at_side * (height + width) // 2
-    in_ram = _is_large(size, tile)
-    per_latent = (ENCODE_FRAME if encodes else DECODE_FRAME)[0 if in_ram else length]
-    tokens = (size[0] // PIXELS_PER_LATENT) * (size[1] // PIXELS_PER_LATENT)
-    unfused = 3 * min(ATTENTION_SCORES, tokens**2)  # of attention by a kernel that writes its scores down
-    return (max(of_tile, per_latent * tokens) * vae.dim // RELEASED_DIM + unfused) * itemsize
+    vae.check_frames(frames)
+    return _result(TiledEncode(vae, frames, tile, device=frames.device, dtype=frames.dtype))
 
 
-def _is_large(size: tuple[int, int], tile: int) -> bool:
-    return size[0] * size[1] > FRAME_CACHE_TILES * tile**2
+def decode_tiled(vae: WanVAE, latents: Tensor, tile: int = 256) -> Tensor:
+    """Decodes latents in tiles: what `WanVAE.decode` returns, up to rounding, in the memory of one tile.
+
+        frames = decode_tiled(vae, latents, tile=256)
+
+    Args:
+        vae: the weights, on the device of the latents or in layers that cast on use.
+        latents: NCTHW, normalised; computed on their device, in their dtype.
+        tile: largest side of a tile in output pixels; what the network reads around it is not counted.
+
+    Returns:
+        Frames NCTHW on the CPU, clamped to -1..1, in fp32 at least, 4T - 3 of them.
+
+    Raises:
+        ValueError: wrong shape.
+        NotFinite: NaN or infinity came out. It names the tile.
+    """
+    vae.check_latents(latents)
+    return _result(TiledDecode(vae, latents, tile, device=latents.device, dtype=latents.dtype))
+
+
+def _result(job: TiledJob) -> Tensor:
+    while job.done < job.total:
+        job.advance(lambda: None)
+    return job.result
 
 
 def frame_chunks(latents: int) -> Iterator[tuple[int, int]]:
@@ -158,7 +179,7 @@ class TiledJob(ABC):
 
     def _frame_cache(self) -> CausalCache:
         """The past of whole frames, at latent resolution; of large ones it would outweigh everything else."""
-        return CausalCache(RAM if _is_large(self._plane.shape, self.tile) else None)
+        return CausalCache(RAM if is_large(self._plane.shape, self.tile) else None)
 
     def _to_ram(self, x: Tensor) -> Tensor:
         return x.cpu()
@@ -190,7 +211,7 @@ class TiledDecode(TiledJob):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        finish: PerChunk | None = None,
+        finish: Elementwise | None = None,
     ) -> None:
         n, _, t, h, w = latents.shape
         height, width = h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT
@@ -218,7 +239,7 @@ class TiledDecode(TiledJob):
         for (start, stop), features in zip(frame_chunks(len(self._features)), self._features, strict=True):
             with cache.chunk(last=stop == result.shape[2]):
                 frames = decoder.local_stage(self._to_device(read.of(features)), cache, area)
-            frames = self._finish(self._finite(frames, f"{area}, frames {start}…{stop}").to(self._wide))
+            frames = self._finish(self._finite(frames, f"{area}, frames {start}–{stop}").to(self._wide))
             result[:, :, start:stop] = self._to_ram(frames)
             del frames
             on_step()
@@ -247,7 +268,7 @@ class TiledEncode(TiledJob):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        prepare: PerChunk | None = None,
+        prepare: Elementwise | None = None,
     ) -> None:
         n, _, t, height, width = frames.shape
         super().__init__(vae, frames, (height, width), tile, device, dtype)
@@ -266,7 +287,7 @@ class TiledEncode(TiledJob):
             x = self._prepare(read.of(frames[:, :, start:stop]).to(self.device, copy=True))
             with cache.chunk(last=stop == frames.shape[2]):
                 x = encoder.local_stage(self._to_device(x), cache, at_latents)
-            x = self._finite(x, f"{area}, frames {start}…{stop}")
+            x = self._finite(x, f"{area}, frames {start}–{stop}")
             if len(self._features) <= i:
                 whole = self.result.shape[-2:]
                 self._features.append(torch.empty(*x.shape[:3], *whole, dtype=x.dtype))
