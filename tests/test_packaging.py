@@ -124,6 +124,23 @@ def test_the_registry_entry_names_no_web_folder() -> None:
     assert PROJECT["tool"]["comfy"]["requires-comfyui"] == ">=0.3.64"
 
 
+def test_the_registry_entry_locks_no_machine_out() -> None:
+    """Installers filter on these: one accelerator named refuses every other."""
+    classifiers = PROJECT["project"]["classifiers"]
+    assert [name for name in classifiers if name.startswith("Operating System ::")] == [
+        "Operating System :: OS Independent"
+    ]
+    assert [name for name in classifiers if name.startswith("Environment ::")] == []
+
+
+def test_the_registry_entry_holds_no_placeholder_addresses() -> None:
+    """Icon, banner and links are full addresses of the public repository, or absent."""
+    entry = PROJECT["tool"]["comfy"]
+    addresses = [entry[name] for name in ("Icon", "Banner") if name in entry]
+    addresses += PROJECT["project"].get("urls", {}).values()
+    assert [text for text in addresses if not text.startswith("https://") or "example" in text] == []
+
+
 def test_the_console_command_exists() -> None:
     module, function = PROJECT["project"]["scripts"]["steadyvsr"].split(":")
     assert callable(getattr(importlib.import_module(module), function))
