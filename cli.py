@@ -26,7 +26,6 @@ import torch
 from tqdm import tqdm
 
 from .app.clip import (
-    PRECISIONS,
     OutputOptions,
     RunReport,
     choose_device,
@@ -41,15 +40,14 @@ from .app.folder import Manifest, Night, WorkerSettings, find_jobs, folder_setti
 from .memory.host import fix_heap_growth
 from .models.flashvsr import FlashVSR, StreamOptions
 from .models.flashvsr.attention import backend_choices
-from .models.flashvsr.checkpoint import load_flashvsr
+from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS
+from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-NANO = Path(__file__).parent / "assets" / "nano.safetensors"
 DOWNLOAD_VERSION = "v1.1"
 LISTED_KEYS = 8
 MIB = 1 << 20
@@ -244,7 +242,8 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
     output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
     settings = [
         WorkerSettings(
-            str(device), str(args.model or NANO), options, output, args.version, args.lq_cache_order, args.precision,
+            str(device), str(args.model or NANO_FILE), options, output, args.version, args.lq_cache_order,
+            args.precision,
             threads=max(1, (os.cpu_count() or 1) // max(1, args.workers or os.cpu_count() or 1)),
         )
         for device in _all_devices(args.device)
@@ -295,10 +294,10 @@ def _cuda_text(device: torch.device) -> str:
 def _load_model(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> FlashVSR:
     path = args.model
     if path is None:
-        if not NANO.exists():
-            raise ValueError(f"--model: expected weights; got none, and the embedded network {NANO.name} is absent.")
+        if not NANO_FILE.exists():
+            raise ValueError(f"--model: expected weights; got none, and the embedded {NANO_FILE.name} is absent.")
         _say("No --model: using the embedded nano network, a small one made to show that everything works.")
-        path = NANO
+        path = NANO_FILE
     return load_flashvsr(path, args.version, args.lq_cache_order, dtype=dtype, device=device)
 
 
@@ -373,7 +372,7 @@ def _print_checkpoint(report: CheckpointReport) -> None:
 def _run_demo(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
-    model = load_flashvsr(NANO, dtype=dtype, device=device)
+    model = load_flashvsr(NANO_FILE, dtype=dtype, device=device)
     with tqdm(unit="frame", file=sys.stderr, disable=None, desc="demo") as bar:
         report = run_demo(
             Path(args.out), args.seconds, model, device=device, dtype=dtype, on_frame=lambda frame: bar.update()
@@ -395,7 +394,7 @@ def _run_demo(args: argparse.Namespace) -> int:
 def _run_doctor(args: argparse.Namespace) -> int:
     """0: nothing is held and nothing grows. 1: something is, and the report says what. 2: that cannot be measured."""
     device = choose_device(args.device)
-    findings = examine(lambda: load_flashvsr(NANO, dtype=choose_dtype("auto", device), device="cpu"), device)
+    findings = examine(lambda: load_flashvsr(NANO_FILE, dtype=choose_dtype("auto", device), device="cpu"), device)
     if args.json:
         print(json.dumps(findings.to_json(), indent=2))
     else:

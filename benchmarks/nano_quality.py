@@ -30,10 +30,8 @@ from steadyvsr.app.drawn_clips import (
 )
 from steadyvsr.app.metrics import psnr, ssim
 from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
-from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
+from steadyvsr.models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from torch import Tensor, nn
-
-WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "nano.safetensors"
 
 
 class SilentTransformer(nn.Module):
@@ -83,7 +81,7 @@ def score(model: FlashVSR, seed: int, colour: str) -> dict[str, dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quality of the embedded nano network on the held-out clips.")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, default=NANO_FILE)
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--colours", nargs="+", default=["none", "adain"])
     arguments = parser.parse_args()

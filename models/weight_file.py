@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +50,49 @@ _DAMAGED = (
 
 class CheckpointError(ValueError):
     """A file of weights, or a set of them, cannot be used. The message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """One tensor as the header of a safetensors file describes it.
+
+    Attributes:
+        name: its key.
+        dtype: as the format spells it ("F32", "BF16", "F8_E4M3", …); PyTorch need not know it.
+        shape: of the tensor.
+        start, stop: the bytes that hold it, counted from the end of the header.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(path: str | os.PathLike[str]) -> list[HeaderEntry] | None:
+    """The tensors of a safetensors file, from its header alone; None for another format or a damaged header."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _HEADER_LIMIT_BYTES:
+                return None
+            entries: dict[str, Any] = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return [
+            HeaderEntry(name, item["dtype"], tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
+            for name, item in entries.items()
+        ]
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -260,15 +305,8 @@ def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
             f"{path}: expected safetensors or torch.save weights; it is neither (it starts with {start[:8]!r}). "
             f"Choose a file of weights."
         )
-    needed = 8 + length
-    if size >= needed:
-        with path.open("rb") as file:
-            file.seek(8)
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # safe_open reports those
-                header = json.loads(file.read(length))
-                needed += max(
-                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-                )
+    # A header that cannot be read is left for `safe_open` to report.
+    needed = 8 + length + max((entry.stop for entry in read_header(path) or ()), default=0)
     if size < needed:
         raise CheckpointError(
             f"{path}: expected {needed} bytes (as its header says); got {size}: the file is truncated. Fetch it again."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from .attention import check_backend
@@ -17,6 +18,8 @@ LATENT_STRIDE = 8
 BLOCK_PIXELS = 128
 """One attention block covers 8 × 8 tokens of 16 × 16 pixels: the frame is padded to multiples of this."""
 COLOURS = ("adain", "wavelet", "none")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Number formats a user can choose; which of them "auto" means depends on the host and the device."""
 LQ_CACHE_ORDERS = ("fixed", "as_trained")
 TRAINED_AREA = 768 * 1280
 """Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""

@@ -12,13 +12,13 @@ from comfy_api.v0_0_2 import Input, InputImpl, io, ui
 from ...models.flashvsr import StreamOptions
 from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
-from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS
+from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
 from ...patches.kept import EJECTABLE, POLICIES, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
 from . import model_sets
 from .memory import CLEAN, Limits
-from .model import PRECISIONS, LoadedFlashVSR, device_choices, load
+from .model import LoadedFlashVSR, device_choices, load
 from .run import Run, checked_frames, upscale_video
 from .wan_decoder import StreamingWanVAE
 
@@ -56,7 +56,7 @@ class LoadFlashVSR(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
+                    options=["auto", *PRECISIONS],
                     default="auto",
                     tooltip="Number format of weights and computation. auto: bf16 where the device is good at it, else "
                     "fp16; fp32 on the CPU.",
