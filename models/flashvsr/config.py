@@ -16,7 +16,7 @@ PATCH = 2
 LATENT_STRIDE = 8
 """Pixels per latent cell, each way."""
 BLOCK_PIXELS = 128
-"""One attention block covers 8 × 8 tokens of 16 × 16 pixels: the frame is padded to multiples of this."""
+"""One attention block covers 8 × 8 tokens of 16 × 16 pixels: frames are padded to multiples of this."""
 COLOURS = ("adain", "wavelet", "none")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Number formats a user can choose; which of them "auto" means depends on the host and the device."""
@@ -68,7 +68,7 @@ class FlashVSRConfig:
         """Reads every size from state dicts with official, un-prefixed keys; the tensors may be on the meta device.
 
         Args:
-            num_heads: only needed where the head dim is not 128, since no tensor shows it.
+            num_heads: needed only where the head dim is not 128; no tensor shows it.
 
         Raises:
             KeyError: a key that fixes a size is missing.
@@ -102,7 +102,9 @@ class FlashVSRConfig:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The choices of one run. A ValueError names the field that is out of range.
+    """The choices of one run.
+
+        StreamOptions(scale=2, colour="wavelet")
 
     Attributes:
         scale: output size over input size, 1.0 to 8.0.
@@ -115,6 +117,9 @@ class StreamOptions:
         attention: "auto", or the name of a backend in `attention.BACKENDS`.
         tile: side of spatial transformer tiles in output pixels (a multiple of 128), or None for whole frames. Tiling
             costs quality: it is the last thing to try when memory is short.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
     """
 
     scale: float = 4.0

@@ -1,7 +1,7 @@
 """Window order: tokens grouped in blocks of 2 frames × 8 rows × 8 columns, the unit of sparse attention.
 
-Blocks are ordered (frame pair, row block, column block); inside a block tokens are row-major. The transformer works in
-this order from the first layer to the last, since every other operation treats tokens one by one.
+Blocks are ordered (frame pair, row block, column block); inside a block, tokens are ordered (frame, row, column). The
+transformer stays in this order from the first layer to the last: everything but attention treats tokens one by one.
 """
 
 from __future__ import annotations
