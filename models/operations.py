@@ -19,6 +19,11 @@ def to_like(parameter: Tensor, like: Tensor) -> Tensor:
     return parameter.to(device=like.device, dtype=like.dtype)
 
 
+def owned(tensor: Tensor) -> Tensor:
+    """A contiguous copy, whose storage holds nothing else."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def weight_and_bias(layer: nn.Linear | nn.Conv2d | nn.Conv3d, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a layer for code that does not call it, on the device and in the dtype of `like`."""
     bias = layer.bias

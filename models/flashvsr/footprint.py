@@ -105,8 +105,8 @@ def _tile_sizes(padded: tuple[int, int], tile: int | None) -> list[tuple[int, in
         return [padded]
     columns, rows = (side // LATENT_STRIDE for side in padded)
     tiles = grid_tiles(rows, columns, tile // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
-    sides = [(part.columns.stop - part.columns.start, part.rows.stop - part.rows.start) for part in tiles]
-    return [(width * LATENT_STRIDE, height * LATENT_STRIDE) for width, height in sides]
+    spans = [part.scaled(LATENT_STRIDE) for part in tiles]
+    return [(columns.stop - columns.start, rows.stop - rows.start) for rows, columns in spans]
 
 
 def cache_bytes(config: FlashVSRConfig, pixels: int, kv_ratio: float, itemsize: int) -> int:

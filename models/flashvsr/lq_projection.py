@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import cast_on_use, to_like, weight_and_bias
+from ..operations import cast_on_use, owned, to_like, weight_and_bias
 from .config import LQ_CACHE_ORDERS
 
 PIXELS_PER_TOKEN = 16
@@ -55,10 +55,6 @@ class ChannelNorm(nn.Module):
 def space_to_depth(clip: Tensor) -> Tensor:
     """NCTHW → a view N,3,16,16,T,H/16,W/16, whose axes 1 to 3 are the channel (c·16 + y)·16 + x."""
     return rearrange(clip, "n c t (h y) (w x) -> n c y x t h w", y=PIXELS_PER_TOKEN, x=PIXELS_PER_TOKEN)
-
-
-def _owned(frames: Tensor) -> Tensor:
-    return frames.clone(memory_format=torch.contiguous_format)
 
 
 class CausalLQ4xProjection(nn.Module):
@@ -120,10 +116,10 @@ class CausalLQ4xProjection(nn.Module):
     def _start(self, first: Tensor) -> LQCache:
         """The caches after frame 0, which counts as four copies of itself and yields no tokens."""
         frames = space_to_depth(first.expand(-1, -1, CACHE_FRAMES, -1, -1))
-        pixels = _owned(frames.flatten(1, 3))
+        pixels = owned(frames.flatten(1, 3))
         # Every window of the convolution sees the same frame, so one output stands for both.
         feature = F.silu(self.norm1(_convolve(self.conv1, self._pad(frames, pixels))))
-        return LQCache(pixels, _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
+        return LQCache(pixels, owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
 
     def _pad(self, frames: Tensor, cache: Tensor) -> Tensor:
         """N,C,T,h,w (C may be several axes) → N,C,T+2,h+2,w+2: the cache in front, the outermost pixels replicated.
@@ -148,7 +144,7 @@ class CausalLQ4xProjection(nn.Module):
 
 def _tail(padded: Tensor) -> Tensor:
     """The last frames without their border: the next clip's cache."""
-    return _owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
+    return owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
 
 
 def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:

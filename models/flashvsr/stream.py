@@ -252,8 +252,8 @@ class _Engine:
         clip = self._lq(first, last).to(self.dtype)
         for tile in self.state.tiles:
             if tile.projected < last:
-                rows, columns = (slice(span.start * LATENT_STRIDE, span.stop * LATENT_STRIDE) for span in tile.tile)
-                tokens, tile.lq_cache = self.model.lq_projection(clip[..., rows, columns], tile.lq_cache)
+                part = tile.tile.scaled(LATENT_STRIDE).of(clip)
+                tokens, tile.lq_cache = self.model.lq_projection(part, tile.lq_cache)
                 if tokens is not None:
                     tile.tokens.append(tokens)
                 tile.projected = last
@@ -272,8 +272,7 @@ class _Engine:
         """Runs the transformer on the next tile and adds its clean latents to the step's."""
         state, tile = self.state, self.next_tile(step)
         assert tile is not None and state.noise is not None and state.latents is not None
-        rows, columns = (slice(span.start, span.stop) for span in tile.tile)
-        noise = state.noise[..., rows, columns].to(self.device, self.dtype).contiguous()
+        noise = tile.tile.of(state.noise).to(self.device, self.dtype).contiguous()
         if tile.velocity is None:
             if len(tile.tokens) > 1:
                 tile.tokens = [[torch.cat(layer, 1) for layer in zip(*tile.tokens, strict=True)]]
@@ -284,7 +283,7 @@ class _Engine:
         velocity = tile.velocity
         assert velocity is not None
         clean = (noise.float() - velocity.float()) * tile.weights
-        state.latents[..., rows, columns].add_(clean)
+        tile.tile.of(state.latents).add_(clean)
         tile.velocity, tile.steps = None, step + 1
 
     def decode(self, first: int, last: int) -> list[Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..operations import owned
 from ..tiling import Span, Tile, blend_weights, grid_tiles
 from .config import LATENT_STRIDE, PATCH
 from .lq_projection import LQCache
@@ -83,21 +84,20 @@ def cut(state: TileState, side: int) -> list[TileState]:
 def _part(state: TileState, part: Tile, share: Tensor) -> TileState:
     """One part of a tile, without the layers' caches; `part` counts from the tile's corner."""
     old, tokens, blocks = state.transformer, _grid(state.tile, part, PATCH), _grid(state.tile, part, BLOCK_CELLS)
-    cells = (..., *(slice(span.start, span.stop) for span in part))
     transformer = TransformerState(pairs=old.pairs, slots=old.slots, device=RAM, part=old.part)
     if old.x is not None:
         transformer.x = _inner(old.x.unflatten(1, (-1, BLOCK_TOKENS)), *blocks).flatten(1, 2)
     lq_cache = state.lq_cache
     if lq_cache is not None:
-        lq_cache = LQCache(*(_owned(tensor[(..., *tokens[1:])]) for tensor in vars(lq_cache).values()))
+        lq_cache = LQCache(*(owned(tensor[(..., *tokens[1:])]) for tensor in vars(lq_cache).values()))
     return TileState(
-        Tile(*(_from_corner(span, around.start) for span, around in zip(part, state.tile, strict=True))),
-        state.weights[cells] * share.to(state.weights.device),
+        Tile(*(span.shifted(around.start) for span, around in zip(part, state.tile, strict=True))),
+        part.of(state.weights) * share.to(state.weights.device),
         transformer,
         lq_cache,
         [[_inner(layer, *tokens) for layer in clip] for clip in state.tokens],
         state.projected,
-        None if state.velocity is None else _owned(state.velocity[cells]),
+        None if state.velocity is None else owned(part.of(state.velocity)),
         state.steps,
     )
 
@@ -111,12 +111,4 @@ def _grid(tile: Tile, part: Tile, cells: int) -> tuple[tuple[int, int], slice, s
 
 def _inner(tensor: Tensor, shape: tuple[int, int], rows: slice, columns: slice) -> Tensor:
     """Cuts rows and columns out of axis 1, which runs over (anything, row, column) with this shape."""
-    return _owned(tensor.unflatten(1, (-1, *shape))[:, :, rows, columns]).flatten(1, 3)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _from_corner(span: Span, corner: int) -> Span:
-    return span._replace(start=span.start + corner, stop=span.stop + corner)
+    return owned(tensor.unflatten(1, (-1, *shape))[:, :, rows, columns]).flatten(1, 3)
