@@ -26,7 +26,6 @@ import torch
 from tqdm import tqdm
 
 from .app.clip import (
-    PRECISIONS,
     OutputOptions,
     RunReport,
     choose_device,
@@ -42,15 +41,15 @@ from .app.doctor import examine
 from .app.folder import FolderRun, Manifest, WorkerSettings, find_jobs, folder_settings, holds_videos, run_folder
 from .memory.host import fix_heap_growth
 from .models.flashvsr import FlashVSR, StreamOptions
-from .models.flashvsr.checkpoint import load_flashvsr
+from .models.flashvsr.attention import backend_choices
+from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
-from .models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
+from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-NANO = Path(__file__).parent / "assets" / "nano.safetensors"
 DOWNLOAD_VERSION = "v1.1"
 LISTED_KEYS = 8
 MIB = 1 << 20
@@ -136,7 +135,7 @@ def _add_upscale_options(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--kv-ratio", type=float, default=defaults.kv_ratio, help="(default: %(default)s)")
     run.add_argument("--local-range", type=int, default=defaults.local_range, help="in blocks (default: %(default)s)")
     run.add_argument("--colour", choices=COLOURS, default=defaults.colour, help="colour transfer from the input")
-    run.add_argument("--attention", choices=BACKENDS, default=defaults.attention)
+    run.add_argument("--attention", choices=backend_choices(), default=defaults.attention)
     run.add_argument("--tile", type=int, metavar="PIXELS", help="output pixels per tile: a last resort, costs quality")
     run.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: fp32 on the CPU")
     text = "for a folder of videos: auto (as many as the measured memory of its first clip allows) or a number"
@@ -229,8 +228,8 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
     cores = os.cpu_count() or 1
     settings = [
         WorkerSettings(
-            str(device), str(args.model or NANO), options, output, args.version, args.lq_cache_order, args.precision,
-            threads=max(1, cores // (args.workers or cores)),
+            str(device), str(args.model or NANO_FILE), options, output, args.version, args.lq_cache_order,
+            args.precision, threads=max(1, cores // (args.workers or cores)),
         )
         for device in _all_devices(args.device)
     ]  # fmt: skip
@@ -268,7 +267,7 @@ def _all_devices(name: str) -> list[torch.device]:
 def _load_model(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> FlashVSR:
     if args.model is None:
         _say("No --model: using the embedded nano network, a tiny one that shows that everything works.")
-    return load_flashvsr(args.model or NANO, args.version, args.lq_cache_order, dtype=dtype, device=device)
+    return load_flashvsr(args.model or NANO_FILE, args.version, args.lq_cache_order, dtype=dtype, device=device)
 
 
 def _download(args: argparse.Namespace) -> None:
@@ -342,7 +341,7 @@ def _checkpoint_lines(report: CheckpointReport) -> Iterator[str]:
 def _run_demo(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     dtype = choose_dtype("auto", device)
-    model = load_flashvsr(NANO, dtype=dtype, device=device)
+    model = load_flashvsr(NANO_FILE, dtype=dtype, device=device)
     with tqdm(unit="frame", disable=None, desc="demo") as bar:
         out, show = Path(args.out), lambda frame: bar.update()
         report = run_demo(out, args.seconds, model, device=device, dtype=dtype, on_frame=show)
@@ -359,6 +358,6 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 def _run_doctor(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
-    findings = examine(lambda: load_flashvsr(NANO, dtype=choose_dtype("auto", device), device="cpu"), device)
+    findings = examine(lambda: load_flashvsr(NANO_FILE, dtype=choose_dtype("auto", device), device="cpu"), device)
     _print_report(args, findings.to_json(), "\n".join(findings.lines()))
     return findings.exit_code

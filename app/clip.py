@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ..memory.host import trim
 from ..models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
+from ..models.flashvsr.config import PRECISIONS
 from ..models.flashvsr.memory_plan import MemoryPlan, smaller
 from ..models.video import Clip, ClipWriter, ColourTags, DamagedVideoError, ImageSequenceWriter, VideoError, Waveform
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
 STEP_FRAMES = 8

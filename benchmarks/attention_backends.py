@@ -12,7 +12,7 @@ import time
 
 import torch
 from steadyvsr.benchmarks import frame
-from steadyvsr.models.flashvsr.attention import self_check
+from steadyvsr.models.flashvsr.attention import BACKENDS, self_check
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     device, rows = torch.device(options.device), []
-    for backend in ("gather", "flex"):
+    for backend in BACKENDS:
         for dtype in (torch.float32,) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16):
             started = time.perf_counter()
             problem = self_check(backend, device, dtype)

@@ -23,9 +23,9 @@ from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.reading import size_text
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
-from steadyvsr.models.flashvsr.footprint import WanCosts, activation_bytes
+from steadyvsr.models.flashvsr.footprint import activation_bytes
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan
-from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
+from steadyvsr.models.wan_vae import StreamingDecoder, WanCosts, WanVAE
 
 FRAMES = 29
 WITHIN = 0.10

@@ -19,11 +19,10 @@ from steadyvsr.app import drawn_clips
 from steadyvsr.app.metrics import psnr, ssim
 from steadyvsr.benchmarks import frame
 from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
-from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
+from steadyvsr.models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from torch import Tensor, nn
 
 FRAMES, HEIGHT, WIDTH = drawn_clips.HELD_OUT_FRAMES, drawn_clips.HELD_OUT_HEIGHT, drawn_clips.HELD_OUT_WIDTH
-WEIGHTS = frame.ROOT / "assets" / "nano.safetensors"
 THREADS = 2
 
 
@@ -74,7 +73,7 @@ def score(model: FlashVSR, seed: int, colour: str) -> dict[str, dict[str, float]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = frame.parser(__doc__, "--output")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--weights", type=Path, default=NANO_FILE)
     parser.add_argument("--colours", nargs="+", default=["none", "adain"])
     options = parser.parse_args(arguments)
     torch.set_num_threads(THREADS)

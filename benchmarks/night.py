@@ -21,9 +21,9 @@ import torch
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
 from steadyvsr.benchmarks import frame
-from steadyvsr.cli import NANO
 from steadyvsr.memory import leak
 from steadyvsr.models.flashvsr import StreamOptions
+from steadyvsr.models.flashvsr.checkpoint import NANO_FILE
 from steadyvsr.models.video import ClipWriter, open_clip
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 17
@@ -45,7 +45,7 @@ def write_clips(folder: Path, count: int, corrupt: bool) -> None:
 
 
 def run(source: Path, output: Path, workers: int, progress=lambda *_: None) -> batch.FolderReport:
-    settings = batch.WorkerSettings("cpu", str(NANO), StreamOptions(scale=2.0), LOSSLESS)
+    settings = batch.WorkerSettings("cpu", str(NANO_FILE), StreamOptions(scale=2.0), LOSSLESS)
     manifest = batch.Manifest(output, batch.folder_settings(settings))
     jobs = tuple(batch.find_jobs(source, output))
     return batch.run_folder(batch.FolderRun(jobs, (settings,), workers), manifest, lambda line: None, progress)

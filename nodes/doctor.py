@@ -16,10 +16,9 @@ from torch import Tensor
 from ..app.doctor import Guidance, examine, guidance_of, peak_of
 from ..memory import offload, probe
 from ..models.flashvsr import FlashVSR
-from ..models.flashvsr.checkpoint import load_flashvsr
+from ..models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from ..patches import residency
 from ..patches.versions import patcher_class, supported
-from .flashvsr import model_sets
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
 from .sockets import as_json, report_output
 
@@ -57,7 +56,7 @@ class Doctor(io.ComfyNode):
         device = mm.get_torch_device()
         dtype = torch.float16 if device.type != "cpu" else torch.float32
         findings = examine(
-            lambda: load_flashvsr(model_sets.NANO_FILE, dtype=dtype, device="cpu"),
+            lambda: load_flashvsr(NANO_FILE, dtype=dtype, device="cpu"),
             device,
             move=_moved_by_comfyui,
             guidance=_sampled,

@@ -25,7 +25,7 @@ ROOMS: Graph = {
 MAX_ARROWS_IN_NODES = 24
 NODES: Graph = {
     "attempts": set(),
-    "doctor": {"flashvsr", "guidance", "sockets"},
+    "doctor": {"guidance", "sockets"},
     "flashvsr": {"attempts", "node_status", "sockets", "vae"},
     "free": {"sockets"},
     "guidance": {"node_status", "receipts"},

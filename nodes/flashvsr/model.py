@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
+from ...models.flashvsr.config import PRECISIONS
 from ...patches.versions import patcher_class
-
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class LoadedFlashVSR:
         version: v1 | v1.1.
         family: of the checkpoint.
         device, dtype: where and in what to compute.
-        attention: auto | gather | flex.
+        attention: auto, or the name of a backend.
     """
 
     name: str
@@ -65,9 +64,8 @@ class LoadedFlashVSR:
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The compute dtype; auto takes bf16 where the device is good at it, else fp16, else fp32 (the CPU)."""
-    dtype = PRECISIONS[precision]
-    if dtype is not None:
-        return dtype
+    if precision != "auto":
+        return PRECISIONS[precision]
     if mm.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if mm.should_use_fp16(device) else torch.float32

@@ -9,12 +9,12 @@ import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 
+from ...models.flashvsr.checkpoint import NANO_FILE
 from ...models.flashvsr.checkpoint.download import PROMPT, WEIGHTS, download_flashvsr
 from ...models.weight_file import SUFFIXES
 
 MODEL_FOLDER = "flashvsr"
 NANO = "nano (embedded)"
-NANO_FILE = Path(__file__).resolve().parents[2] / "assets" / "nano.safetensors"
 OFFICIAL = {"FlashVSR-v1.1": "v1.1", "FlashVSR": "v1"}
 """Folder names of the official releases, named like their repositories: a choice stays valid after its download."""
 OFFICIAL_GB = 6.4

@@ -10,15 +10,16 @@ import torch
 from comfy_api.v0_0_2 import Input, InputImpl, io
 
 from ...models.flashvsr import StreamOptions
+from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
-from ...models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
+from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
 from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, report_output, with_report
 from . import model_sets
 from .memory import CLEAN, RunLimits
-from .model import PRECISIONS, LoadedFlashVSR, load
+from .model import LoadedFlashVSR, load
 from .run import Run, checked_frames, upscale_video
 from .wan_decoder import StreamingWanVAE
 
@@ -55,7 +56,7 @@ class LoadFlashVSR(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
+                    options=["auto", *PRECISIONS],
                     default="auto",
                     tooltip="Number format of weights and computation. auto: bf16 where the device is good at it, else "
                     "fp16; fp32 on the CPU.",
@@ -63,10 +64,10 @@ class LoadFlashVSR(io.ComfyNode):
                 device_input(["auto"], "Where to compute. auto is ComfyUI's own device."),
                 io.Combo.Input(
                     "attention",
-                    options=list(BACKENDS),
+                    options=list(backend_choices()),
                     default="auto",
-                    tooltip="How block-sparse attention is computed; the result is the same. auto takes flex on a GPU "
-                    "where it passes a self-check, else gather. It never becomes dense.",
+                    tooltip="How block-sparse attention is computed; the result is the same. auto takes the "
+                    "fastest backend that passes a self-check on this device. It never becomes dense.",
                 ),
                 io.Combo.Input(
                     "lq_cache_order",

@@ -7,8 +7,7 @@ import comfy.ldm.wan.vae
 import torch
 from torch import Tensor
 
-from ...models.flashvsr.footprint import WanCosts
-from ...models.wan_vae import StreamingDecoder
+from ...models.wan_vae import StreamingDecoder, WanCosts
 from ...models.wan_vae.streamed import StreamCache
 from ..vae.wan import adopted
 

@@ -14,22 +14,22 @@ from steadyvsr.models.video import open_clip
 
 
 def test_inspect_tells_what_the_embedded_network_is(capsys):
-    assert cli.main(["inspect", str(cli.NANO)]) == 0
+    assert cli.main(["inspect", str(cli.NANO_FILE)]) == 0
     text = capsys.readouterr().out
     assert "family nano" in text and "sha256" in text and "transformer" in text and "missing" not in text
 
 
 def test_inspect_as_json_lists_the_parts(capsys):
-    assert cli.main(["inspect", str(cli.NANO), "--json"]) == 0
+    assert cli.main(["inspect", str(cli.NANO_FILE), "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert {part["part"] for part in report["parts"]} == {"transformer", "lq_projection", "decoder", "prompt"}
-    assert report["files"][0]["bytes"] == cli.NANO.stat().st_size
+    assert report["files"][0]["bytes"] == cli.NANO_FILE.stat().st_size
 
 
 def test_inspect_goes_on_behind_a_file_it_cannot_read(tmp_path, capsys):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"")
-    assert cli.main(["inspect", str(bad), str(cli.NANO)]) == 2
+    assert cli.main(["inspect", str(bad), str(cli.NANO_FILE)]) == 2
     printed = capsys.readouterr()
     assert "bad.safetensors" in printed.err and "family nano" in printed.out
 

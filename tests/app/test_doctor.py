@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def load():
-    return load_flashvsr(cli.NANO, dtype=torch.float32, device="cpu")
+    return load_flashvsr(cli.NANO_FILE, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -45,7 +45,7 @@ def write_clip(path: Path, seed: int = 0, frames: int = FRAMES) -> Path:
 
 
 def settings(**changes) -> worker.WorkerSettings:
-    plain = {"device": "cpu", "model": str(cli.NANO), "options": StreamOptions(scale=2.0)}
+    plain = {"device": "cpu", "model": str(cli.NANO_FILE), "options": StreamOptions(scale=2.0)}
     return worker.WorkerSettings(**{**plain, "output": OutputOptions(crf=0), **changes})
 
 

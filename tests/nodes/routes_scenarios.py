@@ -203,7 +203,7 @@ def watching() -> dict:
         return [await post("watch", {"client": name, "open": True}) for name in ("page", "nobody")]
 
     answers = asked(talk)
-    thread = push.sampler()._thread
+    thread = push.state_push()._thread
     while not any(event == push.EVENT for event, _, _ in EVENTS):
         thread.join(0.05)
     del SERVER.sockets["page"]
@@ -211,7 +211,7 @@ def watching() -> dict:
     pushed = [(data, sid) for event, data, sid in EVENTS if event == push.EVENT]
     return {
         "answers": answers, "to": sorted({sid for _, sid in pushed}), "keys": sorted(pushed[0][0]),
-        "ended": not thread.is_alive(), "figures": sorted(push.sampler().figures()),
+        "ended": not thread.is_alive(), "figures": sorted(push.state_push().figures()),
     }  # fmt: skip
 
 

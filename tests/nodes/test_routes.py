@@ -35,7 +35,7 @@ def named(value: Any) -> Any:
 def test_the_scripted_state_of_the_panel_s_tests_has_the_names_of_the_real_one(observed):
     real, scripted = scenario(observed, "routes state")["keys"], named(scripted_state())
     # GET adds what the push costs; the share of the driver's context is there only where a process can be read.
-    del real["sampler"], real["devices"][0]["parts"]["context"]
+    del real["push"], real["devices"][0]["parts"]["context"]
     assert real == scripted
 
 
