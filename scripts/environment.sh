@@ -54,7 +54,7 @@ prepare_environment() {
     if ! python -c 'import torch' 2>/dev/null; then
         echo "steadyvsr: installing $TORCH" >&2
         python -m pip install ${STEADYVSR_TORCH_INDEX:+--index-url "$STEADYVSR_TORCH_INDEX"} "$TORCH" >&2 ||
-            fail "$TORCH could not be installed. See 'Choosing PyTorch' in README.md."
+            fail "$TORCH could not be installed. See 'Choosing PyTorch' in docs/install.md."
     fi
     echo "steadyvsr: installing the project and what it needs" >&2
     python -m pip install --quiet --editable "$project" || fail "the project could not be installed into .venv."
