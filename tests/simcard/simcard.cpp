@@ -17,6 +17,7 @@
 #include <list>
 #include <map>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 namespace {
@@ -305,7 +306,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("convolution_overrideable", convolution);
 }
 
-pybind11::dict statistics(int64_t index) {
+// Read under the lock, turned into a dict after it: making Python objects may start a collection, which may free a
+// tensor, which takes the lock.
+std::map<std::string, int64_t> read(int64_t index) {
   std::lock_guard<std::mutex> lock(mutex);
   const Card& card = card_at(index);
   int64_t stuck = 0;  // free, but in a segment that something else still uses
@@ -313,15 +316,15 @@ pybind11::dict statistics(int64_t index) {
     if (segment.unused()) continue;
     for (const auto& [offset, size] : segment.free_parts) stuck += static_cast<int64_t>(size);
   }
+  return {{"live", card.live},         {"peak", card.peak},
+          {"reserved", card.reserved}, {"inactive_split", stuck},
+          {"context", card.context_now()}, {"capacity", card.capacity},
+          {"allocations", card.allocations}, {"failures", card.failures}};
+}
+
+pybind11::dict statistics(int64_t index) {
   pybind11::dict found;
-  found["live"] = card.live;
-  found["peak"] = card.peak;
-  found["reserved"] = card.reserved;
-  found["inactive_split"] = stuck;
-  found["context"] = card.context_now();
-  found["capacity"] = card.capacity;
-  found["allocations"] = card.allocations;
-  found["failures"] = card.failures;
+  for (const auto& [name, value] : read(index)) found[name.c_str()] = value;
   return found;
 }
 

@@ -12,7 +12,11 @@ PrivateUse1 backend.
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 import sys
+import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,22 @@ import torch.utils.cpp_extension as cpp_extension
 
 NAME = "simcard"
 CARDS = 2
+BUILD_SECONDS = 600
 SOURCE = Path(__file__).with_name("simcard.cpp")
 
 
 def _build() -> Any:
-    # `load` looks for ninja on PATH; in a virtual environment that is not active it lies beside the interpreter.
-    return cpp_extension.load("steadyvsr_simcard", [str(SOURCE)], extra_cflags=["-O1", "-w"], verbose=False)
+    """Compiles the cards, once for each source and torch; later processes load what is there."""
+    key = hashlib.sha256(f"{SOURCE.read_text()} {torch.__version__} {sys.version}".encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"steadyvsr_simcard_{getpass.getuser()}_{key}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # torch waits for this file without end; a build that was killed leaves it behind.
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > BUILD_SECONDS:
+        lock.unlink()
+    return cpp_extension.load(
+        "steadyvsr_simcard", [str(SOURCE)], extra_cflags=["-O1", "-w"], build_directory=str(folder), verbose=False
+    )
 
 
 _card = _build()
