@@ -1,29 +1,25 @@
 """What a run will need, what fits, and what is in the way: plain numbers in, a plan out.
 
-Nothing here knows a model. Who knows one gives its needs in bytes (models/flashvsr/footprint.py counts FlashVSR's from
-its shapes) or a `Line` through measurements, and gets a setting, an answer or a refusal that names what to change.
+Nothing here knows a model. A caller that does passes its needs in bytes (models/flashvsr/footprint.py counts those of
+FlashVSR from its shapes) and gets back a setting, an answer, or a refusal that names what to change.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .reading import GIB, MIB, Reading, size_text
 
-DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int8": 1}
 CONTEXT_BYTES = 512 * MIB
-"""What a CUDA process takes beside its tensors: the context with loaded kernels is 300 to 600 MiB by common report;
-the memory research of this project gives the same range. Predicted, not measured here."""
+"""What a CUDA process takes besides its tensors: the context with loaded kernels is 300 to 600 MiB by common report.
+Predicted, not measured here."""
 POOL_SHARE = 0.10
 """What the allocator's pool holds beyond live tensors at a peak. ComfyUI itself asks for 10 % more than a model's size
 before a load (`load_models_gpu`: total · 1.1)."""
 RESERVE_BYTES = 256 * MIB
-"""Left alone on a card for the desktop and for other processes' moments."""
-HISTORY = 256
+"""Left free on a card for the desktop and for peaks of other processes."""
 
 Setting = TypeVar("Setting")
 
@@ -49,67 +45,9 @@ class Need:
         """Bytes of live tensors."""
         return self.weights + self.state + self.activations + self.decoder
 
-    @property
-    def device(self) -> int:
-        """Bytes taken from the card: live tensors and what the pool holds beyond them."""
-        return int(self.tensors * (1 + POOL_SHARE))
-
-    @property
-    def worker(self) -> int:
-        """Bytes of a process of its own: its context as well."""
-        return self.device + CONTEXT_BYTES
-
     def __str__(self) -> str:
         parts = [f"{name} {size_text(size)}" for name, size in vars(self).items() if size]
         return f"{size_text(self.tensors)} ({', '.join(parts) or 'nothing'})"
-
-
-@dataclass(frozen=True)
-class Line:
-    """Bytes = per_pixel · pixels + fixed.
-
-    Attributes:
-        source: where the coefficients come from: the command that measured them, or the shapes they were counted from.
-        largest_error: of the measurements, as a share of each; 0 where the line was not fitted.
-    """
-
-    per_pixel: float
-    fixed: float
-    source: str
-    largest_error: float = 0.0
-
-    def at(self, pixels: int) -> int:
-        return max(0, round(self.per_pixel * pixels + self.fixed))
-
-
-def fit_line(measured: Mapping[int, int], source: str) -> Line:
-    """The least-squares line through bytes by pixels, each weighted by 1 / bytes² (the error that counts is a share).
-
-    Raises:
-        ValueError: fewer than two sizes.
-    """
-    if len(measured) < 2:
-        raise ValueError(f"budget.fit_line: expected at least 2 sizes; got {len(measured)}. Measure another size.")
-    rows = [(pixels, size, 1 / max(size, 1) ** 2) for pixels, size in measured.items()]
-    total = sum(w for _, _, w in rows)
-    mean_x = sum(w * x for x, _, w in rows) / total
-    mean_y = sum(w * y for _, y, w in rows) / total
-    spread = sum(w * (x - mean_x) ** 2 for x, _, w in rows)
-    slope = sum(w * (x - mean_x) * (y - mean_y) for x, y, w in rows) / spread
-    line = Line(slope, mean_y - slope * mean_x, source)
-    error = max(abs(line.at(x) - y) / max(y, 1) for x, y, _ in rows)
-    return Line(line.per_pixel, line.fixed, source, error)
-
-
-def weight_bytes(parameters: int, dtype: str) -> int:
-    """Bytes of that many parameters.
-
-    Raises:
-        ValueError: a dtype that is not in `DTYPE_BYTES`.
-    """
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"budget: expected a dtype of {', '.join(DTYPE_BYTES)}; got {dtype!r}.")
-    return parameters * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True)
@@ -130,7 +68,7 @@ class Fit:
 
 
 def fit(budget: int, settings: Iterable[Setting], need: Callable[[Setting], Need], weights: int = 0) -> Fit:
-    """Chooses tile, chunk or number of workers: whatever `settings` are, best first.
+    """Chooses the first of `settings` that fits: tiles, chunks or numbers of workers, best first.
 
     Args:
         budget: bytes of live tensors that may be used.
@@ -171,8 +109,8 @@ def workers(footprint: int, available: int, reserve: int = RESERVE_BYTES) -> int
 
 
 @dataclass(frozen=True)
-class Resident:
-    """Something on a device.
+class Occupant:
+    """Something that takes memory on a device.
 
     Attributes:
         movable: whether it may be offloaded to make room (a pinned model or another process may not).
@@ -199,18 +137,13 @@ class Admission:
     needed: int
     free: int | None
     short: int
-    in_the_way: tuple[Resident, ...]
+    in_the_way: tuple[Occupant, ...]
     device: str
     source: str
 
-    @property
-    def enough_if_moved(self) -> bool:
-        """Whether it would fit once everything movable is gone."""
-        return sum(item.bytes for item in self.in_the_way if item.movable) >= self.short
-
     def __str__(self) -> str:
         if self.free is None:
-            return f"{self.device}: needs {size_text(self.needed)}; how much is free cannot be read"
+            return f"{self.device}: needs {size_text(self.needed)}; its free memory cannot be read"
         state = f"{self.device}: needs {size_text(self.needed)}, {size_text(self.free)} free ({self.source})"
         if self.allowed:
             return state
@@ -220,29 +153,20 @@ class Admission:
         return f"{state}, {size_text(self.short)} short · in the way: {names or 'nothing that is known here'}"
 
 
-def may_load(
-    needed: int, reading: Reading, residents: Sequence[Resident] = (), limit: int | None = None, reserve: int = 0
-) -> Admission:
+def may_load(needed: int, reading: Reading, ours: Sequence[Occupant] = ()) -> Admission:
     """Whether that many bytes can be loaded now, and if not, what is in the way.
 
     Args:
         reading: of the device, just taken.
-        residents: our models on it, by the books; other processes are added from the reading.
-        limit: bytes that all residents and the new load may have together, besides what is free.
-        reserve: bytes to leave free.
+        ours: our models on it, by the books; other processes are added from the reading.
     """
     free = reading.free
-    source = reading.used.source
-    if free is not None:
-        free = max(0, free - reserve)
-    if limit is not None:
-        room = max(0, limit - sum(item.bytes for item in residents))
-        if free is None or room < free:
-            free, source = room, "budget"
-    others = [Resident(f"{other.name} (pid {other.pid})", other.bytes or 0, False) for other in reading.others]
-    in_the_way = tuple(sorted([*residents, *others], key=lambda item: -item.bytes))
+    others = [Occupant(f"{other.name} (pid {other.pid})", other.bytes or 0, False) for other in reading.others]
+    in_the_way = tuple(sorted([*ours, *others], key=lambda item: -item.bytes))
     short = 0 if free is None else max(0, needed - free)
-    return Admission(free is not None and short == 0, needed, free, short, in_the_way, reading.device, source)
+    return Admission(
+        free is not None and short == 0, needed, free, short, in_the_way, reading.device, reading.used.source
+    )
 
 
 @dataclass(frozen=True)
@@ -254,7 +178,7 @@ class Choice:
 
 
 def choose_device(needed: int, readings: Sequence[Reading], *, cpu_allowed: bool) -> Choice:
-    """The device with the most measured free memory that fits; the CPU only where that is allowed.
+    """The device with the most free memory by measurement, if that is enough; else the CPU, where that is allowed.
 
     Raises:
         ValueError: nothing fits and the CPU is not allowed; names every device.
@@ -273,58 +197,6 @@ def choose_device(needed: int, readings: Sequence[Reading], *, cpu_allowed: bool
             "Free memory, choose a device by name, or allow the CPU."
         )
     return Choice("cpu", f"no device has {size_text(needed)} free: {seen}")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A prediction and what was then measured, in bytes."""
-
-    setting: str
-    predicted: int
-    measured: int
-    source: str
-
-    @property
-    def error(self) -> float:
-        """(predicted - measured) / measured."""
-        return (self.predicted - self.measured) / max(self.measured, 1)
-
-
-class History:
-    """The last comparisons of predicted and measured peaks."""
-
-    def __init__(self) -> None:
-        self._kept: deque[Comparison] = deque(maxlen=HISTORY)
-        self._lock = threading.Lock()
-
-    def add(self, setting: str, predicted: int, measured: int, source: str) -> Comparison:
-        compared = Comparison(setting, predicted, measured, source)
-        with self._lock:
-            self._kept.append(compared)
-        return compared
-
-    def comparisons(self) -> tuple[Comparison, ...]:
-        with self._lock:
-            return tuple(self._kept)
-
-    def worst(self) -> Comparison | None:
-        return max(self.comparisons(), key=lambda item: abs(item.error), default=None)
-
-    def table(self) -> str:
-        """One line for each comparison."""
-        rows = [("setting", "predicted", "measured", "error", "source")]
-        rows += [
-            (
-                item.setting,
-                size_text(item.predicted),
-                size_text(item.measured),
-                f"{100 * item.error:+.1f} %",
-                item.source,
-            )
-            for item in self.comparisons()
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def gib(value: float) -> int:

@@ -1,10 +1,10 @@
-"""Who keeps a tensor's memory alive: storages that should be gone, and the way from each to a name a person knows.
+"""Who keeps a tensor's memory alive: storages that should be gone, and the path from each to a name that people know.
 
-Memory belongs to storages, not to tensors: a view keeps the whole of it. Every storage is followed by a weak reference
-of torch's own, so "alive" is a fact, whether or not any Python object can be found that holds it. Looked at, in order:
-labelled roots (a patcher's backup, a node cache), modules, frames of stored exceptions, saved tensors of autograd
-graphs, and then whatever the garbage collector knows to refer to the tensor. Frames of running functions are never
-walked.
+Memory belongs to storages, not to tensors: a view keeps all of it alive. Every storage is watched through torch's own
+weak reference, so "alive" is a fact, whether or not a Python object that holds it can be found. The search looks, in
+this order, at labelled roots (a patcher's backup, a node cache), modules, frames of stored exceptions, whatever the
+garbage collector knows to refer to the tensor, and tensors saved by autograd graphs. It never walks the frames of
+running functions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SECONDS = 5.0
-"""Default time that one search may take; a heap of a million objects costs about 0.2 s for each level."""
+"""How long one search may take by default; a heap of a million objects costs about 0.2 s for each level."""
 LEVELS = 12
-"""References from a tensor up to a name."""
+"""Most references between a tensor and a name."""
 WALKED_OBJECTS = 200_000
 """Objects looked at below one labelled root."""
 WALKED_IN_FRAMES = 1_000
@@ -59,9 +59,9 @@ class Holder:
     """Something that keeps storages alive.
 
     Attributes:
-        name: the way to it, nearest to a person first: "global LEAK in module m → [3]".
-        bytes: of the unique storages it holds.
-        tensors: names of some of them, where they have one.
+        name: the path to it, the best-known name first: "global LEAK in module m → [3]".
+        bytes: of the unique storages that it holds.
+        tensors: names of some of them, where they have names.
     """
 
     name: str
@@ -251,12 +251,12 @@ class _Search:
                     self._note(f"autograd graph ({node}) of a tensor of {shape} in {path}", pointer)
 
     def _paths_up(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The shortest way from each tensor to a name, over references, level by level for all tensors at once."""
+        """The shortest path of references from each tensor to a name, level by level for all tensors at once."""
         globals_of: dict[int, str] = {}
         for name, module in list(sys.modules.items()):
             if isinstance(module, types.ModuleType):
                 globals_of.setdefault(id(vars(module)), name)
-        # object id → (object, text of the way down from it, the tensor). Objects are kept so that ids stay theirs.
+        # object id → (object, text of the path down from it, the tensor). Objects are kept so that ids stay theirs.
         level: dict[int, list[tuple[Any, str, Tensor]]] = {}
         for tensor in tensors:
             level.setdefault(id(tensor), []).append((tensor, "", tensor))
@@ -286,7 +286,7 @@ class _Search:
                             way = f"{_edge(referrer, target)}{below}"
                             above.setdefault(id(referrer), []).append((referrer, way, tensor))
             seen |= set(above)
-            # An attribute of a class ends a way too: going on would lead through every instance.
+            # An attribute of a class ends a path too: going on would lead through every instance.
             for entries in above.values():
                 for referrer, way, tensor in entries:
                     if isinstance(referrer, type) and id(tensor) not in done:

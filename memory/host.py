@@ -13,11 +13,11 @@ from .reading import EXACT, WHOLE_DEVICE, Figure, exact
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 MMAP_THRESHOLD_BYTES = 4 << 20
-"""As fast as glibc's own choice on 512 × 512 video; with 1 MiB the run took a third more CPU time."""
+"""As fast as glibc's own choice on 512 × 512 video; with 1 MiB a run took a third more CPU time."""
 
 ARENAS = 2
-"""Heaps that threads share. With glibc's choice, eight for each core, every thread of an encoder may get its own, which
-stays: a worker's 184 MiB became 210 over fifty clips on a busy machine (benchmarks/night.py)."""
+"""Heaps that threads share. By default, glibc makes up to eight for each core; then every thread of an encoder may get
+its own, which stays: a worker's 184 MiB became 210 over fifty clips on a busy machine (benchmarks/night.py)."""
 
 
 @cache
@@ -34,7 +34,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
 def trim() -> bool:
     """Gives freed heap pages back to the system; says whether this C library can.
 
-    Without it glibc keeps up to all of what was freed, and a reading of the process shows a leak that is none
+    Without it glibc may keep all that was freed, and a reading of the process shows a leak where there is none
     (256 × 1 MiB freed: the resident size stays up by 255 MiB until the call).
     """
     function = _malloc_trim()
@@ -45,12 +45,12 @@ def trim() -> bool:
 
 
 def fix_heap_growth() -> bool:
-    """Keeps glibc from moving the size above which memory is mapped apart and given back when it is freed, and from
-    making ever more heaps.
+    """Fixes the size above which glibc maps a block on its own and gives it back when it is freed, and the number of
+    heaps.
 
-    glibc raises that size up to 32 MiB as large blocks are freed; after that, freed frames stay in a heap that gets
-    holes, and resident memory creeps up though nothing leaks. For a process of our own: it is a setting of the whole
-    process. Returns whether the C library took it.
+    glibc raises that size up to 32 MiB as large blocks are freed; from then on, freed frames stay in a heap that gets
+    holes, and resident memory creeps up although nothing leaks. The setting holds for the whole process, so it is for
+    a process of our own. Returns whether the C library took it.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

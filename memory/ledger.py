@@ -1,10 +1,10 @@
-"""Readings over time: phases with before, peak and after, marks within them, warnings, growth from run to run.
+"""Readings over time: phases with before, peak and after, marks within them, warnings, and growth from run to run.
 
-    with ledger.phase("sample"):
+    with ledger.current().phase("sample"):
         …
-        ledger.mark("step 3")
+        ledger.mark("sample", step=3)
 
-`mark`, `phase` and `current` work on the one ledger of the process. What it says goes to the logger steadyvsr.memory.
+`mark` and `current` use the one ledger of the process, which logs to steadyvsr.memory.
 """
 
 from __future__ import annotations
@@ -13,55 +13,45 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from . import leak, probe
 from .process import shared
-from .reading import GIB, Figure, Reading, size_text
+from .reading import Figure, Reading, size_text
 
 log = logging.getLogger("steadyvsr.memory")
 
 RING_MARKS = 4096
 RING_PHASES = 512
 SERIES = 64
-"""Different phases whose growth is followed; beyond that the one that ran longest ago is forgotten."""
+"""How many different phases are watched for growth; beyond that, the one that ran longest ago is forgotten."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """When the fill of a card is worth a warning, all processes counted.
+    """How full a card, all processes counted, must be for a warning.
 
     Attributes:
         warn, critical: shares of the card.
-        warn_gib, critical_gib: the same in GiB; given, they replace the share.
     """
 
     warn: float = 0.80
     critical: float = 0.92
-    warn_gib: float | None = None
-    critical_gib: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("warn", "critical"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"Levels.{name}: expected a share above 0 and up to 1; got {getattr(self, name)}.")
-        for name in ("warn_gib", "critical_gib"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"Levels.{name}: expected GiB above 0, or None; got {value}.")
 
     def of(self, reading: Reading) -> str:
-        """ "ok", "warn", "critical", or "unknown" where the fill of the card cannot be read."""
+        """ "ok", "warn", "critical", or "unknown" where nobody tells how full the card is."""
         used, total = reading.used.bytes, reading.total.bytes
         if used is None or total is None:
             return "unknown"
-        for name, share, gib in (("critical", self.critical, self.critical_gib), ("warn", self.warn, self.warn_gib)):
-            if used >= (share * total if gib is None else gib * GIB):
-                return name
-        return "ok"
+        return "critical" if used >= self.critical * total else "warn" if used >= self.warn * total else "ok"
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,8 @@ class Mark:
     """A reading within a run.
 
     Attributes:
-        kind: mark | step | frame.
-        index: of the step or frame.
+        kind: mark | step.
+        index: of the step.
         phase: the innermost phase that was open, or "".
     """
 
@@ -149,7 +139,6 @@ class Ledger:
         devices: which to read, or None for the accelerator that torch uses now, else the CPU. Reading an accelerator
             that nothing else uses would start it.
         levels: see `Levels`.
-        clock: seconds, for tests.
     """
 
     def __init__(
@@ -157,14 +146,12 @@ class Ledger:
         reader: probe.Probe | None = None,
         devices: Sequence[probe.Device] | None = None,
         levels: Levels = Levels(),  # noqa: B008  frozen, so one shared default is safe
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.reader = reader
         self.devices = devices
         self.levels = levels
         self.marks: deque[Mark] = deque(maxlen=RING_MARKS)
         self.phases: deque[Phase] = deque(maxlen=RING_PHASES)
-        self._clock = clock
         self._lock = threading.RLock()
         self._open: list[_Open] = []
         self._sequence: _Open | None = None
@@ -173,19 +160,19 @@ class Ledger:
         self._series: dict[tuple[str, str, str], deque[int]] = {}
         self._leaking: set[tuple[str, str, str]] = set()
 
-    def mark(self, stage: str, *, step: int | None = None, frame: int | None = None, quiet: bool = False) -> str:
-        """Reads every device and says so in one line for each, which is logged at INFO and returned.
+    def mark(self, stage: str, *, step: int | None = None, quiet: bool = False) -> str:
+        """Reads every device and returns one line for each, which is also logged at INFO.
 
         Args:
-            step, frame: the number of the step or frame, where the mark is one of many.
-            quiet: keep it, do not log it.
+            step: its number, where the mark is one of many.
+            quiet: keep the mark, but do not log it.
         """
-        kind, index = ("step", step) if step is not None else ("frame", frame) if frame is not None else ("mark", None)
+        kind = "mark" if step is None else "step"
         with self._lock:
             readings = self._read(settled=False)
             phase = self._open[-1].name if self._open else ""
-            self.marks.extend(Mark(stage, kind, index, phase, reading) for reading in readings)
-        lines = [reading.line(stage if index is None else f"{stage} {kind} {index}") for reading in readings]
+            self.marks.extend(Mark(stage, kind, step, phase, reading) for reading in readings)
+        lines = [reading.line(stage if step is None else f"{stage} step {step}") for reading in readings]
         if len(lines) > 1:
             lines = [f"{line} · {reading.device}" for line, reading in zip(lines, readings, strict=True)]
         if not quiet:
@@ -195,7 +182,7 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything within is one phase; equal names are equal phases, whose growth is watched. They may nest."""
+        """Everything inside is one phase. Phases of one name are compared for growth; phases may nest."""
         with self._lock:
             opened = self._begin(name)
             self._open.append(opened)
@@ -209,9 +196,9 @@ class Ledger:
                 self._open.remove(opened)
 
     def end_phase(self, name: str) -> Phase:
-        """Ends the phase `name` that began where the last one ended (the first: where the ledger was first asked).
+        """Ends the phase `name`, which began where the last one ended, or with `begin_sequence`.
 
-        This is for phases that follow one another through a workflow, where no block of code encloses them.
+        For phases that follow one another through a workflow, where no block of code encloses them.
         """
         with self._lock:
             opened = self._sequence = self._sequence or self._begin(name)
@@ -220,12 +207,12 @@ class Ledger:
             return ended
 
     def begin_sequence(self) -> None:
-        """Starts a run of phases that `end_phase` will end, such as a prompt: what came before belongs to none."""
+        """Starts a sequence of phases for `end_phase`, such as a prompt: what came before belongs to none of them."""
         with self._lock:
             self._sequence = self._begin("")
 
     def open_phases(self) -> list[tuple[str, float]]:
-        """Names of the phases that are going on, outermost first, with the moment of their first reading."""
+        """Names of the phases that are open, outermost first, each with the moment of its first reading."""
         with self._lock:
             return [(opened.name, opened.before[0].moment) for opened in self._open if opened.before]
 
@@ -237,27 +224,10 @@ class Ledger:
             self._reset_peaks(readings)
             return peaks
 
-    def growth(self, name: str, device: str) -> leak.Growth | None:
-        """How memory on a device grows over equal phases; None before the third, or if the device was never read."""
-        with self._lock:
-            series = [values for key, values in self._series.items() if key[:2] == (name, device)]
-            return leak.fit(list(series[-1])) if series else None
-
-    def report(self) -> str:
-        """Text: every phase in order, growth where it stands above the noise, the most since the last report."""
-        with self._lock:
-            lines = [str(phase) for phase in self.phases]
-            lines += [
-                f"{name} grows on {device}: {leak.fit(list(self._series[name, device, what]))}"
-                for name, device, what in sorted(self._leaking)
-            ]
-            lines += [f"peak since the last report on {device}: {peak}" for device, peak in self.take_peaks().items()]
-            return "\n".join(lines)
-
     def since(self, moment: float) -> Ledger:
         """A ledger with the phases that ended, and the marks that were made, after a moment of `time.perf_counter`."""
         with self._lock:
-            later = Ledger(self.reader, self.devices, self.levels, self._clock)
+            later = Ledger(self.reader, self.devices, self.levels)
             later.phases.extend(phase for phase in self.phases if all(item.moment >= moment for item in phase.after))
             later.marks.extend(mark for mark in self.marks if mark.reading.moment >= moment)
             return later
@@ -288,7 +258,7 @@ class Ledger:
             }
 
     def _read(self, *, settled: bool) -> tuple[Reading, ...]:
-        """Readings of all devices, counted into every open peak; the fill of the card is watched."""
+        """Readings of all devices, counted into every open peak, and checked against the warning levels."""
         reader = self.reader or probe.current()
         devices = [probe.default_device()] if self.devices is None else self.devices
         readings = tuple(probe.attempt(reader, device, settled=settled) for device in devices)
@@ -309,7 +279,7 @@ class Ledger:
         """A phase that begins with these readings. Their peaks are already counted for whoever watched before."""
         self._reset_peaks(readings)
         fresh = {reading.device: Peak().with_(replace(reading, peak=reading.allocated)) for reading in readings}
-        return _Open(name, self._clock(), readings, fresh)
+        return _Open(name, time.perf_counter(), readings, fresh)
 
     def _reset_peaks(self, readings: Sequence[Reading]) -> None:
         for reading in readings:
@@ -317,7 +287,7 @@ class Ledger:
                 (self.reader or probe.current()).reset_peak(reading.device)
 
     def _end(self, opened: _Open, name: str, failed: bool) -> Phase:
-        seconds = self._clock() - opened.started
+        seconds = time.perf_counter() - opened.started
         after = self._read(settled=True)  # counted into the peaks of `opened`, which is still watched
         growth = {} if failed else {r.device: found for r in after if (found := self._follow(name, r))}
         before = {reading.device: reading for reading in opened.before}
@@ -334,7 +304,7 @@ class Ledger:
         return ended
 
     def _follow(self, name: str, reading: Reading) -> leak.Growth | None:
-        """Adds the end of a phase to its series and warns once when it has begun to grow."""
+        """Adds the end of a phase to its series, and warns once when the series begins to grow."""
         figure = reading.tensors
         if figure.bytes is None:
             return None
@@ -367,21 +337,16 @@ def current() -> Ledger:
     return shared("ledger", Ledger)
 
 
-def mark(stage: str, *, step: int | None = None, frame: int | None = None, quiet: bool = False) -> str:
-    """Reads the device in use and logs one line, which is also returned; see `Ledger.mark`.
+def mark(stage: str, *, step: int | None = None, quiet: bool = False) -> str:
+    """Reads every device of the ledger and logs one line, which is also returned; see `Ledger.mark`.
 
     `after VAE encode · 2.10 GiB allocated · 2.50 reserved · 3.02 driver (NVML)`
     """
-    return current().mark(stage, step=step, frame=frame, quiet=quiet)
-
-
-def phase(name: str) -> Any:
-    """`with ledger.phase("sample"):`; see `Ledger.phase`."""
-    return current().phase(name)
+    return current().mark(stage, step=step, quiet=quiet)
 
 
 def _say(line: str) -> None:
-    """Logs at INFO. In a program that has not set up logging at all, the line still reaches the terminal."""
+    """Logs at INFO; in a program that has not set up logging, the line still reaches the terminal."""
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)

@@ -1,7 +1,7 @@
-"""NVIDIA's management library: what the driver says of one card, found by its identity and never by an index.
+"""NVIDIA's management library: what the driver says of one card, which is found by its identity, never by an index.
 
-torch numbers the cards that CUDA_VISIBLE_DEVICES shows in its own order; NVML numbers all cards by PCI address. So a
-card is looked up by UUID, or by PCI address with a torch that does not tell the UUID.
+torch numbers only the cards that CUDA_VISIBLE_DEVICES shows, in an order of its own; NVML numbers all cards by PCI
+address. So a card is looked up by UUID, or by PCI address with a torch that does not tell the UUID.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Verified offload: expected → move → drop → collect → clean → synchronise → measured → verdict.
 
 What a model is, how it is moved and what the books say comes in as plain callables (`Subject`). The verdict rests on
-counters read before and after; who still holds memory is looked up only when some is held.
+counters that are read before and after; the holders of memory are searched for only when some is still held.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ POOL_FLOOR_BYTES, POOL_SHARE = 64 * MIB, 0.05
 PROCESS_FLOOR_BYTES, PROCESS_SHARE = 32 * MIB, 0.10
 DEVICE_FLOOR_BYTES, DEVICE_SHARE = 256 * MIB, 0.10
 LARGEST_TOLERANCE = 0.25
-"""Of what was asked: a floor must not be larger than a small model, or every outcome would pass."""
+"""Of what was asked: no floor may be larger than a small model, or every outcome would pass."""
 ALIVE_BYTES = 1 * MIB
-"""Storages of the model that are alive on an accelerator by torch's own weak references: no noise to allow for."""
+"""Of the model's storages, by torch's own weak references, which have no noise to allow for."""
 
 
 class Verdict(str, enum.Enum):
@@ -73,13 +73,13 @@ class Receipt:
 
     Attributes:
         name, device: of the model, and where it was.
-        verdict: see DESIGN: only FREED means that the driver has the memory back.
+        verdict: only FREED means that the driver has the memory back.
         asked: bytes on the load device by the books, before.
         still_loaded: the same, after.
         left_tensors: bytes by which live tensors went down; None where they cannot be counted.
         left_driver: bytes by which the driver's figure went down, with its source.
         held: who holds memory that should be gone.
-        unnamed: bytes held by nobody that could be named.
+        unnamed: bytes for which no holder could be named.
         parameters: bytes of parameters and buffers by the device where they are now.
         before, after: the readings; None where nothing was moved.
         seconds: of the offload and both readings.
@@ -217,7 +217,7 @@ def offload(
 
 
 def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Reading) -> tuple[Verdict, list[str]]:
-    """The verdict of two readings, and what limits it.
+    """The verdict on two readings, and what limits it.
 
     Args:
         asked, still_loaded: bytes on the device by the books, before and after.

@@ -1,11 +1,8 @@
-"""A picture of a ledger: allocated, reserved and driver bytes over time, with the phases. Drawn with numpy alone."""
+"""A plot of a ledger: allocated, reserved and driver bytes over time, with the phases. Drawn with numpy alone."""
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,20 +79,6 @@ def draw(ledger: Ledger, device: str | None = None) -> Tensor:
     return _image(canvas)
 
 
-def write_png(path: Path | str, image: Tensor) -> None:
-    """Writes the first frame of a THWC image in 0..1 as an 8-bit PNG. An existing file is replaced."""
-    pixels = (image[0] * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-    height, width, _ = pixels.shape
-    # Every row of a PNG begins with the number of its filter; 0 is none.
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], 1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")]
-    data = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-
-
 def _readings(ledger: Ledger) -> list[Reading]:
     phases = [reading for phase in ledger.phases for reading in (*phase.before, *phase.after)]
     return [*phases, *(mark.reading for mark in ledger.marks)]
@@ -112,7 +95,7 @@ def _scale(highest: int) -> tuple[float, int, str]:
 
 
 def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> None:
-    """A band for each phase, with its name where there is room; names take turns in two rows."""
+    """A band for each phase, with its name where there is room; names alternate between two rows."""
     for index, phase in enumerate(ledger.phases):
         before = next((item for item in phase.before if item.device == device), None)
         after = next((item for item in phase.after if item.device == device), None)
@@ -125,7 +108,7 @@ def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> Non
 
 
 def _draw_line(canvas: np.ndarray, points: Sequence[tuple[int, int]], colour: tuple[int, int, int]) -> None:
-    """Two pixels thick. Between two readings nothing is known, so the line is straight there."""
+    """Two pixels thick, and straight between two readings, where nothing is known."""
     for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[-1]] if points else [], strict=True):
         steps = max(abs(x1 - x0), abs(y1 - y0), 1)
         xs = np.linspace(x0, x1, steps + 1).round().astype(int)

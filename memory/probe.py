@@ -33,7 +33,7 @@ class Probe(Protocol):
     """What the ledger and a verified offload read from; `ScriptedProbe` stands in for it in tests."""
 
     def sample(self, device: Device, *, settled: bool = False) -> Reading:
-        """Reads one device. `settled`: worth some milliseconds of tidying first (the end of a phase, not a step)."""
+        """Reads one device. `settled`: worth some milliseconds of tidying first (the end of a phase, not of a step)."""
         ...
 
     def reset_peak(self, device: Device) -> None:
@@ -41,7 +41,7 @@ class Probe(Protocol):
         ...
 
     def synchronise(self, device: Device) -> None:
-        """Waits until the device has done what was asked of it."""
+        """Waits until the device has finished what it was asked to do."""
         ...
 
 
@@ -165,7 +165,7 @@ class DeviceProbe:
 
 
 class ScriptedProbe:
-    """Readings as a script tells them: for tests, and for a simulated card whose books are the only truth.
+    """Readings from a script: for tests, and for a simulated card whose books are the only truth.
 
     Args:
         script: called for every sample with the device's name; what it raises leaves through `sample`.
@@ -194,8 +194,8 @@ def current() -> DeviceProbe:
 
 @contextmanager
 def tracking(tracker: StorageTracker | None = None) -> Iterator[StorageTracker]:
-    """While this runs, tensors that are made on the CPU are counted, by the process' probe too. It costs time for every
-    operator: for tests and for a closer look, not for every run."""
+    """Counts tensors that are made on the CPU inside the block, for the process' probe too. It slows every operator
+    down: for tests and for a closer look, not for every run."""
     tracker = tracker or StorageTracker()
     reader, outer = current(), current().tracker
     reader.tracker = tracker

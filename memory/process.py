@@ -1,7 +1,8 @@
-"""Where process-wide state lives: one module with a fixed name in `sys.modules`.
+"""Process-wide values, one for each name, however many copies of this package were imported.
 
 ComfyUI imports a pack under the path of its folder, and a second import under another name makes a second copy of every
-module. State kept in a module of ours would then exist twice; this one place does not.
+module. What a module of ours keeps would then exist twice. The values live in a module of their own, which has a fixed
+name in `sys.modules`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ STATE_MODULE = "steadyvsr_state"
 
 
 def shared(name: str, make: Callable[[], Any]) -> Any:
-    """The process-wide object called `name`, made by `make()` the first time that anybody asks."""
-    module = sys.modules.get(STATE_MODULE)
-    if module is None:
-        # setdefault is atomic: of two threads that come first, both get the same module.
-        module = sys.modules.setdefault(STATE_MODULE, types.ModuleType(STATE_MODULE))
-    lock = vars(module).setdefault("lock", threading.RLock())
-    with lock:
-        if name not in vars(module):
-            setattr(module, name, make())
-        return getattr(module, name)
+    """The value called `name`, made by `make()` the first time that anybody asks: `shared("ledger", Ledger)`."""
+    # setdefault is atomic: of two threads that come first, both get the same module and the same lock.
+    values = vars(sys.modules.setdefault(STATE_MODULE, types.ModuleType(STATE_MODULE)))
+    with values.setdefault("lock", threading.RLock()):
+        if name not in values:
+            values[name] = make()
+        return values[name]

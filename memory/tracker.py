@@ -1,7 +1,7 @@
 """Bytes of live tensors, counted storage by storage while a block of code runs.
 
-Allocators report what they hold, not what is alive, and on the CPU they report nothing. This counts every storage that
-an operator makes inside the `with` block, until its last tensor dies.
+Allocators report what they hold, not what is alive, and on the CPU they report nothing. The tracker counts each storage
+that an operator makes inside the `with` block, until its last tensor dies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -26,7 +25,7 @@ class StorageTracker(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: the most that were alive at once since the start or `reset_peak`.
-        created: how many storages were made: 0 means that nothing was watched.
+        created: how many storages were made; 0 means that nothing was watched.
         largest: elements of the largest tensor that an operator returned.
     """
 
@@ -67,11 +66,3 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the unique storages under `tensors`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def live_tensors(since: set[int] | None = None) -> list[Tensor]:
-    """Tensors that Python can reach through the collector, except those whose `id` is in `since`."""
-    import gc
-
-    gc.collect()
-    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in (since or ())]

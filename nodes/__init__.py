@@ -1,10 +1,10 @@
-"""What a user wires: ComfyUI nodes (V3), thin layers over `models`."""
+"""What a user wires: ComfyUI nodes (V3), thin layers over the other rooms."""
 
 from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from ..patches import hooks as wrappers
+from ..patches import hooks
 from ..patches.residency import read_dynamic_vram
 from .doctor import Doctor
 from .flashvsr.model_sets import register_model_folder
@@ -19,15 +19,17 @@ from .vae.nodes import VAEDecodeTiled, VAEEncodeTiled
 
 
 class FlashVSRExtension(ComfyExtension):
-    """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it, lets the
-    probe see ComfyUI's dynamic VRAM, opens the routes of the
-    memory panel, and puts the wrappers in place that let kept models stay."""
+    """The pack's nodes.
+
+    Creating it registers the model folder for the combos, lets the probe see ComfyUI's dynamic VRAM, opens the routes
+    of the memory panel, and installs the wrappers that let kept models stay.
+    """
 
     def __init__(self) -> None:
         register_model_folder()
         read_dynamic_vram()
         register_routes()
-        wrappers.install()
+        hooks.install()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -1,9 +1,8 @@
-"""The doctor as a node: the same findings, with the network moved, and guidance computed, by ComfyUI."""
+"""The doctor as a node: the same findings, but ComfyUI moves the network and computes guidance."""
 
 from __future__ import annotations
 
 import functools
-import json
 
 import comfy.model_management as mm
 import comfy.ops
@@ -21,13 +20,14 @@ from ..models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from ..patches import residency
 from ..patches.versions import patcher_class, supported
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
+from .sockets import as_json, report_output
 
 NODE = "Memory Doctor"
 WAN_DIM = 128
-"""The smallest that ComfyUI's Wan 2.1 takes: one head."""
+"""The smallest width that ComfyUI's Wan 2.1 takes: one head."""
 TEXT_TOKENS, TEXT_DIM = 7, 4096
 LATENT = (1, 16, 5, 32, 32)
-"""NCTHW; large enough for activations to outweigh what a sampler needs anyway."""
+"""NCTHW; large enough that activations outweigh what a sampler needs anyway."""
 STEPS, CFG = 2, 3.0
 
 
@@ -38,18 +38,18 @@ class Doctor(io.ComfyNode):
             node_id="SteadyVSR_Doctor",
             display_name=NODE,
             category="SteadyVSR/Memory",
-            description="Tries out on this machine what can be measured, whether an offloaded model really leaves the "
+            description="Finds out on this machine what can be measured, whether an offloaded model really leaves the "
             "device, whether memory grows from run to run, and what guidance costs. Takes up to a minute; uses the "
-            "embedded network, and a small diffusion model of random weights.",
+            "embedded network and a small diffusion model with random weights.",
             inputs=[],
-            outputs=[io.String.Output("report", display_name="report", tooltip="The findings, as JSON.")],
+            outputs=[report_output("The findings, as JSON.")],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["diagnose", "vram", "leak"]),
         )
 
     @classmethod
     def fingerprint_inputs(cls) -> float:
-        return float("nan")  # asked again, it looks again
+        return float("nan")  # never skipped
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
@@ -62,8 +62,7 @@ class Doctor(io.ComfyNode):
             guidance=_sampled,
             on_step=lambda what: mm.throw_exception_if_processing_interrupted(),
         )
-        report = json.dumps(findings.to_json(), indent=2, ensure_ascii=False)
-        return io.NodeOutput(report, ui=ui.PreviewText("\n".join(findings.lines())))
+        return io.NodeOutput(as_json(findings.to_json()), ui=ui.PreviewText("\n".join(findings.lines())))
 
 
 def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe) -> offload.Receipt:
@@ -77,12 +76,12 @@ def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe
 
 
 def _sampled(model: FlashVSR, device: torch.device, reader: probe.Probe) -> Guidance | None:
-    """ComfyUI's sampler on a small Wan 2.1 of random weights, with Guidance Memory in each of its modes."""
+    """ComfyUI's sampler on a small Wan 2.1 with random weights, with Guidance Memory in each of its modes."""
     found = {}
     base = comfy.sd.load_diffusion_model_state_dict(_random_wan())
     for mode in (OFF, SEQUENTIAL, BATCHED):
         patched = with_guidance(base, mode)
-        mm.load_models_gpu([patched])  # weights are no activations
+        mm.load_models_gpu([patched])  # before measuring: weights are not activations
         found[mode] = peak_of(functools.partial(_sample, patched), device, reader)
     mm.free_memory(1e30, device, keep_loaded=[x for x in mm.current_loaded_models if x.model is not patched])
     latent = "×".join(map(str, LATENT))

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 from server import PromptServer
 
 from ..memory.reading import size_text
-from ..patches import hooks as wrappers
-from ..patches import presses as snapshots
+from ..patches import hooks, presses
 from ..patches.kept import registry
 from ..patches.residency import residents
 from ..patches.versions import supported
+from .sockets import passed_output, report_output, with_report
 
 CATEGORY = "SteadyVSR/Memory"
 FREE, RELEASE = "Free Memory", "Release Kept Models"
-
-
-def passed_output() -> io.Output:
-    return io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.")
-
-
-def report_output() -> io.Output:
-    return io.String.Output("report", display_name="report", tooltip="What was asked and what is there now, as JSON.")
+REPORT_TOOLTIP = "What was asked and what is loaded now, as JSON."
 
 
 def now() -> list[dict[str, Any]]:
-    """What ComfyUI's list says is loaded at this moment."""
+    """What is loaded now, by ComfyUI's list."""
     return [{**vars(item), "device": str(item.device)} for item in residents()]
 
 
@@ -39,22 +31,24 @@ class FreeMemory(io.ComfyNode):
             node_id="SteadyVSR_FreeMemory",
             display_name=FREE,
             category=CATEGORY,
-            description="Presses ComfyUI's free-memory button at the end of this workflow. Kept models stay. What came "
-            "of it stands in the memory panel and in the log; to free a model within a workflow use a Phase Gate.",
+            description="Presses ComfyUI's free-memory button at the end of this workflow. Kept models stay. The "
+            "memory panel and the log show what it freed; to free a model within a workflow, use a Phase Gate.",
             inputs=[
-                io.AnyType.Input("value", tooltip="Anything; the wish is noted when it is there. It is passed on."),
+                io.AnyType.Input(
+                    "value", tooltip="Anything; the request is noted when it arrives. It is passed on unchanged."
+                ),
                 io.Boolean.Input(
                     "unload_models", default=True, tooltip="Take every model that is not kept off its device."
                 ),
                 io.Boolean.Input(
                     "free_memory",
                     default=False,
-                    tooltip="Also drop the results of nodes, and with them models in RAM that nobody keeps. ComfyUI "
-                    "unloads models with this alone, too.",
+                    tooltip="Also drop the results of nodes, and with them models in RAM that nobody keeps. With this "
+                    "alone, ComfyUI unloads models too.",
                 ),
-                io.String.Input("reason", default="", tooltip="Words that stand beside the result."),
+                io.String.Input("reason", default="", tooltip="A note that is shown beside the result."),
             ],
-            outputs=[passed_output(), report_output()],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unload models", "clean vram", "purge"]),
         )
@@ -69,20 +63,16 @@ class FreeMemory(io.ComfyNode):
         for name, wanted in (("unload_models", unload_models), ("free_memory", free_memory)):
             if wanted:
                 queue.set_flag(name, True)
-        snapshots.set_reason(reason)
-        report = json.dumps(
-            {
-                "node": FREE,
-                "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
-                "when": "after this workflow",
-                "loaded_now": now(),
-                "kept": [entry.name for entry in registry().owned()],
-                "wrappers": wrappers.status(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        presses.set_reason(reason)
+        report = {
+            "node": FREE,
+            "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
+            "when": "after this workflow",
+            "loaded_now": now(),
+            "kept": [entry.name for entry in registry().owned()],
+            "wrappers": hooks.status(),
+        }
+        return with_report(value, report=report)
 
 
 class ReleaseKept(io.ComfyNode):
@@ -92,10 +82,14 @@ class ReleaseKept(io.ComfyNode):
             node_id="SteadyVSR_ReleaseKept",
             display_name=RELEASE,
             category=CATEGORY,
-            description="Gives up every kept model: from then on ComfyUI treats it like any other, and the free-memory "
-            "buttons take it. Nothing is moved by this node itself.",
-            inputs=[io.AnyType.Input("value", tooltip="Anything; models are given up when it is there. It goes on.")],
-            outputs=[passed_output(), report_output()],
+            description="Releases every kept model: from then on ComfyUI treats it like any other, and the "
+            "free-memory buttons take it. The node itself moves nothing.",
+            inputs=[
+                io.AnyType.Input(
+                    "value", tooltip="Anything; models are released when it arrives. It is passed on unchanged."
+                )
+            ],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unpin", "forget models"]),
         )
@@ -107,16 +101,8 @@ class ReleaseKept(io.ComfyNode):
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
         given_up = registry().release()
-        report = json.dumps(
-            {
-                "node": RELEASE,
-                "released": [
-                    {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
-                    for entry in given_up
-                ],
-                "loaded_now": now(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        released = [
+            {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
+            for entry in given_up
+        ]
+        return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": now()})

@@ -1,4 +1,4 @@
-"""Sampling in less memory: guidance without its doubled batch, and an allocator that is emptied between steps."""
+"""Sampling in less memory: guidance without a doubled batch, and an allocator that is emptied between steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OFF, SEQUENTIAL, BATCHED = "off", "sequential", "batched"
 NEVER, PRESSURE, EVERY_STEP = "never", "pressure", "every step"
 GUIDANCE_KEY, LEAN_KEY = "steadyvsr_guidance", "steadyvsr_lean"
 PLAIN_CONDS = 2
-"""Positive and negative, in this order. Guiders of other kinds compute more, each in an order of its own."""
+"""Positive and negative, in this order. Other kinds of guiders compute more, each in an order of its own."""
 
 
 class GuidanceMemory(io.ComfyNode):
@@ -37,7 +37,7 @@ class GuidanceMemory(io.ComfyNode):
             display_name=GUIDANCE,
             category=CATEGORY,
             description="Chooses how classifier-free guidance is computed. Positive and negative prompt in one batch "
-            "need about twice the activations of one of them.",
+            "need about twice the activations of one alone.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
                 io.Combo.Input(
@@ -59,10 +59,10 @@ class GuidanceMemory(io.ComfyNode):
 
 
 def with_guidance(model: Any, mode: str) -> Any:
-    """A clone of a MODEL patcher that computes guidance in that way; an earlier choice on it is replaced.
+    """A clone of a MODEL patcher that computes guidance in that way; it replaces an earlier choice.
 
-    The wrapper stands around ComfyUI's own evaluation of the conditions, so functions of other nodes, before and after
-    the guidance and around the model, see what they always see.
+    The wrapper encloses ComfyUI's own evaluation of the conditions, so functions of other nodes, before and after the
+    guidance and around the model, see what they always see.
 
     Raises:
         ValueError: an unknown mode.
@@ -89,10 +89,10 @@ def _one_after_another(
 
 
 class PositiveOnly:
-    """The positive condition alone, in the negative's place too: then guidance of any strength gives the positive.
+    """Computes the positive condition only and returns it for the negative too: any cfg then gives the positive.
 
-    Other nodes may evaluate conditions one by one or three at once. Which of those could be left out is not known, so
-    all are computed, and the log says so once.
+    Other nodes may evaluate conditions one by one or three at once. Which of those could be left out is unknown, so all
+    are computed, and the log says so once.
     """
 
     def __init__(self) -> None:
@@ -117,8 +117,8 @@ class LeanSampling(io.ComfyNode):
             node_id="SteadyVSR_LeanSampling",
             display_name=LEAN,
             category=CATEGORY,
-            description="Gives unused memory of torch's allocator back to the driver between sampler steps. What it "
-            "cost in seconds stands on this node, in the memory panel and in the log when sampling is over, and in "
+            description="Gives unused memory of torch's allocator back to the driver between sampler steps. What that "
+            "cost in seconds is shown on this node, in the memory panel and in the log when sampling is over, and in "
             "every Memory Report after the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
@@ -148,7 +148,7 @@ class LeanSampling(io.ComfyNode):
 
 
 class Cleaning:
-    """Stands around the sampler: cleans after its steps and says at the end what that cost.
+    """Wraps the sampler: cleans after its steps, and reports at the end what that cost.
 
     Args:
         when: pressure | every step.
@@ -194,7 +194,7 @@ class Cleaning:
             if unread:
                 line += f"; how full {device} is could not be read after {unread} of them"
             log.info("%s: %s", LEAN, line)
-            # This node's outputs were made before sampling began; Memory Report comes after it and reads the ledger.
+            # This node's outputs existed before sampling began; a Memory Report behind the sampler reads the ledger.
             residency.prompt_ledger().mark(f"{LEAN}: {line}", quiet=True)
             receipts.give(ReceiptCard(LEAN, line, "DONE"))
             node_status.send(self.node_id, receipt={"line": line, "verdict": "DONE"})

@@ -1,22 +1,22 @@
-"""What a node shows of itself while it runs and afterwards: lines on the node in every open page."""
+"""What a node shows of itself while it runs and afterwards: lines on the node, in every open page."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from server import PromptServer
+from ..patches import prompt
 
 EVENT = "steadyvsr.node"
 
 
 def send(node_id: str | None, **message: Any) -> None:
-    """Sends parts of a node's status; parts that are left out stay as they are on the page.
+    """Sends parts of a node's status; the page keeps the parts that are left out.
 
     Args:
         node_id: of the node in its graph; None (outside the executor) sends nothing.
         message: policy and policy_reason; receipt {line, verdict}; progress {phase, frames, total, fps, eta};
             memory {predicted, measured, budget, advice} in bytes and words.
     """
-    server = getattr(PromptServer, "instance", None)
+    server = prompt.server()
     if server is not None and node_id is not None:
-        server.send_sync(EVENT, {"node": node_id, **message}, getattr(server, "client_id", None))
+        server.send_sync(EVENT, {"node": node_id, **message}, server.client_id)

@@ -1,8 +1,7 @@
-"""The memory nodes: a gate that ends a phase of a workflow, and a report of what was measured in this run."""
+"""Phase Gate ends a phase of a workflow; Memory Report shows what was measured in this run."""
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -14,12 +13,11 @@ from ..memory.budget import gib
 from ..memory.offload import Verdict
 from ..memory.reading import Figure, size_text
 from ..patches import phases as gate
-from ..patches import presses as snapshots
-from ..patches import residency
+from ..patches import presses, residency
 from ..patches.versions import supported, unique_id
 from . import node_status, receipts
-from .flashvsr.nodes import FlashVSRType
 from .receipts import Line, ReceiptCard
+from .sockets import FlashVSRType, as_json, passed_output, report_output, with_report
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -47,40 +45,42 @@ class PhaseGate(io.ComfyNode):
             description="Ends a phase of a workflow: takes its models off the card, measures what is left there, and "
             "stops the workflow (or warns) if that is more than you allow. What follows waits for the gate.",
             inputs=[
-                io.AnyType.Input("value", tooltip="What the phase made. It is passed on as it is, lists too."),
+                io.AnyType.Input(
+                    "value", tooltip="What the phase produced. It is passed on unchanged, lists included."
+                ),
                 io.String.Input(
                     "phase", default="phase", tooltip="Name of the phase that ends here, for messages and reports."
                 ),
                 gib_input(
                     "budget_gb",
                     "What may still be on each card after this phase, in GiB: the larger of ComfyUI's books and live "
-                    "tensors as the device counts them. -1: no limit. 0: nothing at all; on a CUDA card leave some "
+                    "tensors as the device counts them. -1: no limit. 0: nothing at all; on a CUDA card leave a few "
                     "hundredths for torch's own workspaces.",
                 ),
                 gib_input(
                     "needs_gb",
-                    "What must be free on ComfyUI's card for what follows, in GiB, by measurement. 0: nothing is "
-                    "asked. If it is not free, the message says what is in the way.",
+                    "What must be free on ComfyUI's card for what follows, in GiB, by measurement. 0: no requirement. "
+                    "If it is not free, the message says what is in the way.",
                     default=0.0,
                 ),
                 io.Combo.Input(
                     "on_violation",
                     options=[ERROR, WARN],
                     default=ERROR,
-                    tooltip="What happens if a model did not leave the card or a limit is exceeded. error: the "
-                    "workflow stops here. warn: it goes on; the report and the log say so.",
+                    tooltip="What happens if a model has not left the card or a limit is exceeded. error: the "
+                    "workflow stops here. warn: it continues; the report and the log say so.",
                 ),
                 gib_input(
                     "peak_gb",
-                    "The most that live tensors may have taken on a card during this phase, in GiB. -1: no limit. "
-                    "It is compared when the phase is over.",
+                    "The most that live tensors may take on a card during this phase, in GiB. -1: no limit. It is "
+                    "checked when the phase is over.",
                     optional=True,
                 ),
                 io.AnyType.Input(
                     "wait_for",
                     optional=True,
-                    tooltip="Something else that must be done before this phase ends, such as the negative prompt. "
-                    "It is not passed on.",
+                    tooltip="Something else that must be finished before this phase ends, such as the negative "
+                    "prompt. It is not passed on.",
                 ),
                 *(
                     io.MultiType.Input(
@@ -95,13 +95,13 @@ class PhaseGate(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured here, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured here, as JSON."),
             ],
             # One gate for a whole list: a phase ends once.
             is_input_list=True,
             # ComfyUI runs an output node as soon as it can, so a phase is over before the next one starts; and a gate
-            # whose value leads nowhere is a gate all the same.
+            # whose value leads nowhere still runs.
             is_output_node=True,
             **supported(io.Schema, search_aliases=ALIASES),
         )
@@ -132,7 +132,6 @@ class PhaseGate(io.ComfyNode):
             ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb))
         except TypeError as error:
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
-        report = as_text({"node": GATE, **ended.to_json()})
         for line in ended.lines():
             log.info("%s: %s", phase[0], line)
         show(ended, unique_id(cls))
@@ -141,7 +140,7 @@ class PhaseGate(io.ComfyNode):
             if on_violation[0] == ERROR:
                 raise RuntimeError(said)
             log.warning("%s", said)
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        return with_report(value, report=_known({"node": GATE, **ended.to_json()}))
 
 
 def show(ended: gate.Ended, node_id: str | None) -> None:
@@ -156,8 +155,8 @@ def show(ended: gate.Ended, node_id: str | None) -> None:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """JSON without the figures that nothing could read and nobody explained."""
-    return json.dumps(_known(report), indent=2, ensure_ascii=False)
+    """JSON without figures that are unknown and have no note."""
+    return as_json(_known(report))
 
 
 def _known(value: Any) -> Any:
@@ -166,13 +165,14 @@ def _known(value: Any) -> Any:
     return [_known(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def limits_of(budget_gb: list[float], needs_gb: list[float], peak_gb: list[float] | None) -> gate.Limits:
+def limits_of(budget_gb: list[float], needs_gb: list[float], peak_gb: list[float] | None) -> gate.PhaseLimits:
     """Widgets in GiB as limits in bytes.
 
-    They are lists because the gate takes lists. One that another node computes is None while fingerprints are taken.
+    They are lists because the gate takes lists. One that another node computes is None while ComfyUI asks for
+    fingerprints.
     """
     resident, free, peak = (values[0] if values else None for values in (budget_gb, needs_gb, peak_gb))
-    return gate.Limits(
+    return gate.PhaseLimits(
         resident=gib(resident) if resident is not None and resident >= 0 else None,
         peak=gib(peak) if peak is not None and peak >= 0 else None,
         free=gib(free) if free is not None and free > 0 else None,
@@ -186,21 +186,26 @@ class MemoryReport(io.ComfyNode):
             node_id="SteadyVSR_MemoryReport",
             display_name=REPORT,
             category=CATEGORY,
-            description="Says and draws what was measured in this run up to here: the phases that gates have ended, "
-            "what Lean Sampling cost, the most since the last report, which models are on which device now, and what "
+            description="Reports and plots what was measured in this run so far: the phases that gates have ended, "
+            "what Lean Sampling cost, the peak since the last report, which models are on which device now, and what "
             "the last press of a free-memory button did. It changes nothing.",
             inputs=[
                 io.AnyType.Input(
                     "value",
-                    tooltip="Anything; the report is made when it is there. It is passed on as it is. The report is "
-                    "made in every run, so what hangs behind it runs again too: let it end here to avoid that.",
+                    tooltip="Anything; the report is made when it arrives. It is passed on unchanged. The report is "
+                    "made in every run, so nodes behind it run again too: to avoid that, connect nothing to the "
+                    "output.",
                 ),
-                io.String.Input("label", default="report", tooltip="Name of this place, for the log and the picture."),
+                io.String.Input(
+                    "label",
+                    default="report",
+                    tooltip="A name for this point in the workflow, for the log and the plot.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured, as JSON."),
                 io.Image.Output(
                     "plot",
                     display_name="plot",
@@ -224,9 +229,9 @@ class MemoryReport(io.ComfyNode):
         run, peaks = book.since(residency.prompt_began()), book.take_peaks()
         residents = [resident for resident in residency.residents() if resident.bytes]
         process = probe.read("cpu", settled=True).process
-        press = snapshots.last_press()
+        press = presses.last_press()
         measured = run.to_json()
-        # Growth rests on earlier runs too: it is said only where it is a leak, and apart from this run's numbers.
+        # Growth rests on earlier runs too: it is reported only where it is a leak, and apart from this run's numbers.
         growth = [phase.pop("growth") for phase in measured["phases"]]
         leaks = {
             f"{phase.name} on {device}": str(phase.growth[device])
@@ -234,7 +239,7 @@ class MemoryReport(io.ComfyNode):
             for device in by_device
             if phase.growth[device].leaking
         }
-        # What others marked before this report, such as Lean Sampling, whose outputs exist before it has run.
+        # What others have marked, such as Lean Sampling, whose outputs exist before sampling begins.
         earlier = [mark for mark in run.marks if mark.kind == "mark"][: -len(line.splitlines())]
         text = [
             *line.splitlines(),
@@ -244,7 +249,7 @@ class MemoryReport(io.ComfyNode):
             *(f"on {item.device}: {item.name} {gate.exact_text(item.bytes)}" for item in residents),
             f"this process in RAM: {size_text(process.bytes)} ({process.source or process.note})",
             *(f"grows from run to run: {phase}, {leak}" for phase, leak in leaks.items()),
-            *([] if press is None else [f"last press ({press.before.caller}): {press.line}"]),
+            *([] if press is None else [f"last press ({press.caller}): {press.line}"]),
             *([] if press is None else [f"last press, {look.line}" for look in press.looks]),
         ]
         report = as_text(

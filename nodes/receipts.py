@@ -1,4 +1,4 @@
-"""Receipts of what was asked for: kept in a ring, pushed to every open page."""
+"""Receipts of what was asked for, kept in a ring and pushed to every open page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from server import PromptServer
-
 from ..memory.process import shared
+from ..patches import prompt
 
 RING_RECEIPTS = 64
 EVENT = "steadyvsr.receipt"
@@ -32,14 +31,14 @@ class Line:
 
 @dataclass(frozen=True)
 class ReceiptCard:
-    """What the panel shows for one action.
+    """What the panel shows of one action.
 
     Attributes:
         title: what was asked.
         line: what was measured.
         verdict: of memory.offload, or DONE | PENDING | FAILED.
         models: what became of each.
-        id: the same id replaces an earlier card, such as PENDING by its result.
+        id: a card replaces an earlier one of the same id, such as PENDING by its result.
         time: seconds of `time.time`.
     """
 
@@ -62,8 +61,7 @@ def give(card: ReceiptCard) -> dict[str, Any]:
     for old in [old for old in ring if old["id"] == plain["id"]]:
         ring.remove(old)
     ring.append(plain)
-    server = getattr(PromptServer, "instance", None)
-    if server is not None:
+    if (server := prompt.server()) is not None:
         server.send_sync(EVENT, plain)
     return plain
 

@@ -1,4 +1,4 @@
-"""Kept models stay through ComfyUI's freeing: wrappers around four functions, each ending in the original.
+"""Kept models stay through ComfyUI's freeing: wrappers around its functions, each of which runs the original.
 
 | function | what the wrapper adds |
 |---|---|
@@ -6,11 +6,13 @@
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+| PromptExecutor.reset | a press has come to its reset |
+| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
 
-Of a backend's devices all are emptied by the one call that the original makes; nothing is added to it.
+The one call of the original empties the caches of all devices of a backend; nothing is added to it.
 
 ComfyUI's prompt worker has no guard around these calls: an exception here would end it for good. So whatever fails on
-our account is logged once, and the original runs as if we were not there. With nothing kept nothing is done.
+our account is logged once, and the original runs as if we were not there. With nothing kept, models are not touched.
 """
 
 from __future__ import annotations
@@ -21,19 +23,17 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
 import psutil
-import torch
 
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
-from . import presses as snapshots
-from . import prompt
+from . import idle, presses, prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
 from .residency import adopt, is_explicit
 
@@ -41,7 +41,7 @@ log = logging.getLogger("steadyvsr.patches")
 
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
 ENOUGH_RAM = 1.5
-"""Times the registry's `min_available`: RAM is yielded once below that, and again only after this was reached."""
+"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
 
 
 class _Thread(threading.local):
@@ -51,7 +51,7 @@ class _Thread(threading.local):
 
 
 class _State:
-    """Of the process, whatever copy of this module was imported first."""
+    """One for the process, whatever copy of this module was imported first."""
 
     def __init__(self) -> None:
         self.thread = _Thread()
@@ -66,7 +66,7 @@ def _state() -> _State:
 
 @contextmanager
 def _inside() -> Iterator[None]:
-    """Calls from within go straight to the originals, of a second installation too."""
+    """Calls from inside go straight to the originals, even through wrappers of a second installation."""
     thread = _state().thread
     thread.depth += 1
     try:
@@ -76,36 +76,32 @@ def _inside() -> Iterator[None]:
 
 
 def _idle() -> bool:
-    """Whether a wrapper has nothing to do: it was called from within another one, or nothing is kept."""
+    """Whether a wrapper has nothing to do: another one called it, or nothing is kept."""
     return _state().thread.depth > 0 or not registry().keeps_anything
 
 
 def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any:
-    """Our own part of a wrapper: its failure is logged once with its traceback and changes nothing else."""
+    """Runs our own part of a wrapper; a failure is logged once with its traceback and changes nothing else."""
     try:
         return action()
     except Exception as error:
         if what not in _state().failures:
             _state().failures.add(what)
-            log.error("%s failed; ComfyUI goes on as without SteadyVSR.", what, exc_info=error)
+            log.error("%s failed; ComfyUI continues as it would without SteadyVSR.", what, exc_info=error)
         return otherwise
-
-
-def _lock() -> Any:
-    """Some forks guard the list of models with a lock of their own."""
-    return getattr(mm, "model_management_lock", None) or nullcontext()
 
 
 def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     if _state().thread.depth > 0:
         return original(*arguments, **keywords)
-    # The handler of an out-of-memory error calls this while the error is being handled: KEPT yields, PINNED stays.
-    out_of_memory = _is_out_of_memory(sys.exc_info()[1])
+    # ComfyUI calls this while it handles an out-of-memory error: then KEPT yields, and PINNED stays.
+    error = sys.exc_info()[1]
+    out_of_memory = _attempt("reading an error", lambda: versions.is_out_of_memory(error), False)
     caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
     if caller == "housekeeping" and not registry().keeps_anything:
         return original(*arguments, **keywords)
-    press = _attempt("snapshot", lambda: snapshots.begin(caller))
-    with _inside(), _lock():
+    press = _attempt("snapshot", lambda: presses.begin(caller))
+    with _inside(), versions.list_lock():
         _attempt("repair of entries", repair)
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
@@ -114,22 +110,15 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
         finally:
             _attempt("putting kept models back", lambda: _put_back(hidden))
             _attempt("counting yields", lambda: _count_yields(before))
-            _attempt("snapshot", lambda: snapshots.unloaded(press))
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """By class and words: `is_oom` of newer versions touches the device."""
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    return isinstance(error, mm.OOM_EXCEPTION) or (
-        accelerator_error is not None and isinstance(error, accelerator_error) and "out of memory" in str(error).lower()
-    )
+            if press is not None:
+                _attempt("snapshot", press.unloaded)
 
 
 def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
     """Takes kept entries out of ComfyUI's list, in place, and returns them with their positions."""
     models = mm.current_loaded_models
     kept = {id(loaded) for loaded in registry().listed(*((PINNED,) if out_of_memory else (KEPT, PINNED)))}
-    # Another pack's function may read the patcher of every entry: one without would end the worker.
+    # Another pack's function may read the patcher of every entry; an entry without one would end the worker.
     spare_dead = registry().keeps_anything and getattr(original, "__module__", None) != mm.__name__
     hidden = [
         (index, loaded)
@@ -179,7 +168,7 @@ def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A call of free_memory. What a version or a fork added to its parameters goes through as it came."""
+    """A call of free_memory. Parameters that a version or a fork has added are passed on as they came."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -202,7 +191,7 @@ class _Asked:
         return self.device is not None and mm.get_free_memory(self.device) < self.required
 
     def means_only(self, kept: list[Any]) -> bool:
-        """Whether the caller asks for more than a device has and spares all but kept models: it means just these."""
+        """Whether the caller asks for more than a device has and spares all but kept models: then it means these."""
         if not self.spared or self.device is None or self.required <= mm.get_total_memory(self.device):
             return False
         spared, ours = {id(loaded) for loaded in self.spared}, {id(loaded) for loaded in kept}
@@ -222,31 +211,30 @@ def _count_yields(before: dict[str, int]) -> None:
 
 
 def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    thread = _state().thread
-    if thread.depth > 0 or thread.emptying or not (snapshots.press_open() or registry().keeps_anything):
+    thread, press = _state().thread, presses.open_press()
+    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
         return original(*arguments, **keywords)
-    # A mark of its own: should the original, another pack's, unload models, then kept ones are to be protected.
+    # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
     try:
-        if snapshots.press_open():
+        if press is not None and (prompt.in_work() or is_explicit()):
             # What a prompt or an owner moves now is not the doing of a press that nobody has ended.
-            foreign = prompt.in_work() or is_explicit()
-            _attempt("snapshot", snapshots.end_early if foreign else snapshots.was_reset)
+            _attempt("snapshot", press.end)
         if registry().keeps_anything:
             _attempt("repair of entries", repair)
             _attempt("yielding RAM", yield_ram)
         result = original(*arguments, **keywords)
-        if snapshots.press_open():
-            _attempt("snapshot", snapshots.collected)
+        if press is not None:
+            _attempt("snapshot", press.emptied)
         return result
     finally:
         thread.emptying = False
 
 
 def repair() -> None:
-    """Gives entries whose patcher died with a clone, while the owner keeps the module, the owner's patcher.
+    """Gives the owner's patcher to entries whose own patcher, a clone, has died while the owner keeps the module.
 
-    Without it such an entry can neither be used nor freed. Where the module was listed again since, the entry goes.
+    Without a patcher, an entry can neither be used nor freed. If the module is listed again by now, the entry goes.
     """
     models = mm.current_loaded_models
     dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
@@ -270,7 +258,7 @@ def repair() -> None:
 
 
 def yield_ram() -> None:
-    """Releases kept models while RAM is short, never while a prompt runs (attention calls this in mid-sampling)."""
+    """Releases kept models while RAM is short, but not during a prompt: attention empties caches in mid-sampling."""
     if prompt.in_work():
         return
     state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
@@ -303,7 +291,7 @@ def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: A
 
 
 def readopt() -> None:
-    """Lists kept models again that are on their device and that ComfyUI has lost in the middle of a load."""
+    """Lists kept models again that are on their device, but that ComfyUI lost in the middle of a load."""
     repair()
     known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
     for entry in registry().owned():
@@ -312,23 +300,50 @@ def readopt() -> None:
                 adopt(patcher)
 
 
+def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    result = original(*arguments, **keywords)
+    if (press := presses.open_press()) is not None:
+        _attempt("snapshot", press.was_reset)
+    return result
+
+
+def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    flags = original(*arguments, **keywords)
+    _attempt("snapshot", presses.end_open)
+    idle.run_waiting()
+    return flags
+
+
 BODIES: dict[str, Callable[..., Any]] = {
     "unload_all_models": unload_all_models,
     "free_memory": free_memory,
     "soft_empty_cache": soft_empty_cache,
     "load_models_gpu": load_models_gpu,
+    "PromptExecutor.reset": reset,
+    "PromptQueue.get_flags": get_flags,
 }
 
 
 def install() -> None:
-    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing."""
-    for name in NAMES:
-        if status_of(name) != "replaced":
-            continue
-        _wrap(name, getattr(mm, name), BODIES[name])
+    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing.
+
+    A function that this ComfyUI does not have costs its own wrapper only.
+    """
+    for name in BODIES:
+        if status_of(name) == "replaced":
+            _wrap(name)
 
 
-def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> None:
+def _place(name: str) -> tuple[Any, str]:
+    """What has the function: ComfyUI's model management, or a class of its worker (None without a server)."""
+    owner, _, attribute = name.rpartition(".")
+    return (getattr(sys.modules.get("execution"), owner, None) if owner else mm), attribute
+
+
+def _wrap(name: str) -> None:
+    owner, attribute = _place(name)
+    original, body = getattr(owner, attribute), BODIES[name]
+
     @functools.wraps(original)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:
         if not wrapper.steadyvsr_armed:  # type: ignore[attr-defined]
@@ -337,16 +352,17 @@ def _wrap(name: str, original: Callable[..., Any], body: Callable[..., Any]) -> 
 
     wrapper.steadyvsr_wrapper = name  # type: ignore[attr-defined]
     wrapper.steadyvsr_armed = True  # type: ignore[attr-defined]
-    setattr(mm, name, wrapper)
+    setattr(owner, attribute, wrapper)
     _state().placed.append(wrapper)
 
 
 def uninstall() -> None:
-    """Takes wrappers away where they are on top; those that others have wrapped again only stop to act."""
-    for name in NAMES:
-        top = getattr(mm, name)
+    """Takes wrappers away where they are on top; those that others have wrapped stay and do nothing more."""
+    for name in BODIES:
+        owner, attribute = _place(name)
+        top: Any = getattr(owner, attribute, None)
         if _ours(top, name):
-            setattr(mm, name, top.__wrapped__)
+            setattr(owner, attribute, top.__wrapped__)
     # All of them: others' wrappers need not say what they wrap.
     for wrapper in _state().placed:
         wrapper.steadyvsr_armed = False
@@ -354,30 +370,37 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, str]:
-    """For each function: on top | in chain | replaced."""
-    return {name: status_of(name) for name in NAMES}
+    """For each function: on top | in chain | replaced | missing."""
+    return {name: status_of(name) for name in BODIES}
 
 
 def status_of(name: str) -> str:
-    """Where our wrapper of a function stands. "replaced": it is not in the chain, as far as that can be followed."""
-    for position, link in enumerate(_chain(getattr(mm, name))):
+    """Where our wrapper of a function stands.
+
+    "replaced": it is not in the chain of wrappers, as far as that can be followed. "missing": no such function.
+    """
+    owner, attribute = _place(name)
+    function = getattr(owner, attribute, None)
+    if function is None:
+        return "missing"
+    for position, link in enumerate(_chain(function)):
         if _ours(link, name) and link.steadyvsr_armed:
             return "in chain" if position else "on top"
     return "replaced"
 
 
 def _ours(link: Any, name: str) -> bool:
-    """functools.wraps copies marks to a foreign wrapper around ours: only our own function has our code."""
+    """By its code: functools.wraps copies our marks to a foreign wrapper around ours."""
     code = getattr(link, "__code__", None)
     return (
-        vars(link).get("steadyvsr_wrapper") == name
-        and code is not None
+        code is not None
+        and vars(link).get("steadyvsr_wrapper") == name
         and (code.co_name, code.co_filename) == ("wrapper", __file__)
     )
 
 
 def _chain(function: Any) -> Iterator[Any]:
-    """A function and what it wraps, as far as `__wrapped__` tells."""
+    """A function and what it wraps, as far as `__wrapped__` says."""
     seen: set[int] = set()
     while callable(function) and hasattr(function, "__dict__") and id(function) not in seen:
         seen.add(id(function))

@@ -1,8 +1,8 @@
-"""Who owns the models that were asked to stay: a registry with strong references, keyed by files and options.
+"""Who owns the models that are to stay: a registry with strong references, keyed by files and options.
 
 ComfyUI's list of loaded models holds weak references, and its node caches are dropped by a button, by another workflow,
-by an LRU limit or by RAM pressure. A model that is to survive all of them needs an owner of its own: this one.
-Ownership is decided by module identity, never by a mark on a patcher: clones of a patcher do not copy marks.
+by an LRU limit or by RAM pressure. A model that is to survive all of these needs an owner of its own: the registry.
+Ownership goes by module identity, never by a mark on a patcher: clones of a patcher do not copy marks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import psutil
 
 from ..memory.process import shared
 from ..memory.reading import size_text
-from . import prompt
+from . import prompt, versions
 
 log = logging.getLogger("steadyvsr.patches")
 
@@ -38,12 +38,12 @@ RAM_SHARE = 0.5
 """Of the machine's RAM, for all kept models together, unless `Registry.ram_budget_bytes` is set."""
 
 AVAILABLE_SHARE = 0.1
-"""Of the machine's RAM: kept models yield when less is available, unless `Registry.min_available_bytes` is set."""
+"""Of the machine's RAM: kept models yield when less than this is available."""
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """A file as it is now; another one under the same name is not equal."""
+    """A file as it is now; another file under the same name is not equal to it."""
 
     path: str
     mtime_ns: int
@@ -80,12 +80,12 @@ class Key:
 
     @property
     def slot(self) -> tuple:
-        """The key without the state of the files: a replaced file has the slot of its predecessor."""
+        """The key without the state of the files: a replaced file takes the slot of its predecessor."""
         return self.kind, tuple(file.path for file in self.files), self.options
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits for reports and routes; no path can be read from them."""
+        """Twelve hexadecimal digits for reports and routes, from which no path can be read."""
         return hashlib.sha256(repr(self.slot).encode()).hexdigest()[:12]
 
 
@@ -136,7 +136,7 @@ class Entry:
 
     @property
     def value(self) -> Any | None:
-        """What the loader made: a MODEL patcher, CLIP, VAE, FLASHVSR …; None once an entry that is not owned died."""
+        """What the loader made: a MODEL patcher, CLIP, VAE, FLASHVSR …; None once one that is not owned has died."""
         return self._strong if self._strong is not None else self._weak() if self._weak is not None else None
 
     @property
@@ -151,7 +151,7 @@ class Entry:
         self._weak = None if policy != EJECTABLE else _weak_reference(value)
 
     def intact(self) -> bool:
-        """Whether it is alive, and its networks (a LoRA file has none) have weights with memory behind them."""
+        """Whether its value is alive, and the weights of its networks (a LoRA file has none) still have memory."""
         if self.value is None:
             return False
         patchers = self.patchers
@@ -159,7 +159,7 @@ class Entry:
         return all(weight is not None and weight.device.type != "meta" for weight in first)
 
     def requests_in(self, running: prompt.RunningPrompt | None) -> dict[str, Request]:
-        """By node id: requests of the loaders in the running prompt, also of those that ComfyUI has cached."""
+        """By node id: requests of the loaders in the running prompt, those that ComfyUI has cached included."""
         if running is None:
             return {}
         return {
@@ -170,7 +170,7 @@ class Entry:
         }
 
     def strongest(self, running: prompt.RunningPrompt | None, newest: str) -> str:
-        """The policy that holds: of the loader nodes in the running prompt the strongest one."""
+        """The policy that applies: the strongest among the loader nodes of the running prompt."""
         asked = [request.policy for request in self.requests_in(running).values()]
         return max([newest, *asked], key=POLICIES.index)
 
@@ -182,8 +182,6 @@ class Registry:
         self.lock = threading.RLock()
         self.ram_budget_bytes: int | None = None
         """For all owned entries together; None is half of the machine's RAM."""
-        self.min_available_bytes: int | None = None
-        """RAM that kept models leave to others; None is a tenth of the machine's."""
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
         self._loading: dict[tuple, threading.RLock] = {}
         self._owned = 0
@@ -204,11 +202,11 @@ class Registry:
         files) and entries beyond the RAM budget are dropped before the files are read.
 
         Args:
-            policy: of the asking node; of all loader nodes in the running prompt the strongest policy holds.
+            policy: of the asking node; the strongest policy among the loader nodes of the running prompt applies.
             load: reads the files; what it raises leaves through here, and nothing is registered.
             patchers_of: the ModelPatchers inside the value.
             name: for reports.
-            before_load: called when files will be read, such as an admission check.
+            before_load: called just before files are read, such as an admission check.
             size_of: bytes of the value; None is the sum over its patchers.
 
         Returns:
@@ -259,7 +257,7 @@ class Registry:
 
     @property
     def keeps_anything(self) -> bool:
-        """Whether any entry is owned: asked at every step of sampling, so it takes no lock and makes no list."""
+        """Whether any entry is owned. It is asked at every step of sampling, so it takes no lock and makes no list."""
         return self._owned > 0
 
     def owned(self, *policies: str) -> list[Entry]:
@@ -271,7 +269,7 @@ class Registry:
         return next((entry for entry in self.entries() if entry.key == key), None)
 
     def owner_of(self, patcher: Any) -> Entry | None:
-        """The entry whose module a patcher patches: the same module, or a copy of it for another device."""
+        """The entry whose module a patcher patches: that module itself, or a copy of it for another device."""
         for entry in self.entries():
             if any(same_model(patcher, own) for own in entry.patchers):
                 return entry
@@ -323,14 +321,12 @@ class Registry:
         return int(psutil.virtual_memory().total * RAM_SHARE)
 
     def least_available_bytes(self) -> int:
-        if self.min_available_bytes is not None:
-            return self.min_available_bytes
         return int(psutil.virtual_memory().total * AVAILABLE_SHARE)
 
     def keep_within_budget(self) -> list[Entry]:
-        """Gives up the least recently used kept entries until the rest fits the RAM budget; says which.
+        """Gives up the least recently used kept entries until the rest fits the RAM budget; returns them.
 
-        Never a pinned one, and never one that the running prompt uses.
+        Pinned entries stay, and so do those that the running prompt uses.
         """
         budget = self.budget_bytes()
         return self.yield_ram(lambda: self.kept_bytes() > budget, f"kept models exceed {size_text(budget)} of RAM")
@@ -366,11 +362,11 @@ def registry() -> Registry:
 
 
 def same_model(first: Any, second: Any) -> bool:
-    """Whether two patchers patch one model: one module, or its copy on another device (0.33)."""
+    """Whether two patchers patch one model: one module, or its copy on another device."""
     if first.model is second.model:
         return True
-    base = getattr(first, "clone_base_uuid", None)
-    return base is not None and base == getattr(second, "clone_base_uuid", None)
+    base = versions.base_uuid(first)
+    return base is not None and base == versions.base_uuid(second)
 
 
 def _weak_reference(value: Any) -> Callable[[], Any]:

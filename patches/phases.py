@@ -14,18 +14,18 @@ from ..memory import budget, ledger, probe
 from ..memory.offload import Receipt, Verdict
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
-from . import prompt, residency
+from . import prompt, residency, versions
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a phase must leave behind. None is no limit.
+class PhaseLimits:
+    """What a phase may take and must leave free; None is no limit.
 
     Attributes:
         resident: bytes that may still be on each card after it.
-        peak: bytes of live tensors that it may have had at its worst moment, on each card.
+        peak: bytes of live tensors that it may have had on each card at its peak.
         free: bytes that must be free on ComfyUI's device for what follows.
     """
 
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Card:
-    """One accelerator after a phase, counted twice.
+    """One accelerator after a phase, counted by ComfyUI's books and by a probe.
 
     Attributes:
         models: by ComfyUI's books, largest first; those with nothing on the card are left out.
@@ -93,15 +93,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Ended:
-    """What the end of a phase came to; every number was read for it.
+    """The outcome of a phase; every number in it was read at the end of the phase.
 
     Attributes:
         receipts: one for each network that was to be offloaded.
-        violations: what is beyond the limits: (expected …; got …; what to do).
+        violations: what exceeds the limits, each as (expected, got, what to do).
     """
 
     phase: ledger.Phase
-    limits: Limits
+    limits: PhaseLimits
     receipts: tuple[Receipt, ...]
     cards: tuple[Card, ...]
     admission: budget.Admission | None
@@ -131,7 +131,7 @@ class Ended:
         }
 
 
-def end_phase(name: str, models: Iterable[Any], limits: Limits) -> Ended:
+def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits) -> Ended:
     """Offloads the models of a phase, ends it in the ledger, and compares what is left with the limits.
 
     Raises:
@@ -169,12 +169,12 @@ def end_phase(name: str, models: Iterable[Any], limits: Limits) -> Ended:
     return Ended(phase, limits, receipts, cards, admission, violations, tuple(notes))
 
 
-def work_counter(limits: Limits) -> int:
-    """How often the gate that is asking had something to do when a prompt began; for its fingerprint.
+def work_counter(limits: PhaseLimits) -> int:
+    """How often the gate that asks has had something to do when a prompt began; for its fingerprint.
 
     ComfyUI skips a gate whose inputs did not change, and everything behind it. That is right as long as the card is as
-    the gate would leave it: then no phase before it has run. It is wrong if a model of that phase came back by another
-    way, or the card is fuller than the gate allows: then the number changes, and the gate runs.
+    the gate would leave it: then no phase before it has run. It is wrong if a model of that phase is back on the card,
+    or if the card is fuller than the gate allows: then the number changes, and the gate runs.
     """
     residency.prompt_ledger()  # the first phase of a prompt begins here, before any node has run
     memory = _memory_of(prompt.running())
@@ -186,8 +186,8 @@ def work_counter(limits: Limits) -> int:
 
 
 def accelerators() -> list[torch.device]:
-    """ComfyUI's devices, less the CPU: there models compute where they rest, and there is nothing to keep free."""
-    return [device for device in residency.torch_devices() if device != CPU]
+    """ComfyUI's devices without the CPU, where models rest and compute in one place and nothing has to be kept free."""
+    return [device for device in versions.torch_devices() if device != CPU]
 
 
 def exact_text(amount: int) -> str:
@@ -206,7 +206,7 @@ def _memory_of(running: prompt.RunningPrompt | None) -> _GateMemory:
     return shared("phase_gates", dict).setdefault(running and running.node, _GateMemory())
 
 
-def _beyond(limits: Limits) -> bool:
+def _beyond(limits: PhaseLimits) -> bool:
     for device in accelerators() if limits.resident is not None else ():
         reading = probe.read(device, settled=True)
         card = Card(tuple(residency.residents(device)), reading, ledger.Peak())
@@ -226,7 +226,7 @@ def _name(device: torch.device, readings: dict[str, Reading]) -> str:
 
 def _violations(
     phase: str,
-    limits: Limits,
+    limits: PhaseLimits,
     receipts: tuple[Receipt, ...],
     cards: tuple[Card, ...],
     admission: budget.Admission | None,

@@ -1,10 +1,21 @@
-"""What a press of "free memory" did: four looks at every kept model and every device, in a ring.
+"""What a press of "free memory" did: its life from before the unloading to the end, with a look at every stage.
 
-before unloading → after unloading → after the reset of the node caches → after the collection that follows it.
+| state | entered | snapshot |
+|---|---|---|
+| pressed | before ComfyUI unloads models | pre-unload |
+| unloaded | after it | post-unload |
+| reset | after the executor has dropped its node cache, before the garbage of that is collected | post-reset |
+| collected | after the collection and the emptying of caches that follows it | post-collect |
+| ended | where a press comes to its end without the stages that are left | none |
+
+"Unload Models" alone goes from unloaded to collected. Unloading after an out-of-memory error or at the end of a prompt
+ends when it is done. So does a press after which neither this thread empties caches nor ComfyUI's worker collects
+garbage before its next turn, the next prompt or the next press.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -20,13 +31,16 @@ from ..memory import probe
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from .kept import Key, registry
-from .residency import Resident, residents, torch_devices
+from .residency import Resident, residents
+from .versions import torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
 
 RING_SNAPSHOTS = 64
 BUTTON, OUT_OF_MEMORY, HOUSEKEEPING = "button", "OOM", "housekeeping"
-PRE_UNLOAD, POST_UNLOAD, POST_RESET, POST_COLLECT = "pre-unload", "post-unload", "post-reset", "post-collect"
+PRESSED, UNLOADED, RESET, COLLECTED, ENDED = "pressed", "unloaded", "reset", "collected", "ended"
+WENT_TO = {"pre-unload": "before unloading", "post-unload": "after unloading", "post-reset": "after the reset"}
+STAGES = {PRESSED: "pre-unload", UNLOADED: "post-unload", RESET: "post-reset", COLLECTED: "post-collect"}
 
 
 @dataclass(frozen=True)
@@ -102,20 +116,74 @@ class Snapshot:
         return f"{self.stage}: {'; '.join(words) or 'nothing is kept'}"
 
 
-@dataclass(frozen=True)
 class Press:
-    """A press and what it came to.
+    """One press. Its methods are the events of its life; those that do not fit its state change nothing.
 
     Attributes:
-        before, after: the first and the last snapshot.
-        lost: kept models that left their device or ComfyUI's list, though nobody gave them up and they did not yield.
+        number: counts presses from 1.
+        caller: button | OOM | housekeeping.
+        reason: what the Free Memory node was given, or "".
+        state: pressed | unloaded | reset | collected | ended.
+        looks: the snapshots of the stages that it came to.
+        lost: kept models that left their device or ComfyUI's list, though nobody gave them up and they did not yield;
+            known when the press is over, like `left`.
         left: bytes that left the devices, by ComfyUI's books.
     """
 
-    before: Snapshot
-    after: Snapshot
-    lost: tuple[Kept, ...]
-    left: int
+    def __init__(self, number: int, caller: str, reason: str) -> None:
+        self.number, self.caller, self.reason = number, caller, reason
+        self.looks: list[Snapshot] = []
+        self.lost: tuple[Kept, ...] = ()
+        self.left = 0
+        self._thread = threading.get_ident()
+        self._enter(PRESSED)
+
+    @property
+    def over(self) -> bool:
+        return self.state in (COLLECTED, ENDED)
+
+    def unloaded(self) -> None:
+        """ComfyUI has unloaded models. An out-of-memory error and housekeeping end here."""
+        self._enter(UNLOADED)
+        if self.caller != BUTTON:
+            self.end()
+
+    def was_reset(self) -> None:
+        """The executor has dropped its node cache."""
+        if self.state == UNLOADED and self._thread == threading.get_ident():
+            self._enter(RESET)
+
+    def emptied(self) -> None:
+        """Caches were emptied; that this thread has collected garbage before is read from Python's own count."""
+        if self.over or self._thread != threading.get_ident():
+            return
+        if _collections() > self._seen_collections:
+            self._enter(COLLECTED)
+            self._settle()
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """No further stage of this press will come."""
+        if not self.over:
+            self.state = ENDED
+            self._settle()
+
+    @property
+    def before(self) -> Snapshot:
+        return self.looks[0]
+
+    @property
+    def after(self) -> Snapshot:
+        return self.looks[-1]
+
+    @property
+    def left_out(self) -> str:
+        """Which stages this press did not come to, in words; empty if it came to all."""
+        stages = [look.stage for look in self.looks]
+        if STAGES[COLLECTED] in stages:
+            return "" if STAGES[RESET] in stages else "the node cache was not reset"
+        return f"ended {WENT_TO[stages[-1]]}"
 
     @property
     def line(self) -> str:
@@ -123,23 +191,58 @@ class Press:
         stayed = [entry for entry in self.after.kept if entry.resident]
         names = ", ".join(f"{item.name} {size_text(item.bytes)}" for item in gone if item.bytes) or "nothing"
         kept = ", ".join(f"{entry.name} {size_text(entry.resident)}" for entry in stayed) or "none"
-        why = f" · {self.before.reason}" if self.before.reason else ""
-        return f"{size_text(self.left)} left the devices: {names} · kept: {kept}{why}"
-
-    @property
-    def looks(self) -> list[Snapshot]:
-        """Its snapshots, as far as the ring still has them."""
-        return [snapshot for snapshot in latest() if snapshot.press == self.before.press]
+        parts = [f"{size_text(self.left)} left the devices: {names}", f"kept: {kept}", self.left_out, self.reason]
+        return " · ".join(filter(None, parts))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {
-            "caller": self.before.caller,
-            "reason": self.before.reason,
+            "caller": self.caller,
+            "reason": self.reason,
+            "state": self.state,
+            "left_out": self.left_out,
             "left_bytes": self.left,
             "lost": [entry.name for entry in self.lost],
             "snapshots": [snapshot.to_json() for snapshot in self.looks],
         }
+
+    def _enter(self, state: str) -> None:
+        snapshot = Snapshot(
+            self.number,
+            STAGES[state],
+            self.caller,
+            self.reason,
+            tuple(_kept(entry) for entry in registry().owned()),
+            tuple(residents()),
+            tuple(probe.attempt(probe.current(), device) for device in torch_devices()),
+        )
+        self.state = state
+        self.looks.append(snapshot)
+        _presses().ring.append(snapshot)
+        self._seen_collections = _collections()
+        log.debug("%s %d: kept %s", snapshot.stage, self.number, [(x.name, x.resident) for x in snapshot.kept])
+
+    def _settle(self) -> None:
+        """What the press came to, said to the log and to whoever listens."""
+        self.left = sum(max(0, item.bytes - _bytes_now(self.after, item)) for item in self.before.residents)
+        now = {entry.id: entry for entry in self.after.kept}
+        self.lost = tuple(e for e in self.before.kept if e.resident and _is_lost(e, now.get(e.id)))
+        presses = _presses()
+        with presses.lock:
+            if presses.open is self:
+                presses.open = None
+            if self.caller != HOUSEKEEPING:
+                presses.last = self
+        # At the end of every prompt, where smart memory is off, is not worth a line.
+        log.log(logging.DEBUG if self.caller == HOUSEKEEPING else logging.INFO, "%s: %s", self.caller, self.line)
+        for entry in self.lost:
+            log.error(
+                "a kept model was lost: %s of %s (%s, %s; %s), %s on the device before, %s and %s now",
+                "+".join(entry.networks), entry.name, entry.id, entry.policy, entry.key, size_text(entry.resident),
+                size_text(now[entry.id].resident), "listed" if now[entry.id].listed else "not listed",
+            )  # fmt: skip
+        for listener in list(presses.listeners):
+            listener(self)
 
 
 class _Presses:
@@ -148,7 +251,7 @@ class _Presses:
         self.ring: deque[Snapshot] = deque(maxlen=RING_SNAPSHOTS)
         self.count = 0
         self.reason = ""
-        self.open: tuple[Snapshot, Snapshot] | None = None
+        self.open: Press | None = None
         self.last: Press | None = None
         self.listeners: list[Callable[[Press], None]] = []
 
@@ -163,7 +266,7 @@ def set_reason(text: str) -> None:
 
 
 def listen(listener: Callable[[Press], None]) -> None:
-    """Calls `listener` after every press by a button or a node."""
+    """Calls `listener` with every press that is over."""
     _presses().listeners.append(listener)
 
 
@@ -182,77 +285,33 @@ def last_press() -> Press | None:
     return _presses().last
 
 
-def begin(caller: str) -> Snapshot:
-    """Before unloading."""
+def begin(caller: str) -> Press:
+    """Before unloading. A press that was not over yet ends here."""
+    end_open()
     presses = _presses()
     with presses.lock:
         presses.count += 1
-        presses.open = None
         reason = ""
         if caller == BUTTON:
             reason, presses.reason = presses.reason, ""
-        return _take(presses.count, PRE_UNLOAD, caller, reason)
+        presses.open = press = Press(presses.count, caller, reason)
+        return press
 
 
-def unloaded(before: Snapshot | None) -> None:
-    """After unloading. What follows a press by a button is looked at as well; an OOM or housekeeping ends here."""
-    if before is None:
-        return
-    after = _take(before.press, POST_UNLOAD, before.caller, before.reason)
-    if before.caller == BUTTON:
-        _presses().open = before, after
-    else:
-        _judge(before, after)
+def open_press() -> Press | None:
+    """The press that is not over yet."""
+    return _presses().open
 
 
-def press_open() -> bool:
-    return _presses().open is not None
+def end_open() -> None:
+    """Something else begins, such as ComfyUI's next turn: a press that is not over yet ends."""
+    if (press := open_press()) is not None:
+        press.end()
 
 
-def was_reset() -> None:
-    """When ComfyUI empties caches for the first time after a press, which is after the reset and the collection."""
-    if (opened := _presses().open) is not None:
-        before, _ = opened
-        _take(before.press, POST_RESET, before.caller, before.reason)
-
-
-def collected() -> None:
-    """When it has emptied them: the press is over."""
-    if (opened := _taken_open()) is not None:
-        before, _ = opened
-        _judge(before, _take(before.press, POST_COLLECT, before.caller, before.reason))
-
-
-def end_early() -> None:
-    """When caches were not emptied before something else began: the press is over with what it had unloaded."""
-    if (opened := _taken_open()) is not None:
-        _judge(*opened)
-
-
-def _taken_open() -> tuple[Snapshot, Snapshot] | None:
-    presses = _presses()
-    with presses.lock:
-        opened, presses.open = presses.open, None
-    return opened
-
-
-def _judge(before: Snapshot, after: Snapshot) -> None:
-    left = sum(max(0, item.bytes - _bytes_now(after, item)) for item in before.residents)
-    now = {entry.id: entry for entry in after.kept}
-    lost = tuple(entry for entry in before.kept if entry.resident and _is_lost(entry, now.get(entry.id)))
-    press = Press(before, after, lost, left)
-    if before.caller != HOUSEKEEPING:
-        _presses().last = press
-    # At the end of every prompt, where smart memory is off, is not worth a line.
-    log.log(logging.DEBUG if before.caller == HOUSEKEEPING else logging.INFO, "%s: %s", before.caller, press.line)
-    for entry in lost:
-        log.error(
-            "a kept model was lost: %s of %s (%s, %s; %s), %s on the device before, %s and %s now",
-            "+".join(entry.networks), entry.name, entry.id, entry.policy, entry.key, size_text(entry.resident),
-            size_text(now[entry.id].resident), "listed" if now[entry.id].listed else "not listed",
-        )  # fmt: skip
-    for listener in list(_presses().listeners):
-        listener(press)
+def _collections() -> int:
+    """How many full collections of garbage Python has made."""
+    return gc.get_stats()[-1]["collections"]
 
 
 def _is_lost(before: Kept, now: Kept | None) -> bool:
@@ -265,21 +324,6 @@ def _is_lost(before: Kept, now: Kept | None) -> bool:
 def _bytes_now(after: Snapshot, item: Resident) -> int:
     """Bytes of that network in a later snapshot."""
     return sum(other.bytes for other in after.residents if other.handle == item.handle)
-
-
-def _take(press: int, stage: str, caller: str, reason: str) -> Snapshot:
-    snapshot = Snapshot(
-        press,
-        stage,
-        caller,
-        reason,
-        tuple(_kept(entry) for entry in registry().owned()),
-        tuple(residents()),
-        tuple(probe.attempt(probe.current(), device) for device in torch_devices()),
-    )
-    _presses().ring.append(snapshot)
-    log.debug("%s %d: kept %s", stage, press, [(entry.name, entry.resident) for entry in snapshot.kept])
-    return snapshot
 
 
 def _kept(entry: Any) -> Kept:

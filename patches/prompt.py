@@ -44,10 +44,13 @@ def in_work() -> bool:
     return get_executing_context() is not None or bool(_queued())
 
 
+def server() -> Any | None:
+    """ComfyUI's server; None where it runs without one."""
+    # Looked up, not imported: the module starts things.
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def _queued() -> list[Any]:
     """The queue's running items: (number, prompt id, prompt, …)."""
-    # Looked up, not imported: the server's module starts things, and without a server there is no queue.
-    server = sys.modules.get("server")
-    instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-    queue = getattr(instance, "prompt_queue", None)
+    queue = getattr(server(), "prompt_queue", None)
     return [] if queue is None else list(queue.currently_running.values())

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,11 @@ import torch
 
 from ..memory import budget, ledger, offload, probe
 from ..memory.process import shared
-from . import prompt
+from . import prompt, versions
 from .kept import registry, same_model
+
+EVERYTHING = 1e30
+"""Bytes to ask ComfyUI for when every model has to go that is not excepted."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,13 @@ class Resident:
 
     Attributes:
         name: class of the network.
-        device: where its books say that it is loaded.
-        bytes: on that device; for dynamic VRAM what is there now.
+        device: where ComfyUI's books say that it is loaded.
+        bytes: on that device; with dynamic VRAM, what is there now.
         size: of all its weights.
         policy: keep | pin | no, or None for a model that the registry does not know.
         id: of the registry's entry, or None.
         dead: its patcher is gone while somebody holds its module: ComfyUI can no longer move it.
-        handle: names the network as long as it lives; see `handle_of`.
+        handle: names the network as long as it lives (`handle_of`).
     """
 
     name: str
@@ -61,16 +64,6 @@ def handle_of(module: Any) -> str:
             handles.count += 1
             handles.names[module] = f"m{handles.count}"
         return handles.names[module]
-
-
-def torch_devices() -> list[torch.device]:
-    """Every accelerator that ComfyUI manages; only its current one where it does not list them (0.3.64)."""
-    if hasattr(mm, "get_all_torch_devices"):
-        return list(mm.get_all_torch_devices())
-    current = mm.get_torch_device()
-    if current.type == "cuda":
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [current]
 
 
 def patchers_of(value: Any) -> list[Any]:
@@ -119,16 +112,27 @@ def residents(device: torch.device | None = None) -> list[Resident]:
     return sorted(found, key=lambda resident: -resident.bytes)
 
 
-def may_load(needed: int, device: torch.device, limit: int | None = None) -> budget.Admission:
+def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
+    """Has ComfyUI move every model off a device except those of `patchers`; pinned ones stay.
+
+    Returns:
+        Whether the weights on the device became fewer.
+    """
+    own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
+    before = sum(resident.bytes for resident in residents(device))
+    mm.free_memory(EVERYTHING, device, keep_loaded=own)
+    mm.soft_empty_cache()
+    return sum(resident.bytes for resident in residents(device)) < before
+
+
+def may_load(needed: int, device: torch.device) -> budget.Admission:
     """Whether that many bytes fit on a device now, by measurement, and what is in the way; see `budget.may_load`."""
-    in_the_way = [
-        budget.Resident(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes
-    ]
-    return budget.may_load(needed, probe.read(device, settled=True), in_the_way, limit)
+    ours = [budget.Occupant(item.name, item.bytes, movable=not item.dead) for item in residents(device) if item.bytes]
+    return budget.may_load(needed, probe.read(device, settled=True), ours)
 
 
 def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[offload.Receipt]:
-    """Moves every network of a MODEL, CLIP, VAE or FLASHVSR off its device and says what became of the memory.
+    """Moves every network of a MODEL, CLIP, VAE or FLASHVSR off its device, with a receipt for each.
 
     Kept and pinned models move too: keep and pin protect against others, not against who asks for this.
 
@@ -151,7 +155,7 @@ def subject(patcher: Any) -> offload.Subject:
         own = {id(loaded) for loaded in _listed(patcher)}
         others = [loaded for loaded in mm.current_loaded_models if id(loaded) not in own]
         with explicit():
-            mm.free_memory(1e30, patcher.load_device, keep_loaded=others)
+            mm.free_memory(EVERYTHING, patcher.load_device, keep_loaded=others)
 
     return offload.Subject(
         name=type(module).__name__,
@@ -163,30 +167,22 @@ def subject(patcher: Any) -> offload.Subject:
         roots={
             "the patcher's backup": lambda: patcher.backup,
             "the patcher's hook backup": lambda: (patcher.hook_backup, patcher.cached_hook_patches),
-            "ComfyUI's stream buffers": lambda: getattr(mm, "STREAM_CAST_BUFFERS", {}),
+            "ComfyUI's stream buffers": versions.stream_buffers,
             "ComfyUI's node cache": node_outputs,
         },
     )
 
 
 def node_outputs() -> list[Any]:
-    """What ComfyUI's caches keep of finished nodes, models left out: these are moved, not held there."""
+    """What ComfyUI's caches keep of finished nodes, except models: those are moved, not held there."""
     # By name: the class lives in a module that starts the server's side when it is imported.
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
-    kept: list[Any] = []
-    waiting = [cache for executor in executors for cache in getattr(getattr(executor, "caches", None), "all", ())]
-    while waiting:
-        cache = waiting.pop()
-        waiting += getattr(cache, "subcaches", {}).values()
-        for entry in getattr(cache, "cache", {}).values():
-            outputs = getattr(entry, "outputs", entry)
-            flat = [value for slot in outputs for value in slot] if _are_slots(outputs) else [outputs]
-            kept += [value for value in flat if not _is_model(value)]
-    return kept
+    kept = [value for executor in executors for value in versions.cached_outputs(executor)]
+    return [value for value in kept if not _is_model(value)]
 
 
 def adopt(patcher: Any) -> None:
-    """Puts a resident model back into ComfyUI's list, from which an error in the middle of a load dropped it."""
+    """Puts a resident model back into ComfyUI's list after an error in the middle of a load has dropped it."""
     loaded = mm.LoadedModel(patcher)
     loaded.real_model = weakref.ref(patcher.model)
     loaded.model_finalizer = weakref.finalize(patcher.model, mm.cleanup_models)
@@ -200,7 +196,7 @@ class _Explicit(threading.local):
 
 @contextmanager
 def explicit() -> Iterator[None]:
-    """Marks this thread's calls of ComfyUI as an owner's wish: nothing is protected from them."""
+    """Marks what this thread asks of ComfyUI as the owner's own wish, from which nothing is protected."""
     mark = shared("explicit", _Explicit)
     mark.depth += 1
     try:
@@ -220,9 +216,9 @@ class _LedgerPrompt:
 
 
 def prompt_ledger() -> ledger.Ledger:
-    """The ledger of the process, set to ComfyUI's devices. A new prompt begins a new sequence of phases."""
+    """The ledger of the process, which reads ComfyUI's devices. A new prompt begins a new sequence of phases."""
     book = ledger.current()
-    devices = torch_devices()
+    devices = versions.torch_devices()
     if book.devices != devices:
         book.devices = devices
     running, last = prompt.running(), shared("ledger_prompt", _LedgerPrompt)
@@ -233,31 +229,21 @@ def prompt_ledger() -> ledger.Ledger:
 
 
 def prompt_began() -> float:
-    """When the prompt began that `prompt_ledger` was last asked in: seconds of `time.perf_counter`."""
+    """When the prompt began in which `prompt_ledger` was last asked for: seconds of `time.perf_counter`."""
     return shared("ledger_prompt", _LedgerPrompt).began
 
 
 def read_dynamic_vram() -> None:
-    """Lets the process' probe see weights that ComfyUI keeps outside torch's allocator (0.33's dynamic VRAM)."""
+    """Lets the process' probe see weights that ComfyUI keeps outside torch's allocator (dynamic VRAM)."""
     reader = probe.current()
     if isinstance(reader, probe.DeviceProbe):
         reader.dynamic = _dynamic_bytes
 
 
 def _dynamic_bytes(device: torch.device) -> int | None:
-    bars = {}
-    for loaded in list(mm.current_loaded_models):
-        patcher = loaded.model
-        if loaded.device != device or not hasattr(patcher, "_vbar_get"):
-            continue
-        bar = patcher._vbar_get()
-        if bar is not None:
-            bars[id(bar)] = bar.loaded_size()
-    return sum(bars.values()) if bars else None
-
-
-def _are_slots(outputs: Any) -> bool:
-    return isinstance(outputs, list | tuple) and all(isinstance(slot, list | tuple) for slot in outputs)
+    there = [loaded.model for loaded in list(mm.current_loaded_models) if loaded.device == device]
+    regions = {id(region): region for patcher in there if (region := versions.dynamic_vram(patcher)) is not None}
+    return sum(region.loaded_size() for region in regions.values()) if regions else None
 
 
 def _is_model(value: Any) -> bool:

@@ -135,8 +135,9 @@ class LayeredJob:
             kept = area.of(self._kept).to(self.device, self.dtype)
             y = (kept if step.shortcut is None else step.shortcut(kept)) + y
         if not torch.isfinite(y).all():
+            dtype = str(y.dtype).removeprefix("torch.")
             raise NotFinite(
-                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {area}, computed in {y.dtype}."
+                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {area}, computed in {dtype}."
             )
         last = self._index == len(self._steps) - 1
         following = None if last else self._steps[self._index + 1].norm

@@ -153,9 +153,8 @@ class TiledJob(ABC):
 
     def _finite(self, x: Tensor, where: str) -> Tensor:
         if not torch.isfinite(x).all():
-            raise NotFinite(
-                f"Tiled VAE: expected finite numbers; got NaN or infinity in {where}, computed in {x.dtype}."
-            )
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise NotFinite(f"Tiled VAE: expected finite numbers; got NaN or infinity in {where}, computed in {dtype}.")
         return x
 
     def _frame_cache(self) -> CausalCache:

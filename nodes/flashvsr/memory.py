@@ -1,7 +1,7 @@
-"""The memory of one FlashVSR run in ComfyUI: predicted before, watched during, summed up after.
+"""The memory of one FlashVSR run in ComfyUI: predicted before, watched during, reported after.
 
-A plan is chosen that fits; when the device still runs out, other models are unloaded, then the run goes down the
-engine's ladder (`models.flashvsr.memory_plan`), and at its bottom the error holds the table of attempts.
+A plan that fits is chosen. When the device runs out all the same, other models are unloaded first; then the run goes
+down the engine's ladder (`models.flashvsr.memory_plan`), and at the bottom the error shows the table of attempts.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 import comfy.model_management as mm
 
 from ...memory import budget, ledger, probe
-from ...memory.process import shared
 from ...memory.reading import Reading, size_text
 from ...models.flashvsr.footprint import activation_bytes
 from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
-from ...patches.residency import residents
+from ...patches.residency import residents, unload_others
+from ...patches.versions import is_out_of_memory
+from ..attempts import UNLOAD_OTHERS, Attempts, figures, node_line, peak_figures
 from .model import LoadedFlashVSR
 from .wan_decoder import StreamingWanVAE
 
 PHASE = "FlashVSR"
-UNLOAD_OTHERS = "unload others"
 CLEAN = ("pressure", "never", "every step")
-EVERYTHING = 1e30
-"""Bytes to ask ComfyUI for when all other models shall go."""
+ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "did not fit", "tried": "then"}
+"""Of an attempt: the engine's phase (project, transform or decode), the output frames that were finished, the plan."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the user allows a run.
+class RunLimits:
+    """What a run is allowed.
 
     Attributes:
         budget_gb: GiB on the device, the model's own weights included; 0: what is free.
         tile: side of spatial tiles in output pixels; 0: whole frames as long as they fit.
-        clean: pressure | never | every step: when the allocator's pool is emptied between two process steps.
-        log_steps: one ledger line for each process step.
+        clean: when to empty the allocator's pool between two process steps: pressure | never | every step.
+        log_steps: one line in the log for each process step.
     """
 
     budget_gb: float = 0.0
@@ -47,32 +47,13 @@ class Limits:
     log_steps: bool = False
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """Something that did not fit, and what was then tried.
-
-    Attributes:
-        phase: project | transform | decode.
-        frame: output frames that were finished.
-        plan: that did not fit.
-        tried: the rung that was taken next; "" at the bottom.
-        free: bytes that were free before it; None where that cannot be read.
-    """
-
-    phase: str
-    frame: int
-    plan: str
-    tried: str
-    free: int | None
-
-
 @dataclass
 class RunMemory:
-    """One run's memory. Its methods are called in the order in which they stand here.
+    """One run's memory. Call the methods in this order.
 
     Attributes:
         node: display name, which errors begin with.
-        patchers: of every network that the run uses.
+        patchers: of all networks in the run.
         vae: replaces the model's own decoder, or None.
         size: width and height of the output.
     """
@@ -83,9 +64,9 @@ class RunMemory:
     vae: StreamingWanVAE | None
     size: tuple[int, int]
     kv_ratio: float
-    limits: Limits
+    limits: RunLimits
     plan: MemoryPlan = field(init=False)
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: Attempts = field(init=False)
     _report: dict[str, Any] = field(default_factory=dict)
     _steps: int = 0
     _done: int = 0
@@ -94,6 +75,7 @@ class RunMemory:
     _cleaning_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.attempts = Attempts(self.node, ATTEMPT_COLUMNS)
         try:
             self.plan = MemoryPlan(tile=self.limits.tile or None)
         except ValueError as error:
@@ -116,8 +98,7 @@ class RunMemory:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The ledger's phase around the run; the weights are on the device inside it, and the report is complete
-        after it."""
+        """The ledger's phase around the run, with the weights on the device. After it the report is complete."""
         before = self._read(settled=True)
         with ledger.current().phase(PHASE):
             self._choose(before)
@@ -128,7 +109,7 @@ class RunMemory:
         self._sum_up(before, loaded, held)
 
     def on_step(self, phase: str, done: int, total: int | None) -> None:
-        """For the engine's `on_step`: what belongs between two process steps."""
+        """For the engine's `on_step`: logging and cleaning between two process steps."""
         border, self._phase, self._done = phase == "project" and self._phase != "project", phase, done
         if not border:
             return
@@ -142,7 +123,7 @@ class RunMemory:
         self._steps += 1
 
     def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
-        """For the engine: makes room, or gives the next plan.
+        """For the engine: makes room, or returns the next plan (None: the error is not about memory).
 
         Raises:
             mm.OOM_EXCEPTION: nothing is left to try; the message holds the table of attempts.
@@ -151,42 +132,25 @@ class RunMemory:
             return None
         mm.soft_empty_cache()
         free = self._read().free
-        if self._unload_others():
+        if unload_others(self.model.device, self.patchers):
             self._attempt(phase, UNLOAD_OTHERS, free)
             return plan
         found = smaller(plan, phase, self.size)
         self._attempt(phase, found[0] if found else "", free)
         if found is None:
-            raise mm.OOM_EXCEPTION(
-                f"{self.node}: the device is out of memory, and nothing is left to try ({error}).\n{self.table()}\n"
-                "Choose a smaller scale, a smaller precision or another device."
-            )
+            raise self.attempts.exhausted(error, "Choose a smaller scale, a smaller precision or another device.")
         self.plan = found[1]
         return self.plan
 
-    def table(self) -> str:
-        """The attempts, one line each."""
-        rows = [("phase", "frame", "free", "did not fit", "then")]
-        rows += [
-            (item.phase, str(item.frame), size_text(item.free), item.plan, item.tried or "error")
-            for item in self.attempts
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
     def summary(self) -> dict[str, Any]:
-        """For the line on the node: bytes predicted and read, the budget, and what to change if it did not fit."""
+        """For the line on the node."""
         peak = self._report["peak"]
         known = next((peak[name]["bytes"] for name in ("allocated", "driver") if peak[name]["bytes"] is not None), None)
-        return {
-            "predicted": self._report["predicted"]["bytes"],
-            "measured": known,
-            "budget": self._report["budget_bytes"] if self.limits.budget_gb > 0 else None,
-            "advice": "it did not fit at first: see the attempts in the report" if self.attempts else "",
-        }
+        budget_bytes = self._report["budget_bytes"] if self.limits.budget_gb > 0 else None
+        return node_line(self._report["predicted"]["bytes"], known, budget_bytes, self.attempts)
 
     def report(self) -> dict[str, Any]:
-        """What was predicted, what was read, and what became of the plan; bytes with their sources."""
+        """What was predicted, what was read, and how the plan changed; bytes with their sources."""
         return self._report
 
     def _choose(self, before: Reading) -> None:
@@ -210,7 +174,7 @@ class RunMemory:
                     f"{self.node}: expected a budget_gb in which a plan fits; got {size_text(allowed)}. "
                     "Predicted:\n" + "\n".join(lines) + "\nRaise budget_gb, or choose a smaller scale."
                 )
-            # By prediction alone no frame is made worse: tiles wait for a real error, or for a budget.
+            # A prediction alone makes no frame worse: tiles wait for a real error or for a budget.
             self.plan = (found.setting or settings[-1])[1]
         need = self.need(self.plan)
         self._report |= {
@@ -219,11 +183,11 @@ class RunMemory:
         }
 
     def _available(self, before: Reading, weights: int) -> int | None:
-        """Bytes that the run can have: what is free, and what ComfyUI would move away for it."""
+        """Bytes that the run can have: what is free, and what ComfyUI would move away for it; None where unknown."""
         if before.free is None:
             return None
         if self.model.device.type == "cpu":
-            # There the weights are in RAM already, and nothing can be moved away.
+            # The weights are in RAM already, and nothing can be moved away.
             return before.free + weights
         return before.free + sum(item.bytes for item in residents(self.model.device) if not item.dead)
 
@@ -232,16 +196,10 @@ class RunMemory:
             return ledger.current().levels.of(self._read()) in ("warn", "critical")
         return self.limits.clean == "every step"
 
-    def _unload_others(self) -> bool:
-        """Whether a model that this run does not use left the device."""
-        own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is mine for mine in self.patchers)]
-        before = sum(item.bytes for item in residents(self.model.device))
-        mm.free_memory(EVERYTHING, self.model.device, keep_loaded=own)
-        mm.soft_empty_cache()
-        return sum(item.bytes for item in residents(self.model.device)) < before
-
     def _attempt(self, phase: str, tried: str, free: int | None) -> None:
-        self.attempts.append(Attempt(phase, self._done, str(self.plan), tried, free))
+        self.attempts.append(
+            {"phase": phase, "frame": self._done, "plan": str(self.plan), "tried": tried, "free": free}
+        )
 
     def _read(self, *, settled: bool = False) -> Reading:
         return probe.read(self.model.device, settled=settled)
@@ -250,45 +208,17 @@ class RunMemory:
         phase, after = ledger.current().phases[-1], self._read(settled=True)
         peak = phase.peaks.get(after.device, ledger.Peak().with_(after))
         self._report |= {
-            "before": _figures(before),
-            "peak": {name: _figure(figure) for name, figure in vars(peak).items()},
-            "after": _figures(after),
+            "before": figures(before),
+            "peak": peak_figures(peak),
+            "after": figures(after),
             "plan_at_end": str(self.plan),
-            "attempts": [vars(item) for item in self.attempts],
+            "attempts": self.attempts,
             "cleanings": {
                 "when": self.limits.clean, "times": self._cleanings, "seconds": round(self._cleaning_seconds, 4),
             },
         }  # fmt: skip
         if peak.allocated.bytes is not None and loaded.allocated.bytes is not None and not self.attempts:
-            # What others have on the device is no part of the prediction.
+            # What others hold on the device is not part of the prediction.
             measured = peak.allocated.bytes - (loaded.allocated.bytes - held)
             predicted = held + self._report["predicted"]["activations_bytes"]
-            label = f"{self.model.name} {self.size[0]}×{self.size[1]} kv {self.kv_ratio:g}, {self.plan}"
-            compared = history().add(label, predicted, measured, peak.allocated.source)
-            self._report["predicted"]["error"] = round(compared.error, 4)
-
-
-def history() -> budget.History:
-    """Predicted against measured peaks of the runs of this process."""
-    return shared("flashvsr_history", budget.History)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether one of `memory_errors` means just that."""
-    # Newer versions tell an out-of-memory error of the accelerator from its other errors.
-    return bool(mm.is_oom(error)) if hasattr(mm, "is_oom") else isinstance(error, mm.OOM_EXCEPTION)
-
-
-def memory_errors() -> tuple[type[Exception], ...]:
-    """Exceptions that may mean that the device is out of memory."""
-    accelerator = getattr(mm, "ACCELERATOR_ERROR", None)
-    return (mm.OOM_EXCEPTION,) if accelerator is None else (mm.OOM_EXCEPTION, accelerator)
-
-
-def _figures(reading: Reading) -> dict[str, Any]:
-    names = ("allocated", "reserved", "used", "process")
-    return {name: _figure(getattr(reading, name)) for name in names}
-
-
-def _figure(figure: Any) -> dict[str, Any]:
-    return {"bytes": figure.bytes, "source": figure.source or figure.note}
+            self._report["predicted"]["error"] = round((predicted - measured) / max(measured, 1), 4)

@@ -1,4 +1,4 @@
-"""A FlashVSR model in ComfyUI's hands: one patcher for each network, so that ComfyUI moves and counts the weights."""
+"""A FlashVSR model as ComfyUI holds it: one patcher per network, so that ComfyUI moves and counts the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
 from ...models.flashvsr.config import PRECISIONS
-from ...patches.residency import torch_devices
 from ...patches.versions import patcher_class
 
 
@@ -48,11 +47,11 @@ class LoadedFlashVSR:
         return self.transformer.model.config
 
     def patchers(self, decoder: bool = True) -> list[Any]:
-        """The patchers that a run needs; without the tiny decoder where a VAE decodes."""
+        """The patchers that a run needs; not the tiny decoder where a VAE decodes."""
         return [self.transformer, self.lq_projection, *([self.decoder] if decoder else [])]
 
     def networks(self) -> FlashVSR:
-        """The networks as the engine takes them. Keep it only as long as a run: it refers to the weights."""
+        """The networks as the engine takes them. Do not keep it beyond a run: it holds the weights."""
         return FlashVSR(
             transformer=self.transformer.model,
             lq_projection=self.lq_projection.model,
@@ -61,11 +60,6 @@ class LoadedFlashVSR:
             version=self.version,
             family=self.family,
         )
-
-
-def device_choices() -> list[str]:
-    """auto, every accelerator of ComfyUI, cpu."""
-    return ["auto", *dict.fromkeys([*map(str, torch_devices()), "cpu"])]
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -84,7 +78,7 @@ def load(
     load_device = mm.get_torch_device() if device == "auto" else torch.device(device)
     offload_device = torch.device("cpu") if load_device.type == "cpu" else mm.unet_offload_device()
     dtype = choose_dtype(precision, load_device)
-    # manual_cast brings weights to the input's device and dtype at use: what partial loading on a small card needs.
+    # manual_cast brings weights to the input's device and dtype at use, which partial loading on a small card needs.
     model = load_flashvsr(
         path,
         version=version,

@@ -1,4 +1,4 @@
-"""What a FlashVSR run will need, before it runs: for the line on its node."""
+"""What a FlashVSR run will need: shown on its node before it runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ADVICE = "lower scale, kv_ratio or precision, or set tile"
 
 @dataclass(frozen=True)
 class Network:
-    """What a prediction needs to know of a model: its sizes, and its weights in numbers and in bytes of one."""
+    """What a prediction needs to know about a model: its sizes, its number of weights, and the bytes of each."""
 
     config: FlashVSRConfig
     parameters: int
@@ -33,12 +33,12 @@ class Network:
 def predict(
     model_set: str, precision: str, width: int, height: int, scale: float, kv_ratio: float, budget_gb: float
 ) -> dict[str, int | str | None]:
-    """Bytes for the plan that changes nothing, and what to change if they are more than the budget.
+    """Bytes of a run without tiles or other savings, and what to change if the budget is smaller.
 
     Returns:
-        predicted: None for a model that was not loaded yet, whose sizes are unknown without reading it.
+        predicted: None for a model that has not been loaded yet: its sizes are unknown until it is read.
         budget: None without one.
-        advice: words, or "".
+        advice: "" where nothing has to change.
 
     Raises:
         ValueError: a size or number that no run would take.

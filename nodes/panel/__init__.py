@@ -1,1 +1,1 @@
-"""The server's side of the Memory tab: its routes, the state that it shows, the push to open pages."""
+"""The server side of the Memory tab: its routes, the state that it shows, and the push to open pages."""

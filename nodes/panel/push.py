@@ -1,4 +1,4 @@
-"""Pushes the state to pages whose panel is open: one thread, which exists only as long as there is such a page."""
+"""Pushes the panel's state to the pages that show it: one thread, which runs only while there is such a page."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger("steadyvsr.nodes")
 
 EVENT = "steadyvsr.state"
 PERIOD_SECONDS = 1.0
-"""Once a second: half of what the panel may be sent, and a reading costs a few milliseconds of one core."""
+"""Between two states; reading one costs a few milliseconds of one core."""
 
 
-class Sampler:
-    """Knows which pages watch. A page that is gone without saying so is forgotten with its websocket.
+class StatePush:
+    """Sends the state to every page that watches; a page that is gone without a word is forgotten with its websocket.
 
     Attributes:
         cpu_seconds: what its threads have used of one core since the process began.
-        seconds: how long they have run, on the clock.
+        seconds: how long they have run, by the clock.
         pushes: how many states were sent.
     """
 
@@ -36,7 +36,7 @@ class Sampler:
         self.pushes = 0
 
     def figures(self) -> dict[str, bool | int | float]:
-        """What the push to open panels costs; nothing of it grows while `running` is false."""
+        """What the push costs; none of these numbers grows while `running` is false."""
         return {
             "running": self._thread is not None,
             "cpu_seconds": self.cpu_seconds,
@@ -49,7 +49,7 @@ class Sampler:
         with self._lock:
             (self._watching.add if wanted else self._watching.discard)(client)
             if self._watching and self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="steadyvsr-sampler", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="steadyvsr-panel-push", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
@@ -71,7 +71,7 @@ class Sampler:
             cpu, clock = now_cpu, now
 
     def _audience(self) -> list[str]:
-        """The pages that watch and are still there; without any the thread ends, and nobody can miss that."""
+        """The pages that watch and are still there. Without any the thread ends: under the lock, so `watch` knows."""
         with self._lock:
             sockets: Any = PromptServer.instance.sockets
             self._watching = {client for client in self._watching if client in sockets}
@@ -81,7 +81,7 @@ class Sampler:
 
 
 def _wake_worker() -> None:
-    """Lets ComfyUI's worker act on a press that it has not heard.
+    """Has ComfyUI's worker act on a press that it missed.
 
     A flag that is set while the worker collects garbage wakes nobody, and the worker then waits for the next prompt.
     """
@@ -91,5 +91,6 @@ def _wake_worker() -> None:
             queue.not_empty.notify()
 
 
-def sampler() -> Sampler:
-    return shared("panel_sampler", Sampler)
+def state_push() -> StatePush:
+    """The push of the process."""
+    return shared("panel_push", StatePush)

@@ -1,7 +1,7 @@
 """The routes of the memory panel, under /steadyvsr: what it shows, and what its buttons ask for.
 
 Everything that comes in is checked here. Models are named by handles and ids that this process gave out, never by a
-path; what moves a model waits for the end of the running prompt.
+path. Whatever moves a model waits for the end of the running prompt.
 """
 
 from __future__ import annotations
@@ -18,22 +18,20 @@ from ...memory import ledger
 from ...memory.offload import Verdict
 from ...memory.process import shared
 from ...memory.reading import GIB, size_text
-from ...patches import idle as worker
-from ...patches import presses as snapshots
-from ...patches import prompt, residency
+from ...patches import idle, presses, prompt, residency
 from ...patches.kept import POLICIES, registry
 from .. import receipts
 from ..flashvsr import prediction
 from ..receipts import Line, ReceiptCard
 from . import state as panel_state
-from .push import sampler
+from .push import state_push
 
 BODY_BYTES = 64 * 1024
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class BadRequest(Exception):
-    """What came in is not what the route takes."""
+    """The body is not what the route takes."""
 
 
 class NotFound(Exception):
@@ -41,12 +39,12 @@ class NotFound(Exception):
 
 
 def register_routes() -> None:
-    """Adds the routes to ComfyUI's server, once in a process."""
-    instance = getattr(PromptServer, "instance", None)
+    """Adds the routes to ComfyUI's server, once per process."""
+    instance = prompt.server()
     if instance is None or shared("panel_routes", lambda: [False])[0]:
         return
     shared("panel_routes", lambda: [False])[0] = True
-    snapshots.listen(_press_receipt)
+    presses.listen(_press_receipt)
     for name, answer in GETS.items():
         instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
     for name, handler in POSTS.items():
@@ -88,18 +86,18 @@ def _taken(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
     value = body.get(name, default)
     # A bool is an int to Python, but not to the sender.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which is of another type.")
+        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which has the wrong type.")
     return value
 
 
 def watch(body: dict[str, Any]) -> dict[str, Any]:
     """A panel opens or closes. {client: id of its websocket, open: bool}"""
-    sampler().watch(_taken(body, "client", str), _taken(body, "open", bool))
+    state_push().watch(_taken(body, "client", str), _taken(body, "open", bool))
     return {}
 
 
 def free(body: dict[str, Any]) -> dict[str, Any]:
-    """What ComfyUI's own buttons post to /free: the flags are acted on after the running prompt."""
+    """Sets the flags that ComfyUI's own buttons set; its worker acts on them after the running prompt."""
     flags = {name: _taken(body, name, bool, False) for name in ("unload_models", "free_memory")}
     if not any(flags.values()):
         raise BadRequest("expected unload_models or free_memory to be true; got neither.")
@@ -110,12 +108,12 @@ def free(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def release(body: dict[str, Any]) -> dict[str, Any]:
-    """Gives up kept models: those in {ids: […]}, or all without it."""
+    """Gives up kept models: those in {ids: […]}, or all of them without it."""
     ids = body.get("ids")
     if ids is not None:
         ids = _taken(body, "ids", list)
         if not all(isinstance(id, str) for id in ids):
-            raise BadRequest("ids: expected a list of ids; got something else in it.")
+            raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
         known = {entry.id for entry in registry().owned()}
         unknown = [id for id in ids if id not in known]
         if unknown:
@@ -131,7 +129,7 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def policy(body: dict[str, Any]) -> dict[str, Any]:
-    """Keeps a model, or stops keeping it. {id, policy: no | keep | pin}"""
+    """Keeps a model or stops keeping it. {id, policy: no | keep | pin}"""
     id, wanted = _taken(body, "id", str), _taken(body, "policy", str)
     if wanted not in POLICIES:
         raise BadRequest(f"policy: expected {', '.join(POLICIES)}; got {wanted[:40]!r}.")
@@ -165,7 +163,7 @@ def offload(body: dict[str, Any]) -> dict[str, Any]:
 
     waits = "waits for the end of the running prompt" if prompt.in_work() else "being moved"
     pending = receipts.give(ReceiptCard(f"Offload {name}", waits, "PENDING", id=id))
-    worker.run_when_idle(PromptServer.instance.prompt_queue, move)
+    idle.run_when_idle(PromptServer.instance.prompt_queue, move)
     return {"receipt": pending}
 
 
@@ -202,8 +200,8 @@ def predict(body: dict[str, Any]) -> dict[str, Any]:
         raise BadRequest(str(error)) from error
 
 
-def _press_receipt(press: snapshots.Press) -> None:
-    """What a press came to, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
+def _press_receipt(press: presses.Press) -> None:
+    """The receipt of a press, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
     after = {item.handle: item.bytes for item in press.after.residents}
     lines = tuple(
         Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
@@ -212,13 +210,13 @@ def _press_receipt(press: snapshots.Press) -> None:
     )
     titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
     verdict = "FAILED" if press.lost else "DONE"
-    receipts.give(ReceiptCard(titles[press.before.caller], press.line, verdict, lines))
+    receipts.give(ReceiptCard(titles[press.caller], press.line, verdict, lines))
 
 
 GETS: dict[str, Callable[[], dict[str, Any]]] = {
-    "state": lambda: {**panel_state.state(), "sampler": sampler().figures()},
+    "state": lambda: {**panel_state.state(), "push": state_push().figures()},
     "receipts": lambda: {"receipts": receipts.newest()},
-    "snapshots": lambda: {"snapshots": snapshots.to_json()},
+    "snapshots": lambda: {"snapshots": presses.to_json()},
     "ledger": lambda: ledger.current().to_json(),
 }
 POSTS: dict[str, Handler] = {

@@ -1,12 +1,13 @@
 """What the memory panel shows, as plain values: devices by what fills them, resident models, phases.
 
-Read on a thread of its own twice a second, so it only looks: no device is started, no heap is walked.
+`PanelState` names every key; web/panel reads them. The state is read once a second, on a thread of its own, so reading
+it only looks: no device is started, and no heap is walked.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypedDict
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -17,10 +18,100 @@ from ...memory import ledger, probe
 from ...memory.reading import WHOLE_DEVICE, Figure, Reading, exact
 from ...patches import prompt
 from ...patches.kept import Entry, registry
-from ...patches.residency import handle_of, torch_devices
+from ...patches.residency import handle_of
+from ...patches.versions import torch_devices
 
 PHASE_SECONDS = 120
 """How far back the timeline of the panel goes."""
+
+
+class ModelState(TypedDict):
+    """A network in ComfyUI's list, or one that is kept.
+
+    Attributes:
+        handle: names it as long as it lives (`residency.handle_of`).
+        id: of the registry's entry; None for a model that the registry does not know.
+        name: class of the network.
+        kind: MODEL | CLIP | VAE, or what its loader calls it; None where nothing tells.
+        dtype: of its first weight, such as "float16".
+        device: where it is: the device that it computes on, or the one that it rests on.
+        bytes, size: on the device that it computes on, and of all its weights.
+        policy: no | keep | pin, or None.
+        last_used: seconds of `time.time`, or None.
+        movable: whether it can be offloaded at all.
+    """
+
+    handle: str
+    id: str | None
+    name: str
+    kind: str | None
+    dtype: str | None
+    device: str
+    bytes: int
+    size: int
+    policy: str | None
+    last_used: float | None
+    movable: bool
+
+
+class DeviceState(TypedDict):
+    """An accelerator, or the machine's RAM.
+
+    Attributes:
+        device: such as "cuda:0", or "RAM".
+        name: of the card, or None.
+        total, used: bytes, every process counted; None where they cannot be read.
+        source: who said `used`.
+        level: ok | warn | critical | unknown.
+        parts: bytes by what takes them, see `_card_parts` and `_ram_parts`.
+        processes: others on the card: {pid, name, bytes}.
+        notes: what could not be read, and why.
+    """
+
+    device: str
+    name: str | None
+    total: int | None
+    used: int | None
+    source: str
+    level: str
+    parts: dict[str, int | None]
+    processes: list[dict[str, Any]]
+    notes: list[str]
+
+
+class PhaseState(TypedDict):
+    """A phase of the ledger, in seconds of `time.time`; `end` is None while it goes on."""
+
+    name: str
+    start: float
+    end: float | None
+
+
+class KeptState(TypedDict):
+    """Bytes of all kept models together, and how many they may have."""
+
+    kept: int
+    budget: int
+
+
+class PanelState(TypedDict):
+    """Everything that the panel shows.
+
+    Attributes:
+        time: of this state, seconds of `time.time`.
+        prompt: whether one is being executed.
+        devices: accelerators, then the RAM.
+        residents: models, largest on its device first.
+        phases: of the last two minutes, oldest first.
+        ram: what kept models take of it.
+    """
+
+    time: float
+    prompt: bool
+    devices: list[DeviceState]
+    residents: list[ModelState]
+    phases: list[PhaseState]
+    ram: KeptState
 
 
 def patcher_of(handle: str) -> Any | None:
@@ -28,7 +119,7 @@ def patcher_of(handle: str) -> Any | None:
     return next((patcher for patcher in _all_patchers() if handle_of(patcher.model) == handle), None)
 
 
-def state() -> dict[str, Any]:
+def state() -> PanelState:
     """Everything that the panel shows, at this moment."""
     models = [_model(patcher) for patcher in _all_patchers()]
     levels = ledger.current().levels
@@ -52,7 +143,7 @@ def _all_patchers() -> list[Any]:
     return list(one_each.values())
 
 
-def _model(patcher: Any) -> dict[str, Any]:
+def _model(patcher: Any) -> ModelState:
     entry = registry().owner_of(patcher)
     weight = next(patcher.model.parameters(), None)
     loaded = patcher.loaded_size()
@@ -68,14 +159,13 @@ def _model(patcher: Any) -> dict[str, Any]:
         "policy": entry and entry.policy,
         "last_used": entry and entry.last_used,
         "movable": patcher.load_device != patcher.offload_device,
-        "dead": False,
     }
 
 
 def _kind(patcher: Any, entry: Entry | None) -> str | None:
     if isinstance(patcher.model, comfy.model_base.BaseModel):
         return "MODEL"
-    if getattr(patcher, "is_clip", False):
+    if patcher.is_clip:
         return "CLIP"
     if hasattr(patcher.model, "decode") and hasattr(patcher.model, "encode"):
         return "VAE"
@@ -110,7 +200,7 @@ def _ram() -> Reading:
     )
 
 
-def _device(reading: Reading, models: list[dict[str, Any]], levels: ledger.Levels) -> dict[str, Any]:
+def _device(reading: Reading, models: list[ModelState], levels: ledger.Levels) -> DeviceState:
     ram = reading.device == "cpu"
     return {
         "device": "RAM" if ram else reading.device,
@@ -125,7 +215,7 @@ def _device(reading: Reading, models: list[dict[str, Any]], levels: ledger.Level
     }
 
 
-def _card_parts(reading: Reading, models: list[dict[str, Any]]) -> dict[str, int | None]:
+def _card_parts(reading: Reading, models: list[ModelState]) -> dict[str, int | None]:
     """What fills a card. A part is None where one of the numbers that it is made of could not be read."""
     ours = [model for model in models if model["device"] == reading.device]
     kept = sum(model["bytes"] for model in ours if model["policy"] in ("keep", "pin"))
@@ -147,7 +237,7 @@ def _card_parts(reading: Reading, models: list[dict[str, Any]]) -> dict[str, int
     return parts
 
 
-def _ram_parts(reading: Reading, models: list[dict[str, Any]]) -> dict[str, int | None]:
+def _ram_parts(reading: Reading, models: list[ModelState]) -> dict[str, int | None]:
     """What fills the RAM. Weights on a card count here with what is left of them in RAM."""
     resting = [(m["policy"], m["size"] - (m["bytes"] if m["device"] != "cpu" else 0)) for m in models]
     kept = sum(size for policy, size in resting if policy in ("keep", "pin"))
@@ -171,14 +261,16 @@ def _name(device: torch.device) -> str | None:
     return None
 
 
-def _phases() -> list[dict[str, Any]]:
-    """Phases of the last two minutes, on the clock of `time.time`."""
+def _phases() -> list[PhaseState]:
     offset = time.time() - time.perf_counter()
     earliest = time.perf_counter() - PHASE_SECONDS
     book = ledger.current()
-    ended = [
+    ended: list[PhaseState] = [
         {"name": phase.name, "start": phase.before[0].moment + offset, "end": phase.after[0].moment + offset}
         for phase in list(book.phases)
         if phase.after and phase.after[0].moment > earliest
     ]
-    return ended + [{"name": name, "start": moment + offset, "end": None} for name, moment in book.open_phases()]
+    going_on: list[PhaseState] = [
+        {"name": name, "start": moment + offset, "end": None} for name, moment in book.open_phases()
+    ]
+    return ended + going_on

@@ -1,6 +1,6 @@
-"""What a ComfyUI VAE object takes and gives: sizes, layouts, channels and frames, the same in every version.
+"""What a ComfyUI VAE object takes and returns: sizes, layouts, channels and frames, alike in every version.
 
-Nothing here moves or computes; the functions ask the object itself, so they know no kind of VAE by name.
+Nothing here moves or computes. The functions ask the object itself, so they need not know any kind of VAE by name.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...patches import versions
+
 CROP, PAD = "crop", "pad"
 
 
 def checked_vae(vae: Any, node: str) -> bool:
     """Whether a VAE can be computed tile by tile here.
 
-    False where it can only be asked as a whole: it tiles by itself, or it is an object of another pack that has no
-    network and no patcher of ComfyUI's kind.
+    False where it can only be called as a whole: it tiles by itself, or it is another pack's object without a network
+    and a patcher of ComfyUI's kind.
 
     Raises:
-        ValueError: it holds no weights, or it is for sound or shapes.
+        ValueError: it has no weights, or it is for sound or shapes.
     """
     if getattr(vae, "first_stage_model", vae) is None:
         raise ValueError(
-            f"{node}: expected a VAE with weights; got an empty one. The checkpoint that it comes from contains none: "
+            f"{node}: expected a VAE with weights; got an empty one. The checkpoint it comes from has none: "
             "load a VAE file with Load VAE."
         )
     if not hasattr(vae, "first_stage_model") or not hasattr(vae, "patcher"):
@@ -33,7 +35,7 @@ def checked_vae(vae: Any, node: str) -> bool:
     if getattr(vae, "latent_dim", 2) not in (2, 3) or getattr(vae, "extra_1d_channel", None) is not None:
         name = type(vae.first_stage_model).__name__
         raise ValueError(f"{node}: expected a VAE for images or video; got {name}, which is not. Use its own nodes.")
-    return not getattr(vae, "handles_tiling", False)
+    return not versions.tiles_itself(vae)
 
 
 def compression(ratio: Any) -> int:
@@ -41,15 +43,11 @@ def compression(ratio: Any) -> int:
     return int(ratio[-1] if isinstance(ratio, tuple | list) else ratio)
 
 
-def output_dtype(vae: Any) -> torch.dtype:
-    """In which dtype its results go on: fp32, unless a newer ComfyUI was started with another one."""
-    return vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
-
-
 def pixels_for(vae: Any, pixels: Tensor, odd_size: str, node: str) -> tuple[Tensor, list[str]]:
-    """An IMAGE, BHWC or BTHWC in 0..1, as the network takes it: NCHW, or NCTHW for a video VAE; and what was changed.
+    """Returns an IMAGE, BHWC or BTHWC in 0..1, as the network takes it (NCHW, or NCTHW for a video VAE), and notes on
+    the changes.
 
-    A video VAE takes the images of a batch as frames of one clip, as ComfyUI does, unless it is for single images.
+    As in ComfyUI, a video VAE takes a batch of images as the frames of one clip, unless it is for single images.
 
     Raises:
         ValueError: an empty batch, an image smaller than one latent, too few channels, video for an image VAE.
@@ -79,15 +77,16 @@ def pixels_for(vae: Any, pixels: Tensor, odd_size: str, node: str) -> tuple[Tens
 
 
 def latents_for(vae: Any, samples: dict[str, Any], node: str) -> tuple[Tensor, list[str]]:
-    """A LATENT's tensor as the network takes it: NCHW, or NCTHW for a video VAE; and what was changed.
+    """Returns a LATENT's tensor as the network takes it (NCHW, or NCTHW for a video VAE), and notes on the changes.
 
     Raises:
-        ValueError: no tensor in it, or of a shape that no image or video has.
+        ValueError: it is empty, or has a shape that no image or video has.
     """
     notes: list[str] = []
     latents = samples["samples"]
-    if getattr(latents, "is_nested", False):
-        latents = latents.unbind()[0]
+    several = versions.several_latents(latents)
+    if several is not None:
+        latents = several[0]
         notes.append("Of several latents in one the first was decoded.")
     if latents.ndim not in (4, 5) or 0 in latents.shape:
         raise ValueError(f"{node}: expected at least 1 latent, NCHW or NCTHW; got shape {tuple(latents.shape)}.")
@@ -104,14 +103,13 @@ def latents_for(vae: Any, samples: dict[str, Any], node: str) -> tuple[Tensor, l
 
 def latent_output(vae: Any, result: Tensor) -> Tensor:
     """A network's latents as a LATENT carries them."""
-    latents = result.to(device=vae.output_device, dtype=output_dtype(vae))
-    formatted = getattr(vae, "format_encoded", None)
-    return latents if formatted is None else formatted(latents)
+    latents = result.to(device=vae.output_device, dtype=versions.vae_output_dtype(vae))
+    return versions.formatted_latents(vae, latents)
 
 
 def image_output(vae: Any, result: Tensor) -> Tensor:
     """Pixels in 0..1, NCHW or NCTHW, as an IMAGE: BHWC, clips one after another."""
-    pixels = result.to(device=vae.output_device, dtype=output_dtype(vae)).movedim(1, -1)
+    pixels = result.to(device=vae.output_device, dtype=versions.vae_output_dtype(vae)).movedim(1, -1)
     return pixels.reshape(-1, *pixels.shape[-3:]) if pixels.ndim == 5 else pixels
 
 
@@ -121,7 +119,7 @@ def _fit_channels(vae: Any, pixels: Tensor, node: str, notes: list[str]) -> Tens
         notes.append(f"The first {wanted} of {got} channels were encoded.")
         return pixels[..., :wanted]
     if got < wanted:
-        value = getattr(vae, "pad_channel_value", None)
+        value = versions.channel_padding(vae)
         if value is None:
             raise ValueError(f"{node}: expected images of {wanted} channels; got {got}. Convert them to RGB.")
         notes.append(f"The images have {got} channels; the missing {wanted - got} of {wanted} were filled.")
@@ -131,7 +129,7 @@ def _fit_channels(vae: Any, pixels: Tensor, node: str, notes: list[str]) -> Tens
 
 
 def _fit_size(pixels: Tensor, step: int, odd_size: str, node: str, notes: list[str]) -> Tensor:
-    """Height and width as multiples of `step`: cut at the centre as ComfyUI does, or continued at the edges."""
+    """Makes height and width multiples of `step`: cropped around the centre as in ComfyUI, or padded by repetition."""
     height, width = pixels.shape[-3:-1]
     if odd_size == PAD:
         below, right = -height % step, -width % step

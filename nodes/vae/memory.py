@@ -1,4 +1,4 @@
-"""The memory of one tiled VAE run: predicted for a tile, measured at the first one, summed up at the end."""
+"""The memory of one tiled VAE run: predicted for a tile, measured on the first one, reported at the end."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 import comfy.model_management as mm
 
 from ...memory import budget, ledger, probe
-from ...memory.reading import MIB, Figure, Reading, size_text
+from ...memory.reading import MIB, Reading, size_text
 from ...patches.residency import handle_of, residents
+from ..attempts import Attempts, figures, node_line, peak_figures
 
 MARGIN = 1.2
-"""Times a tile's bytes, for the allocator's rounding."""
+"""Factor on a tile's bytes, for the allocator's rounding."""
 WORKSPACE_BYTES = 256 * MIB
-"""Kept free beside a tile on an accelerator: convolutions take workspace that no shape tells."""
+"""Left free beside a tile on an accelerator: convolutions take workspace that no shape reveals."""
 SLACK_BYTES = 16 * MIB
-"""Growth over a run that is no leak."""
+"""Growth over a run that does not count as a leak."""
 
 
 @dataclass
 class TileMemory:
-    """Its methods are called in the order in which they stand here.
+    """Call the methods in this order.
 
     Attributes:
         vae: a ComfyUI VAE object.
@@ -51,7 +52,7 @@ class TileMemory:
         return probe.read(self.vae.device, settled=settled)
 
     def largest_tile(self, sides: Sequence[int]) -> int:
-        """The first of these sides, larger first, that is predicted to fit; the last where none is."""
+        """The first of these sides (largest first) that is predicted to fit, else the last."""
         return next((side for side in sides if self._fits(self.predicted(side))), sides[-1])
 
     @contextmanager
@@ -65,9 +66,9 @@ class TileMemory:
         self._moved = self._books() - before
 
     def load(self, tile: int) -> None:
-        """Has ComfyUI put the weights on the device and make room for a tile of that side.
+        """Has ComfyUI put the weights on the device and make room for one tile of that side.
 
-        It asks for the tile's need alone: more would move other models away for nothing.
+        Asking for more than one tile needs would move other models away for nothing.
         """
         self._tile = tile
         mm.load_models_gpu(
@@ -83,7 +84,7 @@ class TileMemory:
 
     @contextmanager
     def measuring_tile(self) -> Iterator[None]:
-        """Counts what one tile takes at most, where the device counts that."""
+        """Measures the peak of one tile, where the device has a counter for it."""
         self._note_peak()
         first = self._begin_peak()
         yield
@@ -92,7 +93,7 @@ class TileMemory:
             self.measured_tile = max(0, last.peak.bytes - first.allocated.bytes)
 
     def fitting_tile(self, tile: int, sides: Sequence[int]) -> int | None:
-        """The first of these sides, larger first, that fits by what a tile of side `tile` was measured to take; None
+        """The first of these sides (largest first) that fits by what a tile of side `tile` was measured to take. None
         where nothing was measured or none fits."""
         measured = self.measured_tile
         if measured is None:
@@ -105,23 +106,23 @@ class TileMemory:
         if measured is None and peak is not None:
             measured = peak - self._held
         return {
-            "budget_bytes": budget.gib(self.budget_gb) if self.budget_gb > 0 else None,
+            "budget_bytes": self._limit,
             "weights_bytes": self._held,
             "predicted_bytes": predicted,
             "measured_bytes": measured,
             "predicted_per_measured": round(predicted / measured, 4) if measured else None,
             "run_peak_bytes": peak,
-            "before": _figures(self._before),
-            "peak": {name: _figure(figure) for name, figure in vars(self._peak).items()},
-            "after": _figures(self._after),
+            "before": figures(self._before),
+            "peak": peak_figures(self._peak),
+            "after": figures(self._after),
             "grown_bytes": self._grown(),
             "kept_on_device_bytes": kept,
             "other_models": self._others,
         }
 
     def verdict(self, kept: int) -> dict[str, Any]:
-        """Whether the peak stayed within the budget and the memory came back, by measurement; and in words."""
-        peak, grown, limit = self._run_peak(), self._grown(), budget.gib(self.budget_gb) if self.budget_gb > 0 else None
+        """Whether, by measurement, the peak stayed within the budget and the memory came back; with the reason."""
+        peak, grown, limit = self._run_peak(), self._grown(), self._limit
         if peak is None or grown is None:
             note = self._loaded.peak.note or self._loaded.allocated.note or "this device has no peak counter"
             return {"verified": False, "verified_reason": f"not measurable on {self.vae.device}: {note}"}
@@ -132,14 +133,9 @@ class TileMemory:
         words += f"; {size_text(grown)} more than before" + ("" if returned else ", which did not come back")
         return {"verified": kept_to and returned, "verified_reason": words}
 
-    def summary(self, failed: bool) -> dict[str, Any]:
-        """For the line on the node: bytes predicted and read, the budget, and what to change if it did not fit."""
-        return {
-            "predicted": self._held + self.predicted(self._tile),
-            "measured": self._run_peak(),
-            "budget": budget.gib(self.budget_gb) if self.budget_gb > 0 else None,
-            "advice": "it did not fit at first: see the attempts in the report" if failed else "",
-        }
+    def summary(self, attempts: Attempts) -> dict[str, Any]:
+        """For the line on the node."""
+        return node_line(self._held + self.predicted(self._tile), self._run_peak(), self._limit, attempts)
 
     def _fits(self, need: int) -> bool:
         allowed = self._allowed()
@@ -150,10 +146,14 @@ class TileMemory:
         """Bytes that weights and tiles may take together; None where nothing says so."""
         free = self.read().free
         if free is not None:
-            # What ComfyUI would move away for a tile; on the CPU the weights lie in RAM already.
+            # Plus what ComfyUI would move away for a tile; on the CPU, the weights are in RAM already.
             free += self.vae.patcher.model_size() if self._on_cpu else self._books()
-        limits = [free, budget.gib(self.budget_gb) if self.budget_gb > 0 else None]
-        return min((limit for limit in limits if limit is not None), default=None)
+        return min((limit for limit in (free, self._limit) if limit is not None), default=None)
+
+    @property
+    def _limit(self) -> int | None:
+        """The budget in bytes; None without one."""
+        return budget.gib(self.budget_gb) if self.budget_gb > 0 else None
 
     @property
     def _on_cpu(self) -> bool:
@@ -164,13 +164,13 @@ class TileMemory:
         return min(side, height) * min(side, width)
 
     def _books(self) -> int:
-        """Bytes of weights on the device, by ComfyUI's list."""
+        """Bytes of weights on the device by ComfyUI's books."""
         return sum(item.bytes for item in residents(self.vae.device))
 
     def _begin_peak(self) -> Reading:
         reading = self.read()
         if reading.peak.bytes is not None:
-            ledger.current().mark("tile", quiet=True)  # whoever watches counts the peak so far, before it starts anew
+            ledger.current().mark("tile", quiet=True)  # the ledger notes the peak so far before the counter restarts
             probe.current().reset_peak(self.vae.device)
         return reading
 
@@ -180,7 +180,7 @@ class TileMemory:
         return reading
 
     def _run_peak(self) -> int | None:
-        """Most bytes of this VAE's weights and tiles, without what others have on the device."""
+        """Peak bytes of this VAE's weights and tiles, without what others hold on the device."""
         peak, loaded = self._peak.allocated.bytes, self._loaded.allocated.bytes
         if peak is None or loaded is None or self._loaded.peak.bytes is None:
             return None
@@ -188,17 +188,8 @@ class TileMemory:
         return peak - loaded + self._held
 
     def _grown(self) -> int | None:
-        """Bytes that are on the device after the run and were not before, weights left out."""
+        """Bytes that are on the device after the run and were not before, weights excluded."""
         before, after = self._before.allocated.bytes, self._after.allocated.bytes
         if before is None or after is None:
             return None
         return after - before - (0 if self._on_cpu else self._moved)
-
-
-def _figures(reading: Reading) -> dict[str, Any]:
-    names = ("allocated", "reserved", "used", "process")
-    return {name: _figure(getattr(reading, name)) for name in names}
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    return {"bytes": figure.bytes, "source": figure.source or figure.note}

@@ -1,13 +1,10 @@
-"""One encode or decode of a VAE in tiles inside ComfyUI: planned by measurement, carried down a ladder, reported."""
+"""One tiled encode or decode inside ComfyUI: planned by measurement, made smaller when memory runs out, reported."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
-from ...patches import residency
+from ...patches import residency, versions
+from ...patches.versions import is_out_of_memory, memory_errors
 from .. import node_status
-from ..flashvsr.memory import EVERYTHING, is_out_of_memory, memory_errors
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
-from .ladder import MIN_TILE, TileLadder, smaller_tiles
-from .layout import compression, output_dtype
+from .ladder import MIN_TILE, TileLadder, dtype_name, smaller_tiles
+from .layout import compression
 from .memory import TileMemory
 
 log = logging.getLogger("steadyvsr.nodes")
@@ -32,9 +29,9 @@ AUTO, EXACT, BLEND = "auto", "exact", "blend"
 SHRINK, ERROR = "shrink", "error"
 MAX_TILE = 512
 SIDES = range(MAX_TILE, 0, -MIN_TILE)
-"""Tiles to choose from where the user chose none."""
+"""Sides to choose from where the user chose none."""
 NAMED_TILES = 3
-"""So many tiles that were not finite are named in the report; the others are counted."""
+"""How many tiles that were not finite the report names; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class TileOptions:
         mode: auto | exact | blend.
         budget_gb: GiB on the device, the VAE's weights included; 0: what is free.
         on_oom: shrink | error.
-        allow_cpu: go to the CPU when everything else failed.
-        spot: compare one more tile with a blended result.
+        allow_cpu: go to the CPU when everything else has failed.
+        spot: compare a blended result with one more tile.
     """
 
     tile: int = 256
@@ -66,8 +63,8 @@ class TiledRun:
 
     Attributes:
         node: display name, which errors begin with.
-        vae: a ComfyUI VAE object that `vae_layout.checked_vae` has accepted.
-        encodes: whether it encodes; otherwise it decodes.
+        vae: a ComfyUI VAE object that `layout.checked_vae` has accepted.
+        encodes: whether to encode or to decode.
         node_id: of the node in the graph, for the progress bar.
     """
 
@@ -92,7 +89,7 @@ class TiledRun:
         memory = TileMemory(
             self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
         )
-        with self._device_context(), memory.running("VAE encode" if self.encodes else "VAE decode"):
+        with versions.device_context(self.vae.device), memory.running("VAE encode" if self.encodes else "VAE decode"):
             memory.load(MIN_TILE)
             self._exact = self._exact_path(source)
             tile, overlap = self._first_tile(memory)
@@ -101,29 +98,33 @@ class TiledRun:
             weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
             ladder = self._ladder(job, weights, memory, source)
             try:
-                self._carry_out(job, ladder, weights, memory, source)
+                self._carry_out(ladder, weights, memory, source)
             except RuntimeError as error:
-                # Torch's own complaint, or one of a VAE that checks; only a mismatch of channels is known here.
+                # From torch, or from a VAE that checks its input; the one cause known here is a mismatch of channels.
                 self._explain_channels(source, error)
                 raise
             self._note_again()
             result = job.result
             if isinstance(job, BlendDecode):
                 result = self.vae.process_output(result)
-            place = f"{job.tile} px, {_name(job.dtype)}, {job.device}"
+            place = f"{job.tile} px, {dtype_name(job.dtype)}, {job.device}"
             self._describe(source, job, result, ladder)
             del job, ladder, weights
         kept = result.nbytes if self.vae.output_device == self.vae.device != torch.device("cpu") else 0
         self._report |= {"memory": memory.report(kept), "seconds": round(time.perf_counter() - started, 3)}
         self._report |= memory.verdict(kept)
         log.info("%s: %s; %s", self.node, place, self._report["verified_reason"])
-        node_status.send(self.node_id, memory=memory.summary(bool(self._report["attempts"])))
+        node_status.send(self.node_id, memory=memory.summary(self._report["attempts"]))
         return result
 
-    def report(self) -> str:
-        """What was done and measured, as JSON."""
-        ordered = {"node": self.node, "vae": type(self.vae.first_stage_model).__name__, **self._report}
-        return json.dumps({**ordered, "notes": self.notes}, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        """What was done and measured, as plain values."""
+        return {
+            "node": self.node,
+            "vae": type(self.vae.first_stage_model).__name__,
+            **self._report,
+            "notes": self.notes,
+        }
 
     @property
     def _compression(self) -> int:
@@ -135,7 +136,7 @@ class TiledRun:
         return source.shape[-2] * factor, source.shape[-1] * factor
 
     def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
-        """Side and overlap to begin with."""
+        """Side and overlap to start with."""
         tile = min(self.options.tile, MAX_TILE) or memory.largest_tile(SIDES)
         if tile < self.options.tile:
             self.notes.append(f"tile_size {self.options.tile} was lowered to {tile}, the largest.")
@@ -150,8 +151,8 @@ class TiledRun:
         return tile, overlap
 
     def _predicted(self, source: Tensor, tile: int) -> int:
-        """Bytes that one tile of that side needs beside the weights: by the exact path's own count, or by ComfyUI's
-        estimate for the tile's shape."""
+        """Bytes that a tile of that side needs beside the weights: counted by the exact path, or estimated by ComfyUI
+        for the tile's shape."""
         if self._exact is not None:
             return self._exact.predicted(tile)
         cut = tile if self.encodes else -(-tile // self._compression)
@@ -160,7 +161,7 @@ class TiledRun:
         return int(estimate(shape, self.vae.vae_dtype))
 
     def _exact_path(self, source: Tensor) -> ExactPath | None:
-        """The exact path, if it is wanted and possible.
+        """The exact path, where it is wanted and possible.
 
         Raises:
             ValueError: mode exact, and it is not possible.
@@ -178,7 +179,7 @@ class TiledRun:
         return found
 
     def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
-        """As `exact_path`; where memory runs out in its trial, once more without the other models on the device."""
+        """As `exact_path`, tried again without the other models on the device if memory runs out in its trial."""
         frames = source.shape[2] if source.ndim == 5 else 1
         while True:
             try:
@@ -186,10 +187,10 @@ class TiledRun:
             except memory_errors() as error:
                 if self.options.on_oom != SHRINK or not is_out_of_memory(error):
                     raise
-            # Out of the handler: the error's traceback holds the tensors of the trial.
+            # Outside the handler: the traceback holds the tensors of the trial.
             gc.collect()
             mm.soft_empty_cache()
-            if not self._unload_others():
+            if not residency.unload_others(self.vae.device, [self.vae.patcher]):
                 return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
@@ -197,7 +198,7 @@ class TiledRun:
             return self._exact.job(source, tile)
         network, size = self.vae.first_stage_model, self._compression
         place: dict[str, Any] = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
-        # A norm over groups of channels takes its statistics from all that it sees.
+        # A norm over groups of channels takes its statistics from everything it sees.
         if source.ndim == 4 and any(isinstance(layer, nn.GroupNorm) for layer in network.modules()):
             place["shapes"] = THREE_GRIDS
         if self.encodes:
@@ -215,47 +216,44 @@ class TiledRun:
             halves[0] if halves else None,
             self.options.allow_cpu,
             self.options.on_oom == SHRINK,
-            self._unload_others,
+            lambda: residency.unload_others(self.vae.device, [self.vae.patcher]),
             lambda device, dtype: self._move(weights, device, dtype),
             lambda: memory.read().free,
         )
 
-    def _carry_out(
-        self, job: TileJob, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor
-    ) -> None:
+    def _carry_out(self, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor) -> None:
+        job = ladder.job
         bar = comfy.utils.ProgressBar(job.total, node_id=self.node_id)
-
-        def step() -> None:
-            mm.throw_exception_if_processing_interrupted()
-
-        first = self._exact is None
+        if self._exact is None:
+            with memory.measuring_tile():
+                self._advance(ladder, weights)
+            self._recalibrate(ladder, memory, source)
+            bar.update_absolute(job.done, job.total)
         while job.done < job.total:
-            if first:
-                with memory.measuring_tile():
-                    self._advance(job, ladder, weights, step)
-                first = False
-                self._recalibrate(job, ladder, memory, source)
-            else:
-                self._advance(job, ladder, weights, step)
+            self._advance(ladder, weights)
             bar.update_absolute(job.done, job.total)
 
-    def _advance(self, job: TileJob, ladder: TileLadder, weights: CastWeights, step: Callable[[], None]) -> None:
-        """One tile; once more in fp32 if it is not finite."""
+    def _advance(self, ladder: TileLadder, weights: CastWeights) -> None:
+        """Computes one tile, again in fp32 if it is not finite."""
+        job, on_step = ladder.job, mm.throw_exception_if_processing_interrupted
         try:
-            return ladder.advance(step)
+            return ladder.advance(on_step)
         except NotFinite as error:
             if job.dtype == torch.float32:
-                raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+                raise self._not_finite(error) from error
             self._again.append(str(error).partition("; ")[2])
         dtype, job.dtype = job.dtype, torch.float32
         weights.prepare(job.device, torch.float32)
         try:
-            ladder.advance(step)
+            ladder.advance(on_step)
         except NotFinite as error:
-            raise ValueError(f"{self.node}: {error} Check the input, or load another VAE.") from error
+            raise self._not_finite(error) from error
         finally:
             job.dtype = dtype
             weights.prepare(job.device, dtype)
+
+    def _not_finite(self, error: NotFinite) -> ValueError:
+        return ValueError(f"{self.node}: {error} Check the input, or load another VAE.")
 
     def _note_again(self) -> None:
         named, more = self._again[:NAMED_TILES], len(self._again) - NAMED_TILES
@@ -263,8 +261,9 @@ class TiledRun:
         if more > 0:
             self.notes.append(f"Computed again in float32: {more} more tiles.")
 
-    def _recalibrate(self, job: TileJob, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
-        """Takes the side of tile that fits by what the first tile was measured to need."""
+    def _recalibrate(self, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
+        """Changes to the side that fits by what the first tile was measured to take."""
+        job = ladder.job
         if ladder.attempts or self.options.on_oom != SHRINK:
             return
         sides = SIDES if not self.options.tile else [job.tile, *(side for side in SIDES if side < job.tile)]
@@ -279,23 +278,9 @@ class TiledRun:
         return smaller_tiles(tile, max(self._pixels(source)), max(MIN_TILE, 2 * self._compression))
 
     def _move(self, weights: CastWeights, device: torch.device, dtype: torch.dtype) -> None:
-        """Other weights in place of ComfyUI's, which leave the device first."""
+        """Swaps in copies of the weights; ComfyUI's own leave the device first."""
         residency.offload_model(self.vae)
         weights.prepare(device, dtype)
-
-    def _unload_others(self) -> bool:
-        """Whether a model other than this VAE left the device."""
-        device, patcher = self.vae.device, self.vae.patcher
-        own = [loaded for loaded in mm.current_loaded_models if loaded.model is patcher]
-        before = sum(item.bytes for item in residency.residents(device))
-        mm.free_memory(EVERYTHING, device, keep_loaded=own)
-        mm.soft_empty_cache()
-        return sum(item.bytes for item in residency.residents(device)) < before
-
-    def _device_context(self) -> contextlib.AbstractContextManager[Any]:
-        # Newer versions make the VAE's card the current one while it computes.
-        make = getattr(mm, "cuda_device_context", None)
-        return make(self.vae.device) if make is not None else contextlib.nullcontext()
 
     def _explain_channels(self, source: Tensor, error: RuntimeError) -> None:
         wanted, got = getattr(self.vae, "latent_channels", None), source.shape[1]
@@ -311,7 +296,7 @@ class TiledRun:
         self._report |= {
             "mode": BLEND if self._exact is None else EXACT,
             "device": str(job.device),
-            "dtype": _name(job.dtype),
+            "dtype": dtype_name(job.dtype),
             "size": [width, height],
             "samples": source.shape[0],
             "frames": (source if self.encodes else result).shape[2] if source.ndim == 5 else 1,
@@ -321,11 +306,7 @@ class TiledRun:
             "grid": list(job.grid) if isinstance(job, BlendEncode | BlendDecode) else None,
             "units": job.total,
             "spot_db": None if spot is None else round(spot, 2),
-            "output_dtype": _name(output_dtype(self.vae)),
+            "output_dtype": dtype_name(versions.vae_output_dtype(self.vae)),
             "output_bytes": result.nbytes,
-            "attempts": ladder.to_json(),
+            "attempts": ladder.attempts,
         }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,39 +1,33 @@
-"""ComfyUI's Wan 2.1 VAE under the interface of our own: its layers and weights, our order of computing.
+"""ComfyUI's Wan 2.1 VAE behind our own interface: its layers and weights, our order of computing.
 
-ComfyUI's own `encode` and `decode` take whole frames of a whole clip. Its layers do not mind who calls them, so they
-are put into a `models.wan_vae.WanVAE`, which can compute tiles and chunks. Nothing is copied or changed.
+ComfyUI's `encode` and `decode` take whole frames of a whole clip. Its layers do not mind who calls them, so a
+`models.wan_vae.WanVAE`, which can compute tiles and chunks, borrows them. Nothing is copied or changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import comfy.ldm.wan.vae
-import comfy.model_management as mm
 import comfy.ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...memory.process import shared
-from ...models.tiling import NotFinite, TileJob
 from ...models.wan_vae import TiledDecode, TiledEncode, WanVAE, rms_norm
 from ...models.wan_vae.layers import RMSNorm
 from ...models.wan_vae.state_dict import check_keys, read_sizes
-from .cast_weights import CastWeights
+from ...patches.versions import frame_padding
+from .trial import carried_out, differs, once
 
 TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH, TRIAL_TILE = 2, 2, 3, 16
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Relative error of a trial, by dtype: rounding of two orders of computing, far below any other difference."""
 
 
 class Adoption(NamedTuple):
     """
     Attributes:
-        vae: the network under our interface; latents as the network has them, not normalised. None where it is another.
-        why_not: in words; empty where there is a VAE.
+        vae: the network behind our interface, with the network's own latents, not normalised; None where it is refused.
+        why_not: the reason; empty where there is a VAE.
     """
 
     vae: WanVAE | None
@@ -41,12 +35,12 @@ class Adoption(NamedTuple):
 
 
 class _Conv3d(nn.Module):
-    """One of ComfyUI's causal convolutions without the frames that it would put before its input."""
+    """One of ComfyUI's causal convolutions, without the frames that it would put before its input."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
-        # 0.3.64 pads frames, rows and columns in the method that is passed over here.
+        # 0.3.64 pads frames, rows and columns in the method that is bypassed here.
         self.pads_itself = isinstance(layer._padding, tuple)
 
     def forward(self, x: Tensor, autopad: str | None = None) -> Tensor:
@@ -56,11 +50,11 @@ class _Conv3d(nn.Module):
         weight, bias = comfy.ops.cast_bias_weight(self.layer, x)
         if autopad:
             weight = weight[:, :, -x.shape[2] :]
-        return F.conv3d(x, weight, bias, self.layer.stride, (0, *_padding(self.layer)))
+        return F.conv3d(x, weight, bias, self.layer.stride, (0, *frame_padding(self.layer)))
 
 
 class _Norm(nn.Module):
-    """ComfyUI's norm, computed with fewer copies; its weight is looked up at each use, as ComfyUI may replace it."""
+    """ComfyUI's norm with fewer copies. The weight is looked up at each use, because ComfyUI may replace it."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -71,12 +65,12 @@ class _Norm(nn.Module):
 
 
 def adopted(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Adoption:
-    """The network under our interface, if it is a Wan 2.1 VAE and computes what ours does.
+    """The network behind our interface, if it is a Wan 2.1 VAE and computes what ours does.
 
-    Its structure is compared layer by layer. Then, once for each network, a small clip goes both ways through both.
+    The structure is compared layer by layer. Then, once for each network, both encode and decode a small clip.
 
     Args:
-        network: `first_stage_model` of a ComfyUI VAE; its weights on `device`.
+        network: `first_stage_model` of a ComfyUI VAE whose weights are on `device`.
         device, dtype: of the trial.
     """
     if (type(network).__module__, type(network).__name__) != (comfy.ldm.wan.vae.__name__, "WanVAE"):
@@ -85,10 +79,8 @@ def adopted(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Ado
         vae = _around(network)
     except (ValueError, AttributeError) as error:
         return Adoption(None, f"its layers are not those of Wan 2.1: {error}")
-    trials: WeakKeyDictionary[nn.Module, str] = shared("wan_trials", WeakKeyDictionary)
-    if network not in trials:
-        trials[network] = _trial(network, vae, device, dtype)
-    return Adoption(None, trials[network]) if trials[network] else Adoption(vae, "")
+    why_not = once(network, "clip", lambda: _trial(network, vae, device, dtype))
+    return Adoption(None if why_not else vae, why_not)
 
 
 def _around(network: Any) -> WanVAE:
@@ -120,58 +112,14 @@ def _borrowed(name: str, layer: nn.Module, theirs: Any) -> nn.Module:
     if not isinstance(theirs, nn.Conv3d if isinstance(layer, nn.Conv3d) else nn.Conv2d):
         raise ValueError(f"{name} is a {type(theirs).__name__}")
     ours = layer.kernel_size, layer.stride, layer.dilation, layer.groups, layer.padding[-2:]
-    found = theirs.kernel_size, theirs.stride, theirs.dilation, theirs.groups, _padding(theirs)
+    found = theirs.kernel_size, theirs.stride, theirs.dilation, theirs.groups, frame_padding(theirs)
     if ours != found:
         raise ValueError(f"{name} has kernel, stride, dilation, groups, padding {found}, not {ours}")
     return _Conv3d(theirs) if isinstance(layer, nn.Conv3d) else theirs
 
 
-def _padding(layer: Any) -> tuple[int, int]:
-    """Rows and columns of zeros around a frame; 0.3.64 keeps them in an attribute of its own, for `F.pad`."""
-    own = getattr(layer, "_padding", None)
-    return (own[2], own[0]) if isinstance(own, tuple) else tuple(layer.padding[-2:])
-
-
-def differs(
-    what: str,
-    both: Callable[[torch.dtype], tuple[Tensor, Tensor]],
-    network: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
-    """Empty, or how two ways of computing the same differ.
-
-    What is not finite in a dtype says nothing about the two ways, so it is computed once more in fp32.
-
-    Args:
-        what: for the words.
-        both: computes it in both ways in a dtype: ours, ComfyUI's.
-        network: whose weights they use.
-        device, dtype: of these weights.
-    """
-    weights, results = CastWeights(network, device, dtype), []
-    for tried in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
-        weights.prepare(device, tried)
-        try:
-            weights.run(lambda tried=tried: results.extend(both(tried)))
-        except NotFinite:
-            continue
-        ours, native = results[0], results[1].to(results[0])
-        if ours.shape != native.shape:
-            return f"{what} has shape {tuple(ours.shape)}, not {tuple(native.shape)}"
-        error = float((ours - native).norm() / native.norm())
-        return "" if error <= tolerance(device, tried) else f"{what} differs by {error:.1e} in {tried}"
-    return f"{what} is not finite in {tried}"
-
-
-def tolerance(device: torch.device, dtype: torch.dtype) -> float:
-    # Convolutions in fp32 use TF32 on newer cards, which rounds as fp16 does.
-    rounded = torch.float16 if dtype == torch.float32 and device.type != "cpu" else dtype
-    return TOLERANCE.get(rounded, 0.0)
-
-
 def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) -> str:
-    """Empty, or how the two differ on a clip of two latents."""
+    """Empty, or how the two differ on a clip of two latent frames."""
     generator = torch.Generator().manual_seed(0)
     size = TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH
     latents = torch.randn(1, vae.z_dim, *size, generator=generator)
@@ -189,9 +137,3 @@ def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) 
         return differs("decoding a trial clip", decoded, network, device, dtype) or differs(
             "encoding a trial clip", encoded, network, device, dtype
         )
-
-
-def carried_out(job: TileJob) -> Tensor:
-    while job.done < job.total:
-        job.advance(mm.throw_exception_if_processing_interrupted)
-    return job.result

@@ -3,7 +3,7 @@
     python loaders_session.py PACK_FOLDER BASE_FOLDER
 
 Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
-test_comfy_loaders.py.
+test_loaders.py.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def queued(workflow: dict) -> Iterator[None]:
     """ComfyUI's queue as its worker leaves it while the executor's next prompt runs: that tells which nodes it has."""
     item = (0, f"prompt-{EXECUTOR.count + 1}", workflow)
     queue = types.SimpleNamespace(currently_running={0: item})
-    server.PromptServer.instance = types.SimpleNamespace(prompt_queue=queue, send_sync=lambda *_: None)
+    server.PromptServer.instance = types.SimpleNamespace(prompt_queue=queue, client_id=None, send_sync=lambda *_: None)
     try:
         yield
     finally:

@@ -80,7 +80,7 @@ def walk(browser, booted, comfyui_path: Path, tmp_path: Path) -> Iterator[tuple[
         page.keyboard.press("Escape")
     if panel(page).count():  # a reload opens it again
         tab(page).click()
-    until(page, lambda: not state(turns)["sampler"]["running"], "a closed panel")
+    until(page, lambda: not state(turns)["push"]["running"], "a closed panel")
     yield turns, page
 
 
@@ -127,7 +127,7 @@ def test_a_kept_model_stays_through_comfyuis_own_button_and_the_panel_says_what_
     before = residents(turns)
     kept, other = before[B]["bytes"], before[A]["bytes"]
     assert set(before) == {A, B} and before[B]["policy"] == "keep" and before[A]["policy"] == "no"
-    assert kept > MIB and other > MIB and state(turns)["sampler"]["running"] is False
+    assert kept > MIB and other > MIB and state(turns)["push"]["running"] is False
     opened_panel(page)
     assert shown(page) == [B, A]
     until(page, lambda: receipts(turns) == [] or panel(page).locator(".svr-receipt").count() > 0, "earlier receipts")
@@ -196,18 +196,18 @@ def test_each_button_of_the_panel_does_to_real_models_what_its_receipt_says(walk
 
 def test_the_server_samples_while_the_panel_is_open_and_not_after(walk):
     turns, page = walk
-    closed = state(turns)["sampler"]
+    closed = state(turns)["push"]
     opened_panel(page)
-    until(page, lambda: state(turns)["sampler"]["pushes"] >= closed["pushes"] + 3, "three pushes")
-    during = state(turns)["sampler"]
+    until(page, lambda: state(turns)["push"]["pushes"] >= closed["pushes"] + 3, "three pushes")
+    during = state(turns)["push"]
     assert during["running"] and during["cpu_seconds"] > closed["cpu_seconds"]
     assert during["pushes"] - closed["pushes"] <= 2 * (during["seconds"] - closed["seconds"]) + 2
     tab(page).click()
-    until(page, lambda: not state(turns)["sampler"]["running"], "the end of the thread")
-    ended = state(turns)["sampler"]
+    until(page, lambda: not state(turns)["push"]["running"], "the end of the thread")
+    ended = state(turns)["push"]
     page.wait_for_timeout(2500)
-    assert state(turns)["sampler"] == ended
+    assert state(turns)["push"] == ended
     opened_panel(page)
-    until(page, lambda: state(turns)["sampler"]["pushes"] > ended["pushes"], "the push after opening it again")
+    until(page, lambda: state(turns)["push"]["pushes"] > ended["pushes"], "the push after opening it again")
     page.goto("about:blank")  # a page that is gone without saying so
-    until(page, lambda: not state(turns)["sampler"]["running"], "the end of the thread without a goodbye")
+    until(page, lambda: not state(turns)["push"]["running"], "the end of the thread without a goodbye")

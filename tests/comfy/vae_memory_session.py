@@ -3,16 +3,18 @@ in the middle.
 
     python vae_memory_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py.
+Prints one JSON object on the last line; the assertions are in test_vae.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 
+import vae_host as host  # starts ComfyUI; what follows needs that
+
+# isort: split
 import small_vaes
 import torch
-import vae_host as host  # starts ComfyUI; what follows needs that
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from vae_host import KINDS, apart, decode, error_of, latents_of, live_bytes, mm, pack, vae_of
@@ -142,11 +144,11 @@ def ladder_alone() -> dict:
     stopped, _ = ladder(shrink=False)
     other, _ = ladder(raises=RuntimeError("shape"))
     return {
-        "rungs": [item.tried for item in made.attempts], "prepared": prepared, "words": words,
-        "no_cpu": [item.tried for item in no_cpu.attempts] if error_of(no_cpu.advance, lambda: None) else [],
+        "rungs": [item["tried"] for item in made.attempts], "prepared": prepared, "words": words,
+        "no_cpu": [item["tried"] for item in no_cpu.attempts] if error_of(no_cpu.advance, lambda: None) else [],
         "no_cpu_words": error_of(ladder(allow_cpu=False)[0].advance, lambda: None),
-        "stopped": error_of(stopped.advance, lambda: None), "stopped_rungs": [i.tried for i in stopped.attempts],
-        "other": error_of(other.advance, lambda: None), "other_rungs": [i.tried for i in other.attempts],
+        "stopped": error_of(stopped.advance, lambda: None), "stopped_rungs": [i["tried"] for i in stopped.attempts],
+        "other": error_of(other.advance, lambda: None), "other_rungs": [i["tried"] for i in other.attempts],
         "sides": {str(t): ladders.smaller_tiles(t, 2000, 64) for t in (64, 96, 256, 512)},
         "small_image": ladders.smaller_tiles(512, 100, 64),
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
     python vae_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py. What is compared with is ComfyUI's own
+Prints one JSON object on the last line; the assertions are in test_vae.py. What is compared with is ComfyUI's own
 `first_stage_model` on whole frames.
 """
 
@@ -13,10 +13,12 @@ import random
 import sys
 import types
 
+import vae_host as host  # starts ComfyUI; what follows needs that
+
+# isort: split
 import execution
 import small_vaes
 import torch
-import vae_host as host  # starts ComfyUI; what follows needs that
 from vae_host import (
     KINDS,
     apart,
@@ -277,7 +279,7 @@ def workflows() -> dict:
 
 def other_ways() -> dict:
     """A VAE with four positions in one latent; too little RAM for the exact path; a network that does not pass."""
-    found, exact, tolerance = {}, pack("nodes.vae.exact"), pack("nodes.vae.wan").TOLERANCE
+    found, exact, tolerance = {}, pack("nodes.vae.exact"), pack("nodes.vae.trial").TOLERANCE
     vae = small_vaes.flux2_vae()
     if vae is not None:
         pixels = image(1, 128, 160)
@@ -327,8 +329,8 @@ def overflow(kind: str) -> dict:
 
 def trial_without_memory() -> dict:
     """Memory runs out in the trial: always; once, with another model to unload; with on_oom error."""
-    run, latents, found = pack("nodes.vae.run").TiledRun, latents_of("wan"), {"unloaded": 0}
-    unload = run._unload_others
+    residency, latents, found = pack("patches.residency"), latents_of("wan"), {"unloaded": 0}
+    unload = residency.unload_others
 
     def short_of(times: int):
         vae, left = small_vaes.wan_vae(), [times]
@@ -343,17 +345,17 @@ def trial_without_memory() -> dict:
         vae.first_stage_model.decode = short
         return vae
 
-    def unloaded(self) -> bool:
+    def unloaded(device, patchers) -> bool:
         found["unloaded"] += 1
         return True
 
     _, found["no memory"] = decode(short_of(9), latents)
     found["stopped"] = error_of(decode, short_of(1), latents, on_oom="error")
-    run._unload_others = unloaded
+    residency.unload_others = unloaded
     try:
         found["room"] = decode(short_of(1), latents)[1]["mode"]
     finally:
-        run._unload_others = unload
+        residency.unload_others = unload
     return found
 
 

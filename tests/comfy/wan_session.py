@@ -3,7 +3,7 @@
     python wan_session.py PACK_FOLDER [CLIPS]
 
 Random clips of random sizes and tiles, in fp64 and fp32. Prints one JSON object on the last line: scenario → what was
-observed, or {"error": traceback}. The assertions are in test_comfy_wan.py.
+observed, or {"error": traceback}. The assertions are in test_wan.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 PACK = "steadyvsr"
-CLIPS = int(GIVEN[0]) if GIVEN else 26
+CLIPS = int(GIVEN[1]) if len(GIVEN) > 1 else 26
 DIM, LATENT_CHANNELS = 4, 16
 CPU = torch.device("cpu")
 
@@ -44,6 +44,7 @@ def load_pack() -> None:
 load_pack()
 from steadyvsr.models.wan_vae import TiledDecode, TiledEncode  # noqa: E402
 from steadyvsr.nodes.vae import wan as wan_network  # noqa: E402
+from steadyvsr.nodes.vae.trial import tolerance  # noqa: E402
 from steadyvsr.nodes.vae.wan import adopted  # noqa: E402
 
 
@@ -181,7 +182,7 @@ def tf32() -> dict:
         with mode:
             result, _ = run(TiledDecode(ours, z, 16, device=CPU, dtype=torch.float32, finish=lambda x: x))
             seen[name] = error(result, theirs.decode(z))
-    return seen | {name: wan_network.tolerance(torch.device(name), torch.float32) for name in ("cpu", "cuda")}
+    return seen | {name: tolerance(torch.device(name), torch.float32) for name in ("cpu", "cuda")}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from steadyvsr.models.flashvsr.checkpoint import parts as layouts
+from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.load import expected_entries, save_merged
 from steadyvsr.models.flashvsr.checkpoint.parts import KnownFile
 from steadyvsr.models.flashvsr.config import FlashVSRConfig
@@ -66,7 +66,7 @@ def write_merged(path: Path, parts: dict, version: str = "v1.1", dtype: torch.dt
 
 
 def assert_holds(model, parts: dict) -> None:
-    for part in layouts.NETWORKS:
+    for part in checkpoint_parts.NETWORKS:
         state = getattr(model, part).state_dict()
         assert state.keys() == parts[part].keys()
         for key, tensor in state.items():
@@ -78,4 +78,4 @@ def publish(monkeypatch, path: Path, version: str | None) -> None:
     """Enters a file among the published ones."""
     file = WeightFile.open(path)
     known = KnownFile(path.name, file_sha256(file.path), file.size_bytes, version)
-    monkeypatch.setattr(layouts, "KNOWN_FILES", (*layouts.KNOWN_FILES, known))
+    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (*checkpoint_parts.KNOWN_FILES, known))

@@ -183,10 +183,3 @@ def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(choose) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gather_passes_its_self_check(dtype: torch.dtype) -> None:
     assert attention.self_check("gather", CPU, dtype) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", attention.BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_backends_pass_their_self_check_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
-    assert attention.self_check(backend, torch.device("cuda"), dtype) is None

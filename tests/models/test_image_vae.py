@@ -12,13 +12,23 @@ from steadyvsr.models.image_vae import LayeredJob, decoder_steps, encoder_steps,
 from steadyvsr.models.image_vae.layered import _moments
 from steadyvsr.models.tiling import NotFinite
 from steadyvsr.models.tiling.areas import Area
-from steadyvsr.tests.models.image_vae_double import LATENT_CHANNELS, Decoder, Encoder, random_network
-from torch import Tensor
+from steadyvsr.tests.double.comfy.ldm.modules.diffusionmodules.model import LATENT_CHANNELS, Decoder, Encoder
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 PIXELS = 4
 RUN = {"device": CPU, "dtype": torch.float32}
+
+
+def random_network(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """All weights random, those of the norms too."""
+    torch.manual_seed(3)
+    network = kind().to(dtype).eval().requires_grad_(False)
+    for name, weight in network.named_parameters():
+        if "norm" in name:
+            weight.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
+    return network
 
 
 def both(dtype: torch.dtype = torch.float32):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from steadyvsr.app.clip import Ladder
 from steadyvsr.benchmarks.tiny_model import tiny_model
-from steadyvsr.memory.tracker import live_tensors
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import HELPS, MemoryPlan, plans, smaller
 from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
+from steadyvsr.tests.models.live_tensors import live_tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter

@@ -26,8 +26,8 @@ from typing import Any
 MIB = 1 << 20
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "session"))
+    importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -35,16 +35,16 @@ import torch  # noqa: E402
 mm: Any = importlib.import_module("comfy.model_management")
 ModelPatcher: Any = importlib.import_module("comfy.model_patcher").ModelPatcher
 CurrentNodeContext: Any = importlib.import_module("comfy_execution.utils").CurrentNodeContext
-retention: Any = importlib.import_module("steadyvsr.patches.kept")
-snapshots: Any = importlib.import_module("steadyvsr.patches.presses")
-wrappers: Any = importlib.import_module("steadyvsr.patches.hooks")
+kept: Any = importlib.import_module("steadyvsr.patches.kept")
+presses: Any = importlib.import_module("steadyvsr.patches.presses")
+hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
 
 FIRST, SECOND, REST = torch.device("cpu:0"), torch.device("cpu:1"), torch.device("cpu")
 EVERYTHING = {"unload_models": True, "free_memory": True}
 STOCK = "stock"
 
 
-class Queue:
+class PromptQueue:
     """As much of ComfyUI's prompt queue as anybody asks for."""
 
     def __init__(self) -> None:
@@ -54,6 +54,12 @@ class Queue:
     def set_flag(self, name: str, value: object) -> None:
         self.flags.append(name)
 
+    def get_flags(self) -> dict[str, bool]:
+        return {}
+
+
+Queue = PromptQueue
+
 
 class NodeCache:
     """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
@@ -61,6 +67,16 @@ class NodeCache:
     def __init__(self) -> None:
         self.outputs: dict[tuple, Any] = {}
         self.changed = {"cache": self}
+
+
+class PromptExecutor:
+    """ComfyUI's, as far as its node cache goes."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache = NodeCache()
 
 
 class Errors(logging.Handler):
@@ -81,7 +97,7 @@ class World:
 
     def __init__(self, column: str, capacity: int = 10_000, devices: tuple[torch.device, ...] = (FIRST,)) -> None:
         self.column, self.capacity, self.devices = column, capacity * MIB, devices
-        self.cache = NodeCache()
+        self.executor = PromptExecutor()
         self.modules: list[weakref.ref] = []
         self.reads: dict[str, int] = {}
         self.folder = tempfile.TemporaryDirectory()
@@ -89,7 +105,9 @@ class World:
         self.queue = Queue()
         server = types.ModuleType("server")
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
-        sys.modules["server"] = server
+        execution: Any = types.ModuleType("execution")
+        execution.PromptExecutor, execution.PromptQueue = PromptExecutor, PromptQueue
+        sys.modules |= {"server": server, "execution": execution}
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
         for name in ("retention", "presses"):
             state.pop(name, None)
@@ -101,10 +119,10 @@ class World:
         self.place_wrappers()
 
     def place_wrappers(self) -> None:
-        wrappers.uninstall()
+        hooks.uninstall()
         vars(sys.modules["steadyvsr_state"]).pop("wrappers")
         if self.column != STOCK:
-            wrappers.install()
+            hooks.install()
 
     def _simulate_devices(self) -> None:
         def free(device: Any = None, torch_free_too: bool = False) -> Any:
@@ -119,6 +137,14 @@ class World:
         mm.minimum_inference_memory, mm.EXTRA_RESERVED_VRAM = lambda: 0, 0
 
     # What there is.
+
+    @property
+    def cache(self) -> NodeCache:
+        return self.executor.cache
+
+    @cache.setter
+    def cache(self, fresh: NodeCache) -> None:
+        self.executor.cache = fresh
 
     def alive(self) -> list[torch.nn.Module]:
         return [module for module in (ref() for ref in self.modules) if module is not None]
@@ -160,10 +186,10 @@ class World:
         """A loader node: the registry's if it owns the file, else from disk."""
         if self.column == STOCK:
             return self.read(name, mib, device, module)
-        policy = self.column if keep else retention.EJECTABLE
-        key = retention.Key.of("model", [self.path(name)])
+        policy = self.column if keep else kept.EJECTABLE
+        key = kept.Key.of("model", [self.path(name)])
         return (
-            retention.registry()
+            kept.registry()
             .obtain(key, policy, lambda: self.read(name, mib, device, module), lambda patcher: [patcher], name)
             .clone()
         )
@@ -208,12 +234,13 @@ class World:
 
     def tail(self, unload_models: bool = False, free_memory: bool = False) -> dict[str, str]:
         """The end of a turn of ComfyUI's worker, with these flags; what was there after each of its steps."""
+        self.queue.get_flags()
         seen = {"pre": self.state()}
         if unload_models or free_memory:
             mm.unload_all_models()
         seen["unloaded"] = self.state()
         if free_memory:
-            self.cache = NodeCache()
+            self.executor.reset()
         seen["reset"] = self.state()
         gc.collect()
         seen["collected"] = self.state()
@@ -232,8 +259,8 @@ def s1(world: World, how: str = "plain") -> dict:
     steps = (A, (*B, how), C)
     world.prompt(*steps)
     first = world.tail(**EVERYTHING)
-    stages = [snapshot.stage for snapshot in snapshots.latest()]
-    callers = sorted({snapshot.caller for snapshot in snapshots.latest()})
+    stages = [snapshot.stage for snapshot in presses.latest()]
+    callers = sorted({snapshot.caller for snapshot in presses.latest()})
     world.prompt(*steps)
     again = world.state()
     return {
@@ -291,7 +318,7 @@ def s5(world: World) -> dict:
         world.prompt(B, mib=40)
         seen[name] |= {"again": world.resident(), "reads": world.reads["B"]}
         if world.column != STOCK:
-            (entry,) = retention.registry().owned()
+            (entry,) = kept.registry().owned()
             seen[name]["yields"] = entry.yields
     return seen
 
@@ -419,7 +446,7 @@ def s12(world: World) -> dict:
 
 
 def owned() -> str:
-    return "".join(sorted(entry.name for entry in retention.registry().owned()))
+    return "".join(sorted(entry.name for entry in kept.registry().owned()))
 
 
 def s13(world: World) -> dict:

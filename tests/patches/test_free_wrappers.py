@@ -6,32 +6,19 @@ of COMFYUI_PATH.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON
-from steadyvsr.tests.conftest import comfyui_checkouts
+from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_wrappers.py")
-SESSION_SECONDS = 300
-PLACES: list[Path | None] = [None, *comfyui_checkouts()]
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
 
 
-@pytest.fixture(scope="module", params=PLACES, ids=["double" if place is None else place.name for place in PLACES])
-def observed(request: pytest.FixtureRequest) -> dict:
-    place = request.param
-    python, kind = (sys.executable, "double") if place is None else (PYTHON, "comfyui")
-    run = subprocess.run(
-        [python, str(SCRIPT), str(SCRIPT.parents[2]), kind],
-        cwd=place, capture_output=True, text=True, timeout=SESSION_SECONDS,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def observed(comfyui_or_double: Path | None) -> dict:
+    return played(SCRIPT, comfyui_or_double)
 
 
 def scenario(observed: dict, name: str) -> Any:
@@ -113,6 +100,40 @@ def test_a_press_says_who_asked(observed):
     assert seen == {"tail": ["button"], "error": ["OOM"], "in a prompt": ["housekeeping"]}
 
 
+MIB = 1 << 20
+STAGES = ["pre-unload", "post-unload", "post-reset", "post-collect"]
+PRESSES = {
+    "both": [STAGES, "collected", ""],
+    "free": [STAGES, "collected", ""],
+    "unload": [[*STAGES[:2], STAGES[3]], "collected", "the node cache was not reset"],
+    "out of memory": [STAGES[:2], "ended", "ended after unloading"],
+    "no collection": [STAGES[:2], "ended", "ended after unloading"],
+    "another thread between": [[*STAGES[:2], STAGES[3]], "collected", "the node cache was not reset"],
+    "the worker's next turn": [STAGES[:3], "ended", "ended after the reset"],
+}
+
+
+@pytest.mark.parametrize("press", PRESSES)
+def test_a_press_goes_as_far_as_comfyui_does_and_says_so(observed, press):
+    assert scenario(observed, "stages")[press] == PRESSES[press]
+
+
+def test_a_press_ends_when_another_begins(observed):
+    assert scenario(observed, "stages")["another press"] == ["ended", "unloaded"]
+
+
+def test_after_the_reset_the_garbage_is_there_and_after_the_collection_it_is_not(observed):
+    found = scenario(observed, "garbage")
+    assert [found[stage] // MIB for stage in STAGES] == [8, 8, 8, 0]
+
+
+def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observed):
+    seen = scenario(observed, "missing")
+    gone = ("free_memory", "PromptExecutor.reset", "PromptQueue.get_flags")
+    assert seen["status"] == {name: "missing" if name in gone else "on top" for name in (*NAMES, *gone[1:])}
+    assert seen["again"] is True
+
+
 def test_the_ring_holds_sixty_four_snapshots(observed):
     seen = scenario(observed, "ring")
     assert (seen["looks"], seen["presses"]) == (64, [5, 20]) and "kept: B 1.00 MiB" in seen["last"]
@@ -137,6 +158,7 @@ def test_a_kept_model_that_was_lost_is_one_error_with_class_id_and_key(observed)
 def test_a_failure_of_ours_is_said_once_and_comfyui_goes_on(observed):
     seen = scenario(observed, "own failure")
     assert seen["after"] == "-/AB"
-    assert [line.partition(";")[0] for line in seen["lines"]] == [
-        "hiding kept models failed", "choosing kept models failed",
-    ]  # fmt: skip
+    *failures, lost = (line.partition(";")[0] for line in seen["lines"])
+    assert failures == ["hiding kept models failed", "choosing kept models failed"]
+    # The next press ends this one, and it says what it came to.
+    assert lost.startswith("a kept model was lost: B of B")

@@ -35,12 +35,12 @@ def scripted_state(**changes: Any) -> dict:
             {
                 "handle": "m1", "id": "0123456789ab", "name": "WAN21", "kind": "MODEL", "dtype": "bf16",
                 "device": "cuda:0", "bytes": 6 * GIB, "size": 6 * GIB, "policy": "keep", "last_used": 990.0,
-                "movable": True, "dead": False,
+                "movable": True,
             },
             {
                 "handle": "m2", "id": "ba9876543210", "name": "WanVAE", "kind": "VAE", "dtype": "bf16",
                 "device": "cuda:0", "bytes": 3 * GIB, "size": 3 * GIB, "policy": "no", "last_used": None,
-                "movable": True, "dead": False,
+                "movable": True,
             },
         ],
         "phases": [{"name": "sample", "start": 960.0, "end": 990.0}],

@@ -6,7 +6,6 @@ import { age, share, size } from "./format.js";
 /** What is known of a model in one line: kind, number format, device, last use. */
 function facts(model, time) {
   const parts = [model.kind, model.dtype, model.device];
-  if (model.dead) parts.push("lost by ComfyUI");
   if (model.last_used !== null) parts.push(age(time - model.last_used));
   // A line may break between facts, not within one.
   return parts.filter(Boolean).map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
