@@ -79,6 +79,11 @@ class PromptExecutor:
         self.cache = NodeCache()
 
 
+EXECUTION: Any = types.ModuleType("execution")
+EXECUTION.PromptExecutor, EXECUTION.PromptQueue = PromptExecutor, PromptQueue
+sys.modules["execution"] = EXECUTION
+
+
 class Errors(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -105,9 +110,7 @@ class World:
         self.queue = Queue()
         server = types.ModuleType("server")
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
-        execution: Any = types.ModuleType("execution")
-        execution.PromptExecutor, execution.PromptQueue = PromptExecutor, PromptQueue
-        sys.modules |= {"server": server, "execution": execution}
+        sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
         for name in ("retention", "presses"):
             state.pop(name, None)
