@@ -1,1 +1,1 @@
-"""What the command line does: upscale one file or a folder of them, the demo, the doctor. Knows nothing of ComfyUI."""
+"""What the command line and the nodes share: one clip, a folder of clips, the demo, the doctor. No ComfyUI in here."""

@@ -1,16 +1,19 @@
-"""One run from file to file: decoder → engine → encoder, with one window of frames resident, and what it cost."""
+"""One run from file to file: decoder → engine → encoder. Only a window of frames is in memory.
+
+The command line, the workers of a folder run and the VIDEO node all go through `write_footage`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import psutil
 import torch
@@ -18,12 +21,17 @@ from torch import Tensor
 
 from ..memory.host import trim
 from ..models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
+from ..models.flashvsr.config import PRECISIONS
 from ..models.flashvsr.memory_plan import MemoryPlan, smaller
-from ..models.video import Clip, ClipWriter, DamagedVideoError, ImageSequenceWriter, VideoError
+from ..models.video import Clip, ClipWriter, ColourTags, DamagedVideoError, ImageSequenceWriter, VideoError, Waveform
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
+STEP_FRAMES = 8
+"""The engine pulls so many frames for each of its steps."""
+
+Upscale = Callable[[Generator[Tensor, None, None]], Generator[Tensor, None, None]]
+"""The engine: frames HWC 0..1 in, as many frames of the output size out."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,41 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
+class Footage:
+    """A clip as a run takes it, from a file or from tensors.
+
+    Attributes:
+        frames: begins a pass through the frames: HWC float RGB 0..1, each with its time in seconds.
+        width, height: of the frames.
+        count: how many there are; None where nothing says so.
+        frame_rate: frames per second.
+        time_base: seconds per tick of the times.
+        sound: what goes along into the output file.
+        colour, sample_aspect_ratio: see `ClipWriter`.
+        notes: what a user should be told about the source.
+    """
+
+    frames: Callable[[], Iterator[tuple[Tensor, Fraction]]]
+    width: int
+    height: int
+    count: int | None
+    frame_rate: Fraction
+    time_base: Fraction
+    sound: Clip | Waveform | None = None
+    colour: ColourTags = ColourTags()
+    sample_aspect_ratio: Fraction = Fraction(1)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What a run did and cost.
 
     Attributes:
-        seconds: wall time from the first frame pulled to the finished file
-        peak_rss_bytes: of the whole process since it began, Python and libraries included
-        peak_cuda_bytes: of tensors on the CUDA device during the run; None without one
-        complete: False where the source was damaged and only its readable part was written
+        seconds: from the first frame pulled to the finished file.
+        peak_rss_bytes: of the whole process since it started, Python and libraries included.
+        peak_cuda_bytes: of tensors on the CUDA device during the run; None without one.
+        complete: False if the source was damaged and only its readable part was written.
     """
 
     output: str
@@ -60,13 +95,8 @@ class RunReport:
     notes: tuple[str, ...]
 
 
-@dataclass
-class _Damage:
-    error: DamagedVideoError | None = None
-
-
 class Ladder:
-    """Goes down the engine's memory plans when an accelerator runs out of memory, and tells what it did.
+    """Steps down the engine's memory plans when an accelerator runs out of memory, and records each step.
 
     Attributes:
         notes: one sentence for each error that the run survived.
@@ -78,8 +108,7 @@ class Ladder:
 
     def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
         """For `upscale_frames`."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         found = smaller(plan, phase, self._size)
         if found is None:
             return None
@@ -88,7 +117,7 @@ class Ladder:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: the CUDA device if there is one, else the CPU. Raises ValueError for a device that torch does not have."""
+    """The device of that name; auto: CUDA if there is any, else the CPU. Raises ValueError for one torch lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -101,7 +130,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """auto: fp32 on the CPU, bf16 where CUDA computes in it natively, else fp16."""
+    """The compute dtype; auto: fp32 on the CPU, bf16 where CUDA computes in it natively, else fp16."""
     if precision != "auto":
         return PRECISIONS[precision]
     if device.type == "cpu":
@@ -111,23 +140,98 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
-def open_writer(clip: Clip, path: str | Path, scale: float, options: OutputOptions) -> ClipWriter | ImageSequenceWriter:
-    """A writer for the clip at its output size: same rate, times, sound, pixel aspect and colour tags."""
-    width, height = output_size(clip.width, clip.height, scale)
-    if options.image_sequence:
-        if options.codec is not None or options.crf is not None:
-            raise ValueError(f"{Path(path).name}: expected no --codec and no --crf for an image sequence (PNG).")
-        return ImageSequenceWriter(path, width, height, sixteen_bit=options.ten_bit, force=options.force)
-    return ClipWriter(
-        path, width, height, clip.frame_rate, time_base=clip.time_base, audio=clip, colour=clip.colour,
-        sample_aspect_ratio=clip.sample_aspect_ratio, codec=options.codec, crf=options.crf, ten_bit=options.ten_bit,
-        force=options.force,
+def footage_of(clip: Clip) -> Footage:
+    """The clip of a file, ready for a run.
+
+    Raises:
+        DamagedVideoError: the file is cut off or unreadable, and the clip was not opened with damaged="keep". To find
+            out takes minutes of reading at most, before hours of work that would end in the same message.
+    """
+    if clip.damaged == "raise":
+        clip.verify()
+    return Footage(
+        clip.frames_with_times, clip.width, clip.height, clip.frame_count, clip.frame_rate, clip.time_base, clip,
+        clip.colour, clip.sample_aspect_ratio, clip.notes,
     )  # fmt: skip
+
+
+def open_writer(
+    footage: Footage, path: str | Path, scale: float, options: OutputOptions
+) -> ClipWriter | ImageSequenceWriter:
+    """A writer for the footage at its output size: a video with the source's times and sound, or a folder of PNGs."""
+    if not options.image_sequence:
+        return open_video(footage, path, scale, options)
+    if options.codec is not None or options.crf is not None:
+        raise ValueError(f"{Path(path).name}: expected no --codec and no --crf for an image sequence (PNG).")
+    width, height = output_size(footage.width, footage.height, scale)
+    return ImageSequenceWriter(path, width, height, sixteen_bit=options.ten_bit, force=options.force)
+
+
+def open_video(footage: Footage, path: str | Path, scale: float, options: OutputOptions) -> ClipWriter:
+    """A video with the footage's rate, times, sound, pixel aspect and colour tags."""
+    width, height = output_size(footage.width, footage.height, scale)
+    return ClipWriter(
+        path, width, height, footage.frame_rate, time_base=footage.time_base, audio=footage.sound,
+        colour=footage.colour, sample_aspect_ratio=footage.sample_aspect_ratio, codec=options.codec, crf=options.crf,
+        ten_bit=options.ten_bit, force=options.force,
+    )  # fmt: skip
+
+
+def write_footage(
+    footage: Footage,
+    upscale: Upscale,
+    writer: ClipWriter | ImageSequenceWriter,
+    on_frame: Callable[[Tensor], object] = lambda frame: None,
+) -> tuple[Path, DamagedVideoError | None]:
+    """Pulls the footage through the engine into the writer and finishes the file.
+
+    Footage that turns out damaged on the way loses nothing: all frames before the damage are upscaled and stored as
+    `NAME.partial.EXT`. Any other exception leaves through here with the writer's file removed and both generators
+    closed.
+
+    Args:
+        on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
+
+    Returns:
+        The path of the file, and the damage if there was any.
+
+    Raises:
+        DamagedVideoError: not one frame can be read.
+    """
+    times: deque[Fraction] = deque()
+    damage: list[DamagedVideoError] = []
+
+    def source() -> Generator[Tensor, None, None]:
+        count = 0
+        try:
+            for count, (frame, moment) in enumerate(footage.frames(), 1):
+                if count % STEP_FRAMES == 1:
+                    # Freed frames leave holes in the heap; given back once a step, resident memory stays flat.
+                    trim()
+                times.append(moment)
+                yield frame
+        except DamagedVideoError as error:
+            if not count:
+                raise
+            # For the engine the footage ends here: it finishes what it has.
+            damage.append(error)
+
+    try:
+        # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
+        with closing(source()) as pulled, closing(upscale(pulled)) as outputs:
+            for frame in outputs:
+                writer.write(frame, times.popleft())
+                on_frame(frame)
+        path = writer.finish(_partial_name(writer.path) if damage else None)
+    except BaseException:
+        writer.abort()
+        raise
+    return path, damage[0] if damage else None
 
 
 def upscale_clip(
     model: FlashVSR,
-    clip: Clip,
+    footage: Footage,
     writer: ClipWriter | ImageSequenceWriter,
     options: StreamOptions,
     *,
@@ -138,58 +242,25 @@ def upscale_clip(
     on_step: Callable[[str, int, int | None], object] = lambda phase, done, total: None,
     plan: MemoryPlan | None = None,
 ) -> RunReport:
-    """Runs the clip through the model into the writer and finishes it.
-
-    A source that turns out damaged on the way loses nothing: all frames read before are upscaled and stored as
-    `NAME.partial.EXT`, and the report says that it is not complete. Any other exception leaves through here with the
-    writer's file removed.
+    """`write_footage` with the engine, outside ComfyUI, and what it cost.
 
     Args:
-        on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
+        on_frame: see `write_footage`.
         on_step: see `upscale_frames`.
         plan: where the run begins on the ladder; None at its top.
     """
-    times: deque[Fraction] = deque()
-    damage = _Damage()
-
-    def step(phase: str, done: int, total: int | None) -> None:
-        if phase == "transform":
-            # Freed frames leave holes in the heap; given back once a step, resident memory stays flat at no cost.
-            trim()
-        on_step(phase, done, total)
-
+    ladder = Ladder((writer.width, writer.height))
+    upscale = partial(
+        upscale_frames, model, options=options, vae=vae, device=device, dtype=dtype, on_step=on_step, plan=plan,
+        # Not on the CPU: there the system kills the process, and the Wan decoder's cache would be kept twice.
+        on_memory_error=None if device.type == "cpu" else ladder.on_memory_error,
+    )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    try:
-        source = _source(clip, times, damage)
-        ladder = Ladder((writer.width, writer.height))
-        # Not for the CPU: there the system ends the process, and the Wan decoder's cache would be kept twice.
-        down = None if device.type == "cpu" else ladder.on_memory_error
-        outputs = upscale_frames(
-            model,
-            source,
-            options,
-            vae=vae,
-            device=device,
-            dtype=dtype,
-            on_step=step,
-            on_memory_error=down,
-            plan=plan,
-        )
-        # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
-        with contextlib.closing(source), contextlib.closing(cast("Generator[Tensor, None, None]", outputs)):
-            for frame in outputs:
-                writer.write(frame, times.popleft())
-                on_frame(frame)
-        if damage.error is not None and not writer.frames_written:
-            raise damage.error
-        path = writer.finish(None if damage.error is None else _partial_name(writer.path))
-    except BaseException:
-        writer.abort()
-        raise
+    path, damage = write_footage(footage, upscale, writer, on_frame)
     seconds = time.perf_counter() - started
-    notes = (*clip.notes, *getattr(writer, "notes", ()), *ladder.notes)
+    notes = (*footage.notes, *getattr(writer, "notes", ()), *ladder.notes)
     return RunReport(
         output=str(path),
         frames=writer.frames_written,
@@ -198,20 +269,10 @@ def upscale_clip(
         seconds=seconds,
         frames_per_second=writer.frames_written / seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        peak_cuda_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        complete=damage.error is None,
-        notes=notes if damage.error is None else (*notes, str(damage.error)),
+        peak_cuda_bytes=peak_cuda_bytes(device),
+        complete=damage is None,
+        notes=notes if damage is None else (*notes, str(damage)),
     )
-
-
-def _source(clip: Clip, times: deque[Fraction], damage: _Damage) -> Generator[Tensor, None, None]:
-    """The clip's frames; their times go to `times`. Damage ends the clip here: the engine then finishes what it has."""
-    try:
-        for frame, when in clip.frames_with_times():
-            times.append(when)
-            yield frame
-    except DamagedVideoError as error:
-        damage.error = error
 
 
 def _partial_name(path: Path) -> Path:
@@ -221,6 +282,11 @@ def _partial_name(path: Path) -> Path:
         if not candidate.exists():
             return candidate
     raise VideoError(f"{path}: expected a free name for the readable part; all of {path.stem}.partial* are taken.")
+
+
+def peak_cuda_bytes(device: torch.device) -> int | None:
+    """Highest allocation of tensors on a CUDA device since the run began; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def peak_rss_bytes() -> int:

@@ -1,4 +1,4 @@
-"""The demo: a made-up clip made four times smaller, upscaled again file to file, and compared with what it was."""
+"""The demo: a generated clip is made four times smaller, upscaled from file to file, and compared with the original."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..models.flashvsr import FlashVSR, StreamOptions
 from ..models.video import ClipWriter, encode_png, open_clip
-from .clip import OutputOptions, RunReport, open_writer, upscale_clip
+from .clip import OutputOptions, RunReport, footage_of, open_writer, upscale_clip
 from .drawn_clips import HELD_OUT_SEEDS, SCALE, degrade, enlarge, make_clip
 from .metrics import psnr, ssim
 
 SEED = HELD_OUT_SEEDS[0]
-"""A clip that the embedded network was not trained on."""
+"""Of a clip that the embedded network was not trained on."""
 HEIGHT, WIDTH, FRAME_RATE = 256, 256, 24
 GAP, LETTER_SCALE, GROUND = 8, 2, 0.08
 _GLYPHS = {
@@ -29,7 +29,7 @@ _GLYPHS = {
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo made and measured; PSNR (dB) and SSIM against the ground truth, over all frames before encoding."""
+    """What the demo wrote and measured: PSNR (dB) and SSIM against the original, over all frames before encoding."""
 
     run: RunReport
     input: str
@@ -50,7 +50,7 @@ def run_demo(
     dtype: torch.dtype,
     on_frame: Callable[[Tensor], object] = lambda frame: None,
 ) -> DemoReport:
-    """Writes input.mkv (lossless), output.mp4 and comparison.png (the middle frame) into `folder`, over older ones."""
+    """Writes input.mkv (lossless), output.mp4 and comparison.png (middle frame) into `folder`, replacing older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     truth = make_clip(SEED, max(1, round(seconds * FRAME_RATE)), HEIGHT, WIDTH)
     small = degrade(truth)
@@ -66,9 +66,9 @@ def run_demo(
         outputs.append(frame)
         on_frame(frame)
 
-    clip = open_clip(source)
+    footage = footage_of(open_clip(source))
     run = upscale_clip(
-        model, clip, open_writer(clip, folder / "output.mp4", SCALE, OutputOptions(force=True)),
+        model, footage, open_writer(footage, folder / "output.mp4", SCALE, OutputOptions(force=True)),
         StreamOptions(scale=SCALE), device=device, dtype=dtype, on_frame=keep,
     )  # fmt: skip
     bicubic, output = enlarge(small), torch.stack(outputs)
@@ -94,7 +94,7 @@ def run_demo(
 
 
 def side_by_side(panels: list[tuple[str, Tensor]]) -> Tensor:
-    """HWC pictures of one size in a row, each under its label, on a dark ground; HWC."""
+    """HWC pictures of one size side by side, each below its label, on a dark ground; HWC."""
     height, width, _ = panels[0][1].shape
     top = 2 * GAP + 7 * LETTER_SCALE
     sheet = torch.full((top + height + GAP, GAP + len(panels) * (width + GAP), 3), GROUND)

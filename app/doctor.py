@@ -1,4 +1,4 @@
-"""What can be measured on this machine, and whether memory comes back on it: tried with the embedded network."""
+"""What can be measured on this machine, and whether memory comes back: tried out with the embedded network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..memory.tracker import StorageTracker
 from ..models.flashvsr import FlashVSR, StreamOptions, upscale_frames
 
 RUNS = leak.MINIMUM_RUNS
-"""With fewer runs, noise alone looks like growth: below this number the leak line says nothing."""
+"""With fewer runs noise alone looks like growth, and the leak line says nothing."""
 FRAMES, SIDE = 9, 32
 """A clip of 32 × 32: 128 × 128 when upscaled, the smallest size that the engine computes."""
 LATENTS, LATENT_SIDE = 2, 32
-"""Of the clip that is decoded once and twice at a time."""
+"""Of the latents that are decoded as a batch of one and of two."""
 FINE, HELD, NOT_MEASURED = 0, 1, 2
 """Exit codes."""
 
@@ -31,11 +31,12 @@ Offload = Callable[[FlashVSR, torch.device, probe.Probe], offload.Receipt]
 
 @dataclass(frozen=True)
 class Guidance:
-    """Peak bytes of the tensors that a computation makes, by the way guidance is computed: "off", "batched", ….
+    """Peak bytes of tensors in one computation with guidance "off", "batched", ….
 
     Attributes:
+        peaks: bytes by mode.
         measured_on: which computation.
-        source: who counted.
+        source: what counted them.
     """
 
     peaks: Mapping[str, int]
@@ -53,19 +54,19 @@ Measure = Callable[[FlashVSR, torch.device, probe.Probe], Guidance | None]
 
 @dataclass(frozen=True)
 class Findings:
-    """What the doctor saw.
+    """What the doctor found.
 
     Attributes:
         machine: versions, and the name of each card.
-        devices: one reading of each device.
-        device: the one that was tried.
-        receipt: of the offload of the embedded network.
-        dropped: bytes of its weights that were alive before the last reference was dropped, and after.
-        growth: over the runs.
+        devices: one reading per device.
+        device: the one that was tried out.
+        receipt: of offloading the embedded network.
+        dropped: bytes of its weights alive before the last reference was dropped, and after.
+        growth: over the runs; None if it cannot be counted.
         after_runs: bytes after each run.
         guidance: off against batched.
-        problems: what is not as it should be; empty is healthy.
-        unmeasured: questions that could not be answered here.
+        problems: what is wrong; empty if all is well.
+        unmeasured: questions that cannot be answered here.
     """
 
     machine: Mapping[str, str]
@@ -103,7 +104,7 @@ class Findings:
         }
 
     def lines(self) -> list[str]:
-        """The same for a person, one finding a line."""
+        """The same for people, one finding per line."""
         text = [" · ".join(f"{what} {version}" for what, version in self.machine.items())]
         for reading in self.devices:
             text += _device_lines(reading)
@@ -118,7 +119,7 @@ class Findings:
 
 
 def _device_lines(reading: Reading) -> list[str]:
-    """What is known of one device, from whom, and what that covers; then who else is on it."""
+    """What is known about one device and from which source; then the other processes on it."""
     lines = [f"{reading.device}: {size_text(reading.used.bytes)} of {size_text(reading.total.bytes)} in use"]
     for name in ("allocated", "reserved", "inactive_split", "dynamic", "process", "used"):
         figure = getattr(reading, name)
@@ -144,14 +145,14 @@ def examine(
     guidance: Measure | None = None,
     on_step: Callable[[str], None] = lambda what: None,
 ) -> Findings:
-    """Loads the network, runs it, offloads it, drops it, and measures all along.
+    """Loads the network, offloads it, runs it and drops it, measuring all along.
 
     Args:
-        load: gives the network, on the CPU.
-        reader: what to read with; None is the probe of the process.
-        move: loads the network onto the device and offloads it, verified; None moves it with `torch.nn.Module.to`.
-        guidance: measures guidance off against batched; None does that with the network's decoder.
-        on_step: called with what is about to be done; what it raises leaves through here.
+        load: returns the network, on the CPU.
+        reader: what to read with; None: the probe of the process.
+        move: loads the network onto the device and offloads it, verified; None: with `torch.nn.Module.to`.
+        guidance: measures guidance off against batched; None: with the network's decoder.
+        on_step: called with the name of the next step; what it raises leaves through here.
     """
     started = time.perf_counter()
     reader = reader or probe.current()
@@ -208,7 +209,7 @@ def _parts(model: FlashVSR) -> list[torch.nn.Module]:
 
 
 def _moved_by_torch(model: FlashVSR, device: torch.device, reader: probe.Probe) -> offload.Receipt:
-    """Outside ComfyUI this process owns the network, and moves it itself."""
+    """Outside ComfyUI this process owns the network and moves it itself."""
     rest = torch.device("cpu")
     parts = torch.nn.ModuleList(_parts(model)).to(device)
 
@@ -234,7 +235,7 @@ def _empty(device: torch.device) -> None:
 def _runs(
     model: FlashVSR, device: torch.device, reader: probe.Probe, on_step: Callable[[str], None]
 ) -> tuple[tuple[int, ...], leak.Growth | None]:
-    """Bytes of tensors after each of a dozen equal runs. On the CPU a tracker counts them."""
+    """Bytes of tensors after each of `RUNS` equal runs. On the CPU a tracker counts them."""
     frames = list(torch.rand(FRAMES, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(0)))
     after: list[int] = []
     tracker = StorageTracker(exclude=[*frames, model.prompt, *(x for part in _parts(model) for x in part.parameters())])
@@ -261,7 +262,7 @@ def _run(model: FlashVSR, frames: list[torch.Tensor], device: torch.device, on_s
 
 
 def peak_of(work: Callable[[], Any], device: torch.device, reader: probe.Probe) -> Figure:
-    """The most bytes of tensors that were alive at once because of `work`; unknown where nothing counts peaks."""
+    """Peak bytes of the tensors that `work` makes; unknown if nothing counts peaks on this device."""
     if device.type == "cpu":
         with StorageTracker() as tracker:
             work()
@@ -277,7 +278,7 @@ def peak_of(work: Callable[[], Any], device: torch.device, reader: probe.Probe) 
 
 
 def _decoder_guidance(model: FlashVSR, device: torch.device, reader: probe.Probe) -> Guidance | None:
-    """Guidance doubles a batch. Outside ComfyUI there is no sampler, so one clip and two go through the decoder."""
+    """Guidance doubles the batch. Outside ComfyUI there is no sampler: the decoder takes one clip, then two."""
     found = {}
     dtype = torch.float32 if device.type == "cpu" else model.prompt.dtype
     channels = model.transformer.config.in_dim
@@ -291,6 +292,6 @@ def _decoder_guidance(model: FlashVSR, device: torch.device, reader: probe.Probe
 
 
 def guidance_of(found: Mapping[str, Figure], measured_on: str) -> Guidance | None:
-    """None where a peak is unknown."""
+    """The peaks as `Guidance`; None if one is unknown."""
     peaks = {mode: figure.bytes for mode, figure in found.items() if figure.bytes is not None}
     return Guidance(peaks, measured_on, found["off"].source) if len(peaks) == len(found) else None

@@ -1,34 +1,31 @@
-"""Predicted against measured peak bytes of a run, over size, dtype, kv_ratio, decoder and tile.
+"""Predicted and measured peak bytes of a run, by size, dtype, kv_ratio, decoder and tile.
 
     python -m steadyvsr.benchmarks.budget_table [--json FILE]
 
 29 frames each (two process steps: the caches are full after the first). A network of the embedded model's shape runs
 on the CPU under a dispatch-mode tracker of live storages. The released model runs at full size by shapes, on the paths
 of a GPU: its peak is that of live tensors, without what kernels take inside and what an allocator keeps. Weights are
-excluded on both sides. Exits with 1 where a prediction is more than 10 % off.
+excluded on both sides. Exit status 1 where a prediction is more than 10 % off.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
-from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker
+from steadyvsr.benchmarks import frame
+from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker, released_model
 from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.reading import size_text
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
-from steadyvsr.models.flashvsr.footprint import WanCosts, activation_bytes
-from steadyvsr.models.flashvsr.lq_projection import CausalLQ4xProjection
+from steadyvsr.models.flashvsr.footprint import activation_bytes
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan
-from steadyvsr.models.flashvsr.tc_decoder import TCDecoder
-from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
+from steadyvsr.models.wan_vae import StreamingDecoder, WanCosts, WanVAE
 
 FRAMES = 29
 WITHIN = 0.10
@@ -50,8 +47,7 @@ BY_SHAPES = [((768, 1280), AS_IT_IS, False), ((1920, 1080), AS_IT_IS, False), ((
              ((3840, 2160), STRIPS, False), ((768, 1280), CHUNKS, True)]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A prediction and what was then measured, in bytes."""
 
     setting: str
@@ -61,18 +57,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        return (self.predicted - self.measured) / max(self.measured, 1)
-
-    def cells(self) -> tuple[str, ...]:
-        sizes = size_text(self.predicted), size_text(self.measured)
-        return self.setting, *sizes, f"{100 * self.error:+.1f} %", self.source
-
-
-def table(compared: list[Comparison]) -> str:
-    """One line for each comparison."""
-    rows = [("setting", "predicted", "measured", "error", "source"), *(item.cells() for item in compared)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return (self.predicted - self.measured) / self.measured
 
 
 def clip_of(size: tuple[int, int], scale: float) -> list[torch.Tensor]:
@@ -85,76 +70,52 @@ def run(model: FlashVSR, clip: list[torch.Tensor], options: StreamOptions, **whe
         pass
 
 
-def on_cpu(compared: list[Comparison]) -> None:
+def on_cpu() -> Iterator[Comparison]:
     for name, dtype in DTYPES.items():
         model = tiny_model(config=NANO, dtype=dtype)
         # The attention's self-check runs once for each dtype.
         run(model, clip_of((128, 128), 1.0), StreamOptions(scale=1.0), dtype=dtype)
-        for size, plan in ON_CPU:
-            for kv_ratio in KV_RATIOS:
-                clip, options = clip_of(size, 2.0), StreamOptions(scale=2.0, kv_ratio=kv_ratio)
-                with StorageTracker(exclude=[*parameters(model), *clip]) as tracker:
-                    run(model, clip, options, dtype=dtype, plan=plan)
-                predicted = activation_bytes(
-                    NANO, size, kv_ratio, dtype.itemsize, model.prompt.shape[1], on_cpu=True, plan=plan
-                )
-                label = f"nano {size[0]}×{size[1]} {name} kv {kv_ratio:g} tc, {plan}"
-                compared.append(Comparison(label, predicted, tracker.peak, "tracker"))
-
-
-def by_shapes(compared: list[Comparison]) -> None:
-    config = FlashVSRConfig()
-    for name, dtype in DTYPES.items():
-        with torch.device("meta"):
-            networks = (
-                transformer.Transformer(config),
-                CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers),
-                TCDecoder(config.decoder_channels),
+        for (size, plan), kv_ratio in itertools.product(ON_CPU, KV_RATIOS):
+            clip, options = clip_of(size, 2.0), StreamOptions(scale=2.0, kv_ratio=kv_ratio)
+            with StorageTracker(exclude=[*parameters(model), *clip]) as tracker:
+                run(model, clip, options, dtype=dtype, plan=plan)
+            predicted = activation_bytes(
+                NANO, size, kv_ratio, dtype.itemsize, model.prompt.shape[1], on_cpu=True, plan=plan
             )
-            prompt = torch.zeros(1, 512, config.text_dim, dtype=dtype)
+            label = f"nano {size[0]}×{size[1]} {name} kv {kv_ratio:g} tc, {plan}"
+            yield Comparison(label, predicted, tracker.peak, "tracker")
+
+
+def by_shapes() -> Iterator[Comparison]:
+    for name, dtype in DTYPES.items():
+        model = released_model(dtype)
+        with torch.device("meta"):
             vae = WanVAE(with_encoder=False).to(dtype)
-        decoder = StreamingDecoder(vae)
-        for network in networks:
-            network.requires_grad_(False).to(dtype)
-        model = FlashVSR(*networks, prompt, "v1.1", "flashvsr")
-        weights = [*parameters(model), *vae.parameters()]
-        for size, plan, wan in BY_SHAPES:
-            for kv_ratio in KV_RATIOS:
-                clip, options = clip_of(size, 4.0), StreamOptions(kv_ratio=kv_ratio)
-                with ShapeTracker(weights) as tracker:
-                    run(model, clip, options, device="meta", dtype=dtype, vae=decoder if wan else None, plan=plan)
-                costs, name_of = (WanCosts(), "wan") if wan else (None, "tc")
-                predicted = activation_bytes(config, size, kv_ratio, dtype.itemsize, plan=plan, wan_decoder=costs)
-                label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {name_of}, {plan}"
-                compared.append(Comparison(label, predicted, tracker.peak, "shapes"))
+        decoder, weights = StreamingDecoder(vae), [*parameters(model), *vae.parameters()]
+        for (size, plan, wan), kv_ratio in itertools.product(BY_SHAPES, KV_RATIOS):
+            clip, options = clip_of(size, 4.0), StreamOptions(kv_ratio=kv_ratio)
+            with ShapeTracker(weights) as tracker, mock.patch.multiple(transformer, **FUSED):
+                run(model, clip, options, device="meta", dtype=dtype, vae=decoder if wan else None, plan=plan)
+            predicted = activation_bytes(
+                FlashVSRConfig(), size, kv_ratio, dtype.itemsize, plan=plan, wan_decoder=WanCosts() if wan else None
+            )
+            label = f"1.3B {size[0]}×{size[1]} {name} kv {kv_ratio:g} {'wan' if wan else 'tc'}, {plan}"
+            yield Comparison(label, predicted, tracker.peak, "shapes")
 
 
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    kept = {name: getattr(transformer, name) for name in FUSED}
-    try:
-        vars(transformer).update(FUSED)
-        yield
-    finally:
-        vars(transformer).update(kept)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", metavar="FILE", type=Path)
-    arguments = parser.parse_args()
-    compared: list[Comparison] = []
-    on_cpu(compared)
-    with fused_attention():
-        by_shapes(compared)
-    outside = [item for item in compared if abs(item.error) > WITHIN]
-    worst = max(compared, key=lambda item: abs(item.error))
-    print(table(compared))
-    print(f"{len(compared)} settings, {len(outside)} more than 10 % off, worst {100 * worst.error:+.1f} %")
-    if arguments.json:
-        rows = [{**vars(item), "error": round(item.error, 4)} for item in compared]
-        arguments.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 1 if outside else 0
+def main(arguments: list[str] | None = None) -> int:
+    options = frame.parser(__doc__).parse_args(arguments)
+    compared = [*on_cpu(), *by_shapes()]
+    rows = [("setting", "predicted", "measured", "error", "source")]
+    for item in compared:
+        predicted, measured = size_text(item.predicted), size_text(item.measured)
+        rows.append((item.setting, predicted, measured, f"{100 * item.error:+.1f} %", item.source))
+    print(frame.table(rows))
+    missed = [item.setting for item in compared if abs(item.error) > WITHIN]
+    worst = max((item.error for item in compared), key=abs)
+    print(f"{len(compared)} settings, {len(missed)} more than 10 % off, worst {100 * worst:+.1f} %")
+    settings = [{**item._asdict(), "error": round(item.error, 4)} for item in compared]
+    return frame.finish(options.json, {"settings": settings}, missed)
 
 
 if __name__ == "__main__":

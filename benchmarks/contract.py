@@ -1,4 +1,4 @@
-"""The frame and size contract: hundreds of cases through the plan, 66 through the engine.
+"""The contract of frames and sizes: hundreds of cases through the plan, 66 through the engine.
 
     python -m steadyvsr.benchmarks.contract [--json FILE]
 
@@ -8,13 +8,11 @@ frame that is shifted, doubled or dropped shows.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
-from pathlib import Path
 
 import torch
+from steadyvsr.benchmarks import frame
 from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, frame_plan, output_size, padded_size, upscale_frames
 from steadyvsr.models.flashvsr.plan import step_outputs
@@ -33,36 +31,35 @@ def clip(count: int, width: int, height: int) -> torch.Tensor:
     return means[:, None, None] + (torch.rand(count, height, width, 3, generator=generator) - 0.5) * 0.05
 
 
+def planned_right(count: int, width: int, height: int, scale: float) -> bool:
+    """Every frame has its place, the size is exact, and the padding is less than a unit."""
+    plan, size = frame_plan(count), output_size(width, height, scale)
+    whole = plan.padded_frames == max(25, 8 * -(-(count + 3) // 8) + 1) and step_outputs(plan.steps - 1)[1] >= count
+    exact = size == (round(width * scale), round(height * scale))
+    padded = zip(padded_size(*size), size, strict=True)
+    return whole and exact and all(side % 128 == 0 and 0 <= side - wanted < 128 for side, wanted in padded)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    planned = missed = 0
-    for count, (width, height), scale in itertools.product(FRAMES, SIZES, SCALES):
-        plan, size = frame_plan(count), output_size(width, height, scale)
-        padded = padded_size(*size)
-        whole = plan.padded_frames == max(25, 8 * -(-(count + 3) // 8) + 1) and step_outputs(plan.steps - 1)[1] >= count
-        exact = size == (round(width * scale), round(height * scale))
-        fits = all(p % 128 == 0 and 0 <= p - s < 128 for p, s in zip(padded, size, strict=True))
-        planned += 1
-        missed += not (whole and exact and fits)
-    model, ran, worst = tiny_model(), 0, 0.0
-    for count, (width, height, scale) in itertools.product(FRAMES, RUN_SIZES):
+    options = frame.parser(__doc__).parse_args(arguments)
+    missed, worst, model = [], 0.0, tiny_model()
+    planned = list(itertools.product(FRAMES, SIZES, SCALES))
+    for count, (width, height), scale in planned:
+        if not planned_right(count, width, height, scale):
+            missed.append(f"plan of {count} frames of {width} × {height} at {scale}")
+    ran = list(itertools.product(FRAMES, RUN_SIZES))
+    for count, (width, height, scale) in ran:
         given = clip(count, width, height)
         result = list(upscale_frames(model, given, StreamOptions(scale=scale)))
-        ran += 1
         right = len(result) == count and result[0].shape == (round(height * scale), round(width * scale), 3)
         difference = (torch.stack(result).mean((1, 2)) - given.mean((1, 2))).abs().max().item() if right else 1.0
         worst = max(worst, difference)
         if difference > TOLERANCE:
-            missed += 1
-            print(f"missed: {count} frames of {width} × {height} at {scale}: {len(result)} frames, {difference:.4f}")
-    print(f"{planned} cases through the plan, {ran} through the engine, {missed} missed; "
+            missed.append(f"{count} frames of {width} × {height} at {scale}: {len(result)} frames, {difference:.4f}")
+    print(f"{len(planned)} cases through the plan, {len(ran)} through the engine, {len(missed)} missed; "
           f"mean colours differ by at most {worst * 255:.3f} of 255")  # fmt: skip
-    if options.json:
-        report = {"planned": planned, "ran": ran, "missed": missed, "largest_difference_of_255": worst * 255}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if missed else 0
+    figures = {"planned": len(planned), "ran": len(ran), "largest_difference_of_255": worst * 255}
+    return frame.finish(options.json, figures, missed)
 
 
 if __name__ == "__main__":

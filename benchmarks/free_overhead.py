@@ -9,17 +9,14 @@ of a round counts. Exit status 1 above 20 µs.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import importlib.util
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from steadyvsr.benchmarks import frame
+from steadyvsr.tests.session.comfyui_place import find_comfyui
 
 LIMIT_US = 20.0
 CALLS, ROUNDS = 100, 300
@@ -32,57 +29,37 @@ def mean_us(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) / CALLS * 1e6
 
 
-def model_management(comfyui: Path | None) -> Any:
-    """ComfyUI's module, of a checkout or of the tests' double."""
-    if comfyui is None:
-        double = Path(__file__).resolve().parents[1] / "tests" / "patches" / "books_double.py"
-        spec = importlib.util.spec_from_file_location("books_double", double)
-        if spec is None or spec.loader is None:
-            raise SystemExit(f"{double}: expected the tests' double of ComfyUI; got nothing.")
-        module = sys.modules["books_double"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.install()
-    else:
-        os.chdir(comfyui)
-        sys.path.insert(0, str(comfyui))
-        sys.argv = ["main.py", "--cpu"]
-        importlib.import_module("comfy.options").enable_args_parsing()
-    return importlib.import_module("comfy.model_management")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    target = options.json and options.json.resolve()
-    mm = model_management(options.comfyui and options.comfyui.resolve())
-    wrappers = importlib.import_module("steadyvsr.patches.hooks")
+    options = frame.comfyui_parser(__doc__, required=False).parse_args(arguments)
+    if options.comfyui:
+        frame.enter(options.comfyui)
+    else:
+        find_comfyui("double")
+    mm: Any = importlib.import_module("comfy.model_management")
+    hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
     device = mm.get_torch_device()
-    calls: dict[str, tuple] = {"soft_empty_cache": (), "free_memory": (0, device)}
-    best: dict[str, dict[str, float]] = {name: {"stock": float("inf"), "wrapped": float("inf")} for name in calls}
-    for _ in range(ROUNDS):
-        for kind, prepare in (("stock", wrappers.uninstall), ("wrapped", wrappers.install)):
-            prepare()
-            for name, given in calls.items():
-                function = getattr(mm, name)
-                best[name][kind] = min(best[name][kind], mean_us(lambda f=function, g=given: f(*g)))
-    found = {
-        name: {**times, "overhead": times["wrapped"] - times["stock"], "ratio": times["wrapped"] / times["stock"]}
-        for name, times in best.items()
-    }
-    for name, times in found.items():
-        print(
-            f"{name}: {times['stock']:.2f} µs alone, {times['wrapped']:.2f} µs with wrappers, "
-            f"{times['overhead']:+.2f} µs, ratio {times['ratio']:.2f}"
-        )
-    if target:
-        version = getattr(sys.modules.get("comfyui_version"), "__version__", None)
-        if options.comfyui and version is None:
-            version = importlib.import_module("comfyui_version").__version__
-        record = {"place": f"ComfyUI {version}" if options.comfyui else "double", "python": platform.python_version()}
-        target.write_text(json.dumps({**record, "calls": CALLS, "rounds": ROUNDS, "us": found}, indent=1) + "\n")
-    return int(any(times["overhead"] > LIMIT_US for times in found.values()))
+
+    def round_of(prepare: Callable[[], Any]) -> dict[str, float]:
+        prepare()
+        soft_empty_cache, free_memory = mm.soft_empty_cache, mm.free_memory
+        return {
+            "soft_empty_cache": mean_us(soft_empty_cache),
+            "free_memory": mean_us(lambda: free_memory(0, device)),
+        }
+
+    rounds = frame.in_turn(
+        {"stock": lambda: round_of(hooks.uninstall), "wrapped": lambda: round_of(hooks.install)}, ROUNDS
+    )
+    found, missed = {}, []
+    for name in ("soft_empty_cache", "free_memory"):
+        stock, wrapped = (min(seen[name] for seen in rounds[kind]) for kind in ("stock", "wrapped"))
+        found[name] = {"stock": stock, "wrapped": wrapped, "overhead": wrapped - stock, "ratio": wrapped / stock}
+        print(f"{name}: {stock:.2f} µs alone, {wrapped:.2f} µs with wrappers, "
+              f"{wrapped - stock:+.2f} µs, ratio {wrapped / stock:.2f}")  # fmt: skip
+        if wrapped - stock > LIMIT_US:
+            missed.append(f"{name} within {LIMIT_US:g} µs")
+    place = f"ComfyUI {frame.version_of(options.comfyui)}" if options.comfyui else "double"
+    return frame.finish(options.json, {"place": place, "calls": CALLS, "rounds": ROUNDS, "us": found}, missed)
 
 
 if __name__ == "__main__":

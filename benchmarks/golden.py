@@ -3,12 +3,11 @@
     python -m steadyvsr.benchmarks.golden FOLDER [--json FILE]
 
 Sizes, cases and tolerances come from the folder's index.json. Two approximate tilings of the official code are left
-out (wan_vae out/tiled_*, e2e out/full/frames_tiled_*). Exits with 1 where a vector is missed.
+out (wan_vae out/tiled_*, e2e out/full/frames_tiled_*). Exit status 1 where a vector is missed.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -16,24 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from steadyvsr.models.flashvsr import (
-    BufferLQ4xProjection,
-    CausalLQ4xProjection,
-    FlashVSR,
-    FlashVSRConfig,
-    StreamOptions,
-    TCDecoder,
-    Transformer,
-    TransformerState,
-    colour,
-    transformer,
-    upscale_frames,
-)
+from steadyvsr.benchmarks import frame
+from steadyvsr.models import flashvsr
+from steadyvsr.models.flashvsr import FlashVSRConfig, StreamOptions, TCDecoder, Transformer, colour, transformer
 from steadyvsr.models.flashvsr.plan import step_latents
 from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
 from torch import Tensor
@@ -67,7 +57,7 @@ class Folder:
         return {k: v.float() if v.is_floating_point() else v for k, v in load_file(self.path / file).items()}
 
     def step(self, file: str, default: int) -> int:
-        """Sub-sampling step that a file's metadata states as ::N."""
+        """The sub-sampling step that a file's metadata gives as ::N."""
         with safe_open(str(self.path / file), "pt") as opened:
             found = re.search(r"::(\d+)", " ".join((opened.metadata() or {}).values()))
         return int(found[1]) if found else default
@@ -81,9 +71,9 @@ def compare(entry: str, name: str, got: Tensor, expected: Tensor, tolerance: dic
 
 def projections(hidden: tuple[int, int], dim: int, layers: int, weights: dict[str, Tensor]) -> dict[str, Any]:
     made = {
-        "buffer_upstream": BufferLQ4xProjection(hidden, dim, layers, cache_order="as_trained"),
-        "buffer_fixed": BufferLQ4xProjection(hidden, dim, layers),
-        "causal": CausalLQ4xProjection(hidden, dim, layers),
+        "buffer_upstream": flashvsr.BufferLQ4xProjection(hidden, dim, layers, cache_order="as_trained"),
+        "buffer_fixed": flashvsr.BufferLQ4xProjection(hidden, dim, layers),
+        "causal": flashvsr.CausalLQ4xProjection(hidden, dim, layers),
     }
     for projection in made.values():
         projection.load_state_dict(weights)
@@ -138,7 +128,7 @@ def check_vae(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator[Chec
     latents = vae.encode(io["in/video"])
     yield compare(name, "encode17", latents, io["out/encode17"], tolerance)
     yield compare(name, "raw mean", vae.denormalise(latents), io["ref/encode17_raw_mu"], tolerance)
-    raw, _ = vae.decode_stream(io["in/latents"])
+    raw, _ = vae.decode_with_cache(io["in/latents"])
     sampled = raw[..., ::step, ::step]
     yield compare(name, "decode5 unclamped", sampled, io["out/decode5_unclamped_sub"], tolerance)
     decoded = vae.decode(io["in/latents"])
@@ -146,7 +136,7 @@ def check_vae(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator[Chec
     yield compare(name, "decode5 first frames", decoded[:, :, :5], io["out/decode5_first5_frames"], tolerance)
 
 
-def chronological(state: TransformerState, parts: list[Tensor]) -> Tensor:
+def chronological(state: flashvsr.TransformerState, parts: list[Tensor]) -> Tensor:
     """Ring slots in order of time; each part is one slot."""
     first = state.pairs - state.cached_pairs
     return torch.cat([parts[pair % state.slots] for pair in range(first, state.pairs)], 0)
@@ -168,18 +158,18 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
         topk_ratio=entry["topk_ratio"], kv_ratio=max(2.0, case["kv_ratio"]), local_range=case["local_range"]
     )
     constants = network.prepare(inputs["in/context"])
-    keys, values = network.blocks[0].prompt_keys_values(constants.text)
+    first_block: Any = network.blocks[0]
+    keys, values = first_block.prompt_keys_values(constants.text)
     for what, got in (
         ("t", constants.time), ("t_mod", constants.modulation), ("block0_cross_k", keys), ("block0_cross_v", values),
     ):  # fmt: skip
         yield compare(name, what, got, inputs[f"ref/{what}"], tolerance)
     tokens = latents.shape[3] // 2 * (latents.shape[4] // 2)
     certain = entry["mask_stats"]["min_relative_margin"] > MARGIN_OF_A_CERTAIN_MASK
-    state, step_size = TransformerState(), entry.get("sub_sampling_step", 3)
+    state, step_size = flashvsr.TransformerState(), entry.get("sub_sampling_step", 3)
     masks: list[Tensor] = []
     select = transformer.select_blocks
-    transformer.select_blocks = lambda *args: masks.append(select(*args)) or masks[-1]
-    try:
+    with mock.patch.object(transformer, "select_blocks", lambda *args: masks.append(select(*args)) or masks[-1]):
         for step in range(entry["steps"]):
             first, last = step_latents(step)
             lq = None
@@ -203,8 +193,6 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
             # A kept and a dropped block change places: two bits for each head and query group.
             allowed = 0 if certain else 2 * shape[0] * new
             yield Check(name, f"mask of step {step}", flips, flips - allowed)
-    finally:
-        transformer.select_blocks = select
     blocks = state.layers[0].keys.shape[1] // state.slots
     for kind, ring in (("k", state.layers[0].keys), ("v", state.layers[0].values)):
         parts = [part.permute(1, 2, 0, 3).flatten(2) for part in ring.split(blocks, 1)]
@@ -216,10 +204,13 @@ def check_transformer(folder: Folder, name: str, entry: dict[str, Any]) -> Itera
 
 
 class Recorder:
-    """Stands for a decoder and keeps what went through it."""
+    """Wraps a decoder and records what passes through it."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoder, self.latents, self.frames = decoder, [], []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
 
     def __call__(self, latents: Tensor, condition: Tensor, memory: Any, strip_pixels: int | None = None) -> Any:
         frames, memory = self.decoder(latents, condition, memory, strip_pixels)
@@ -232,12 +223,6 @@ class Recorder:
         self.latents.append(latents.clone())
         self.frames.append(frames.clamp(-1, 1))
         return frames
-
-    def new_cache(self, device: Any = None) -> Any:
-        return self.decoder.new_cache(device)
-
-    def copy_cache(self, cache: Any, device: Any = None) -> Any:
-        return self.decoder.copy_cache(cache, device)
 
 
 def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator[Check]:
@@ -263,14 +248,13 @@ def check_pipeline(folder: Folder, name: str, entry: dict[str, Any]) -> Iterator
         if f"out/{case}/frames_post_sub" not in io:
             continue
         count = io[f"out/{case}/frames_post_sub"].shape[1]
-        vae = None
-        recorder = Recorder(decoder)
+        vae: Any = None
+        recorder: Any = Recorder(decoder)
         if case == "full":
-            wan = WanVAE.from_state_dict(folder.tensors(entry["vae_weights"]))
-            vae = recorder = Recorder(StreamingDecoder(wan))
-        model = FlashVSR(network, made[order], recorder, io["in/context"], "v1", "golden")
+            vae = recorder = Recorder(StreamingDecoder(WanVAE.from_state_dict(folder.tensors(entry["vae_weights"]))))
+        model = flashvsr.FlashVSR(network, made[order], recorder, io["in/context"], "v1", "golden")
         given = frames[: count + 4]
-        result = list(upscale_frames(model, given, options, noise=io["in/noise"], vae=vae))[:count]
+        result = list(flashvsr.upscale_frames(model, given, options, noise=io["in/noise"], vae=vae))[:count]
         after = torch.stack(result).permute(3, 0, 1, 2) * 2 - 1
         before = torch.cat(recorder.frames, 2)[0, :, :count]
         post, pre = io[f"out/{case}/frames_post_sub"], io.get(f"out/{case}/frames_pre_sub")
@@ -299,36 +283,27 @@ def check_entry(folder: Folder, name: str) -> list[Check]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = frame.parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     folder = Folder(options.folder)
-    report, missed = {}, 0
+    report, missed = {}, []
     for name in folder.entries:
         checks = check_entry(folder, name)
         failed = [check for check in checks if not check.passed]
-        missed += len(failed) + (not checks)
+        missed += [f"{name} {check.name}" for check in failed] if checks else [f"{name} compares nothing"]
         worst = max((check.difference for check in checks if "mask" not in check.name), default=float("nan"))
         flips = sum(int(check.difference) for check in checks if "mask" in check.name)
         tolerance = folder.entries[name]["tolerance"]
-        report[name] = {
-            "comparisons": len(checks),
-            "failed": len(failed),
-            "largest_difference": worst,
-            "mask_bits_different": flips,
-            "rtol": tolerance["rtol"],
-            "atol": tolerance["atol"],
-        }
+        report[name] = {"comparisons": len(checks), "failed": len(failed), "largest_difference": worst}
+        report[name] |= {"mask_bits_different": flips, "rtol": tolerance["rtol"], "atol": tolerance["atol"]}
         print(f"{name:10} {len(checks):3} comparisons, {len(failed)} missed, largest difference {worst:.2e}, "
               f"mask bits different {flips} (rtol {tolerance['rtol']:g}, atol {tolerance['atol']:g})")  # fmt: skip
         for check in failed:
             print(f"    missed: {check.name}: {check.difference:.3e}, {check.excess:.3e} beyond the tolerance")
     total = sum(row["comparisons"] for row in report.values())
-    print(f"{len(report)} entries, {total} comparisons, {missed} missed")
-    if options.json:
-        options.json.write_text(json.dumps({"torch": torch.__version__, "entries": report}, indent=1) + "\n")
-    return 1 if missed else 0
+    print(f"{len(report)} entries, {total} comparisons, {len(missed)} missed")
+    return frame.finish(options.json, {"entries": report}, missed)
 
 
 if __name__ == "__main__":

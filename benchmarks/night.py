@@ -1,28 +1,29 @@
-"""A night of fifty clips: healthy ones, one worker against two, then corrupt ones and a worker killed at its work.
+"""A night of fifty clips: healthy ones, one worker against two, then corrupt ones and a worker killed while it works.
 
-    python -m steadyvsr.benchmarks.night [--clips 50] [--output JSON]
+    python -m steadyvsr.benchmarks.night [--clips 50] [--json FILE]
 
 Small clips and the embedded network at scale 2, so that it takes minutes; the processes, the record and the retries are
-those of any night.
+those of any night. Exit status 1 where a healthy clip is not done, or a corrupt one leaves more than an error.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
-from steadyvsr.cli import NANO
+from steadyvsr.benchmarks import frame
 from steadyvsr.memory import leak
 from steadyvsr.models.flashvsr import StreamOptions
+from steadyvsr.models.flashvsr.checkpoint import NANO_FILE
 from steadyvsr.models.video import ClipWriter, open_clip
 
 WIDTH, HEIGHT, FRAMES = 48, 32, 17
@@ -37,22 +38,22 @@ def write_clips(folder: Path, count: int, corrupt: bool) -> None:
     for index in range(count):
         path = folder / f"{index:02d}.mp4"
         with ClipWriter(str(path), WIDTH, HEIGHT, 12) as writer:
-            for frame in torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(index)):
-                writer.write(frame)
+            for picture in torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(index)):
+                writer.write(picture)
         if corrupt and index % CORRUPT_EVERY == CORRUPT_EVERY - 1:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
 
-def run(source: Path, output: Path, workers: int, progress=lambda *_: None) -> batch.NightReport:
-    settings = batch.WorkerSettings("cpu", str(NANO), StreamOptions(scale=2.0), LOSSLESS)
+def run(source: Path, output: Path, workers: int, progress=lambda *_: None) -> batch.FolderReport:
+    settings = batch.WorkerSettings("cpu", str(NANO_FILE), StreamOptions(scale=2.0), LOSSLESS)
     manifest = batch.Manifest(output, batch.folder_settings(settings))
     jobs = tuple(batch.find_jobs(source, output))
-    return batch.run_night(batch.Night(jobs, (settings,), workers), manifest, lambda line: None, progress)
+    return batch.run_folder(batch.FolderRun(jobs, (settings,), workers), manifest, lambda line: None, progress)
 
 
 def frames_of(path: Path) -> list[bytes]:
     """The pixels of every frame of a file."""
-    return [frame.numpy().tobytes() for frame in open_clip(path).frames()]
+    return [picture.numpy().tobytes() for picture in open_clip(path).frames()]
 
 
 class KillOnce:
@@ -69,67 +70,72 @@ class KillOnce:
         workers[0].kill()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=50)
-    parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
-    options = parser.parse_args()
-    found: dict = {"clips": options.clips}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_clips(folder / "healthy", options.clips, corrupt=False)
-        healthy = run(folder / "healthy", folder / "one", 1)
-        after = [result.after for result in healthy.results]
-        growth = leak.fit(after[2:])
-        found["healthy"] = {
-            "done": len(healthy.done),
-            "out_of_memory": sum("memory" in result.error for result in healthy.failed),
-            "after_from_clip_3": [min(after[2:]), max(after[2:])],
-            "growth": str(growth),
-            "seconds": healthy.seconds,
-        }
-        two = run(folder / "healthy", folder / "two", 2)
-        start, clip = healthy.seconds - sum(r.seconds for r in healthy.results), median(r.seconds for r in two.results)
-        found["throughput"] = {
-            "one_worker_seconds": healthy.seconds,
+def healthy_night(folder: Path, clips: int) -> dict[str, Any]:
+    """All clips by one worker, then by two."""
+    write_clips(folder / "healthy", clips, corrupt=False)
+    one, two = (run(folder / "healthy", folder / name, workers) for name, workers in (("one", 1), ("two", 2)))
+    after = [result.after for result in one.results][2:]
+    return {
+        "healthy": {
+            "done": len(one.done),
+            "out_of_memory": sum("memory" in result.error for result in one.failed),
+            "after_from_clip_3": [min(after), max(after)],
+            "growth": str(leak.fit(after)),
+            "seconds": one.seconds,
+        },
+        "throughput": {
+            "one_worker_seconds": one.seconds,
             "two_workers_seconds": two.seconds,
-            "ratio": healthy.seconds / two.seconds,
-            "seconds_beside_the_clips_one_worker": start,
-            "median_clip_seconds": {"one worker": median(r.seconds for r in healthy.results), "two workers": clip},
+            "ratio": one.seconds / two.seconds,
+            "seconds_beside_the_clips_one_worker": one.seconds - sum(result.seconds for result in one.results),
+            "median_clip_seconds": {
+                "one worker": median(result.seconds for result in one.results),
+                "two workers": median(result.seconds for result in two.results),
+            },
             "processes_on_the_machine_load": psutil.getloadavg()[0],
             "admission": two.admissions,
-        }
-        write_clips(folder / "mixed", options.clips, corrupt=True)
-        kill = KillOnce(f"{options.clips // 2:02d}.mp4")
-        bad = run(folder / "mixed", folder / "bad", 2, kill)
-        same = [
-            frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name) for result in bad.done
-        ]
-        time.sleep(1)
-        left = [path.name for path in (folder / "bad").rglob("*") if ".part" in path.name]
-        again = run(folder / "mixed", folder / "bad", 2)
-        found["bad_night"] = {
-            "done": len(bad.done),
-            "failed": [f"{result.name}: {result.error}" for result in bad.failed],
-            "killed_at": kill.killed,
-            "redone": bad.redone,
-            "bit_identical_to_single_runs": sum(same),
-            "half_files": left,
-            "rerun_tried": len(again.results),
-            "rerun_skipped": len(again.skipped),
-        }
+        },
+    }
+
+
+def bad_night(folder: Path, clips: int) -> dict[str, Any]:
+    """Some clips are cut off and a worker is killed; afterwards the folder is run again."""
+    write_clips(folder / "mixed", clips, corrupt=True)
+    kill = KillOnce(f"{clips // 2:02d}.mp4")
+    bad = run(folder / "mixed", folder / "bad", 2, kill)
+    same = [frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name) for result in bad.done]
+    time.sleep(1)
+    left = [path.name for path in (folder / "bad").rglob("*") if ".part" in path.name]
+    again = run(folder / "mixed", folder / "bad", 2)
+    return {
+        "done": len(bad.done),
+        "failed": [f"{result.name}: {result.error}" for result in bad.failed],
+        "killed_at": kill.killed,
+        "redone": bad.redone,
+        "bit_identical_to_single_runs": sum(same),
+        "half_files": left,
+        "rerun_tried": len(again.results),
+        "rerun_skipped": len(again.skipped),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = frame.parser(__doc__, "--output")
+    parser.add_argument("--clips", type=int, default=50)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        found = healthy_night(Path(name), options.clips)
+        found["bad_night"] = bad = bad_night(Path(name), options.clips)
     print(json.dumps(found, indent=1, ensure_ascii=False))
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    bad_night, expected = found["bad_night"], options.clips // CORRUPT_EVERY
-    good = (
-        found["healthy"]["done"] == options.clips
-        and bad_night["done"] == bad_night["bit_identical_to_single_runs"] == options.clips - expected
-        and len(bad_night["failed"]) == expected
-        and not bad_night["half_files"]
-        and bad_night["rerun_tried"] == expected
-    )
-    return 0 if good else 1
+    corrupt = options.clips // CORRUPT_EVERY
+    targets = {
+        "healthy clips": found["healthy"]["done"] == options.clips,
+        "clips beside corrupt ones": bad["done"] == bad["bit_identical_to_single_runs"] == options.clips - corrupt,
+        "an error for each corrupt clip": len(bad["failed"]) == corrupt,
+        "no half files": not bad["half_files"],
+        "a second run tries the corrupt clips alone": bad["rerun_tried"] == corrupt,
+    }
+    return frame.finish(options.json, {"clips": options.clips, **found}, frame.unmet(targets))
 
 
 if __name__ == "__main__":

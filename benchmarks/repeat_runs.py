@@ -2,22 +2,20 @@
 
     python -m steadyvsr.benchmarks.repeat_runs [--runs N] [--json FILE]
 
-A small random model upscales 25 frames (two process steps) in each run, with a ladder under it that a scripted
-out-of-memory error drives one rung down in every tenth run. Bytes of live tensors come from a dispatch-mode tracker,
-weights excluded. Exits with 1 where the bytes after a run differ from those after run 3, or where the second half of
-the runs is more than 10 % slower or faster than the runs 11 to half.
+A small random model upscales 25 frames (two process steps) in each run. In every tenth run a scripted out-of-memory
+error drives it one rung down its memory plans. Bytes of live tensors come from a dispatch-mode tracker, weights
+excluded. Exit status 1 where the bytes after a run differ from those after run 3, or where the second half of the runs
+is more than 10 % slower or faster than the runs 11 to half.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
+from steadyvsr.benchmarks import frame
 from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
@@ -47,9 +45,8 @@ class ScriptedCard:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = frame.parser(__doc__)
     parser.add_argument("--runs", type=int, default=RUNS)
-    parser.add_argument("--json", metavar="FILE", type=Path)
     options = parser.parse_args(arguments)
     if options.runs < 4 * WARM_UP:
         parser.error(f"--runs: expected at least {4 * WARM_UP}; got {options.runs}")
@@ -59,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     with StorageTracker(exclude=[*parameters(model), clip]) as tracker:
         for run in range(options.runs):
             card = ScriptedCard(armed=run % FAILS_EVERY == FAILS_EVERY - 1)
-            hook = model.transformer.blocks[0].self_attn.q.register_forward_pre_hook(card)
+            hook = model.transformer.get_submodule("blocks.0.self_attn.q").register_forward_pre_hook(card)
             tracker.reset_peak()
             started = time.perf_counter()
             stream = upscale_frames(model, clip, StreamOptions(scale=SCALE), on_memory_error=card.on_memory_error)
@@ -70,25 +67,26 @@ def main(arguments: list[str] | None = None) -> int:
             left.append(tracker.now)
             peaks.append(tracker.peak)
             rungs += card.rungs
-    half = options.runs // 2
+    half, kept = options.runs // 2, left[FIRST_COMPARED - 1]
     early, late = statistics.median(seconds[WARM_UP:half]), statistics.median(seconds[half:])
-    different = [run + 1 for run in range(FIRST_COMPARED, options.runs) if left[run] != left[FIRST_COMPARED - 1]]
+    different = [run + 1 for run in range(FIRST_COMPARED, options.runs) if left[run] != kept]
     change = late / early - 1
     print(f"{options.runs} runs, {frames} frames, peak {max(peaks):,} B of tensors, {rungs} scripted errors recovered")
-    kept = left[FIRST_COMPARED - 1]
     print(f"tensors after run {FIRST_COMPARED}: {kept:,} B; runs that differ: {different or 'none'}")
     print(f"median of runs {WARM_UP + 1}–{half}: {early:.4f} s, of runs {half + 1}–{options.runs}: {late:.4f} s: "
           f"{100 * change:+.1f} %")  # fmt: skip
-    passed = not different and abs(change) <= WITHIN and frames == FRAMES * options.runs and min(peaks) > 1 << 20
-    if options.json:
-        result = {
-            "runs": options.runs, "frames": frames, "tensor_bytes_left": sorted(set(left[FIRST_COMPARED - 1 :])),
-            "tensor_bytes_peak": max(peaks), "recovered": rungs, "median_seconds_early": round(early, 5),
-            "median_seconds_late": round(late, 5), "change": round(change, 4), "passed": passed,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("passed" if passed else "missed")
-    return 0 if passed else 1
+    targets = {
+        "bytes after a run": not different,
+        "time of a run": abs(change) <= WITHIN,
+        "every frame": frames == FRAMES * options.runs,
+        "something was tracked": min(peaks) > frame.MIB,
+    }
+    figures = {
+        "runs": options.runs, "frames": frames, "tensor_bytes_left": sorted(set(left[FIRST_COMPARED - 1 :])),
+        "tensor_bytes_peak": max(peaks), "recovered": rungs, "median_seconds_early": round(early, 5),
+        "median_seconds_late": round(late, 5), "change": round(change, 4),
+    }  # fmt: skip
+    return frame.finish(options.json, figures, frame.unmet(targets))
 
 
 if __name__ == "__main__":

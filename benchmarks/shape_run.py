@@ -6,29 +6,27 @@ The networks take the paths of a GPU, with attention kernels that keep no work s
 from __future__ import annotations
 
 import types
-import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from steadyvsr.memory.tracker import StorageTracker
+from steadyvsr.models.flashvsr import CausalLQ4xProjection, FlashVSR, FlashVSRConfig, TCDecoder, Transformer
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 LARGE = 1 << 14
 
 
-class ShapeTracker(TorchDispatchMode):
+class ShapeTracker(StorageTracker):
     """Peak bytes of live meta storages; a meta tensor that is brought to the CPU has no values there.
 
     Args:
         exclude: tensors (weights, say) whose storages never count.
     """
 
-    def __init__(self, exclude: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage()._cdata for tensor in exclude}
-        self.now = self.peak = 0
+    def __init__(self, exclude: Iterable[Tensor]) -> None:
+        super().__init__(exclude, on_meta=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -41,21 +39,7 @@ class ShapeTracker(TorchDispatchMode):
         large = func is torch.ops.aten.copy_.default and args[0].numel() >= LARGE
         if large and args[0].device.type == "cpu":
             return args[0]
-        result = func(*args, **kwargs)
-        for tensor in tree_iter(result):
-            if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-        return result
-
-    def _forget(self, key: int, nbytes: int) -> None:
-        self.known.discard(key)
-        self.now -= nbytes
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _functional() -> types.SimpleNamespace:
@@ -71,3 +55,18 @@ FUSED = {
     "sparse_attention": lambda queries, *_: torch.empty_like(queries),
 }
 """Attributes of `models.flashvsr.transformer` to replace for a run by shapes."""
+
+
+def released_model(dtype: torch.dtype) -> FlashVSR:
+    """The released model without values, prompt included, on the meta device."""
+    config = FlashVSRConfig()
+    with torch.device("meta"):
+        networks = (
+            Transformer(config),
+            CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers),
+            TCDecoder(config.decoder_channels),
+        )
+        prompt = torch.zeros(1, 512, config.text_dim, dtype=dtype)
+    for network in networks:
+        network.requires_grad_(False).to(dtype)
+    return FlashVSR(*networks, prompt, "v1.1", "flashvsr")

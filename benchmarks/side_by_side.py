@@ -1,6 +1,6 @@
 """The streaming engine beside the official code: CPU time, peak of live tensors, and equal frames.
 
-    python benchmarks/side_by_side.py --reference PATH [--size 512x768] [--repeats 3]
+    python -m steadyvsr.benchmarks.side_by_side --reference PATH [--size 512x768] [--repeats 3] [--json FILE]
 
 PATH is a checkout of github.com/OpenImagingLab/FlashVSR (compared with commit ccac0ac). Its tiny pipeline runs with the
 same random weights, noise and clip, in fp32 on one CPU thread; both sides run in turn and medians of process CPU time
@@ -17,20 +17,16 @@ Its prompt keys and values are made before the clock starts; on our side they ar
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.util
 import io
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 import types
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,17 +34,10 @@ from typing import Any
 
 import torch
 import torch._dynamo  # before the reference's modules are swapped in and out: it registers itself only once
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
-
-ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("steadyvsr") is None:
-    package = types.ModuleType("steadyvsr")
-    package.__path__ = [str(ROOT)]
-    sys.modules["steadyvsr"] = package
-
-from steadyvsr.models.flashvsr import (  # noqa: E402
+from steadyvsr.benchmarks import frame
+from steadyvsr.benchmarks.frame import MIB
+from steadyvsr.memory.tracker import StorageTracker, tensor_bytes
+from steadyvsr.models.flashvsr import (
     BufferLQ4xProjection,
     FlashVSR,
     FlashVSRConfig,
@@ -57,58 +46,20 @@ from steadyvsr.models.flashvsr import (  # noqa: E402
     Transformer,
     upscale_frames,
 )
-from steadyvsr.models.flashvsr.attention import sparse_attention  # noqa: E402
-from steadyvsr.models.flashvsr.plan import frame_plan  # noqa: E402
-from steadyvsr.models.flashvsr.windows import BLOCK_TOKENS  # noqa: E402
+from steadyvsr.models.flashvsr.attention import sparse_attention
+from steadyvsr.models.flashvsr.plan import frame_plan
+from steadyvsr.models.flashvsr.windows import BLOCK_TOKENS
+from torch import Tensor, nn
 
 CONFIG = FlashVSRConfig(
-    dim=384,
-    num_heads=3,
-    ffn_dim=2240,
-    num_layers=8,
-    text_dim=512,
-    lq_hidden=(512, 768),
+    dim=384, num_heads=3, ffn_dim=2240, num_layers=8, text_dim=512, lq_hidden=(512, 768),
     decoder_channels=(128, 64, 32, 32),
-)
+)  # fmt: skip
 PROMPT_TOKENS = 512
 FRAMES = 37
 """Output frames; the networks see 41, the last one repeated."""
 OPTIONS = StreamOptions(scale=1.0, topk_ratio=2.0, kv_ratio=3.0, local_range=11, colour="adain", attention="gather")
 STAGES = ("lq_projection", "transformer", "decoder", "rest")
-OUTPUT_TOLERANCE = 2e-4
-TIME_TARGET, DECODER_TARGET, PEAK_TARGET = 0.85, 0.75, 0.6
-MIB = 1 << 20
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operators create while the mode is on, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen = WeakIdKeyDictionary()
-
-    def add(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            if storage not in self.seen:
-                self.seen[storage] = True
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._drop, storage.nbytes())
-        elif isinstance(value, list | tuple):
-            for item in value:
-                self.add(item)
-
-    def _drop(self, size: int) -> None:
-        self.live -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        # A view of a weight is no new storage: the schema says which results alias an argument.
-        if not any(argument.alias_info for argument in func._schema.arguments):
-            self.add(result)
-        return result
 
 
 @dataclass
@@ -119,41 +70,40 @@ class Side:
         clip: the input in the form that this side takes.
         run: clip → what this side returns.
         as_clip: that as frames CTHW in -1..1.
-        stages: CPU seconds of each finished run.
-        peak: bytes.
+        seconds: CPU seconds by stage of the run in progress.
     """
 
     clip: Tensor
     run: Callable[[Tensor], Any]
     as_clip: Callable[[Any], Tensor]
-    stages: list[dict[str, float]] = field(default_factory=list)
-    peak: int = 0
-    _running: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def timed(self, stage: str, function: Callable) -> Callable:
-        def wrapper(*args, **kwargs):
+    def watch(self, stage: str, owner: Any, name: str) -> None:
+        """Replaces a function of `owner` by one whose time counts for the stage."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._running[stage] = self._running.get(stage, 0.0) + time.process_time() - start
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.process_time() - start
 
-        return wrapper
+        setattr(owner, name, timed)
 
-    def measure_time(self) -> None:
-        self._running.clear()
+    def stages(self) -> dict[str, float]:
+        """Runs once; CPU seconds of each stage, of the rest and in total."""
+        self.seconds.clear()
         start = time.process_time()
         self.run(self.clip)
         total = time.process_time() - start
-        self.stages.append(self._running | {"rest": total - sum(self._running.values()), "total": total})
+        return {**self.seconds, "rest": total - sum(self.seconds.values()), "total": total}
 
-    def measure_peak(self) -> Tensor:
-        """Runs once more, counted; returns the frames. The output lives to the end on both sides."""
-        with LiveBytes() as live:
-            live.add(self.clip)
+    def frames_and_peak(self) -> tuple[Tensor, int]:
+        """Runs once more, counted: frames, and bytes with those of the clip, which lives as long on both sides."""
+        with StorageTracker() as tracker:
             result = self.run(self.clip)
-        self.peak = live.peak
-        return self.as_clip(result)
+        return self.as_clip(result), tracker.peak + tensor_bytes([self.clip])
 
 
 def random_model(seed: int) -> FlashVSR:
@@ -181,12 +131,8 @@ def our_side(model: FlashVSR, clip: Tensor, noise: Tensor) -> Side:
         return list(upscale_frames(model, frames, OPTIONS, noise=noise))
 
     side = Side(clip, run, lambda frames: torch.stack(frames).permute(3, 0, 1, 2) * 2 - 1)
-    for stage, part in (
-        ("lq_projection", model.lq_projection),
-        ("transformer", model.transformer),
-        ("decoder", model.decoder),
-    ):
-        part.forward = side.timed(stage, part.forward)
+    for stage in ("lq_projection", "transformer", "decoder"):
+        side.watch(stage, getattr(model, stage), "forward")
     return side
 
 
@@ -194,8 +140,8 @@ def block_sparse_attn_func(
     queries: Tensor, keys: Tensor, values: Tensor, _q_ends, _k_ends, _head_types, _streaming, mask: Tensor, *_, **__
 ) -> Tensor:
     """What `block_sparse_attn` computes, on our gather backend; tokens × heads × head dim."""
-    blocks = (x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3) for x in (queries, keys, values))
-    return sparse_attention(*blocks, mask[0], "gather").permute(1, 2, 0, 3).reshape(queries.shape)
+    q, k, v = (x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3) for x in (queries, keys, values))
+    return sparse_attention(q, k, v, mask[0], "gather").permute(1, 2, 0, 3).reshape(queries.shape)
 
 
 @contextlib.contextmanager
@@ -238,19 +184,11 @@ def reference_modules(path: Path) -> Iterator[types.SimpleNamespace]:
 def reference_side(modules: types.SimpleNamespace, model: FlashVSR, clip: Tensor, noise: Tensor) -> Side:
     height, width = clip.shape[1:3]
     padded = frame_plan(len(clip)).padded_frames
+    sizes = ("dim", "in_dim", "ffn_dim", "out_dim", "text_dim", "freq_dim", "num_heads", "num_layers")
     with contextlib.redirect_stdout(io.StringIO()):
         pipeline = modules.tiny.FlashVSRTinyPipeline(device="cpu", torch_dtype=torch.float32)
         pipeline.dit = modules.transformer.WanModel(
-            dim=CONFIG.dim,
-            in_dim=CONFIG.in_dim,
-            ffn_dim=CONFIG.ffn_dim,
-            out_dim=CONFIG.out_dim,
-            text_dim=CONFIG.text_dim,
-            freq_dim=CONFIG.freq_dim,
-            eps=1e-6,
-            patch_size=(1, 2, 2),
-            num_heads=CONFIG.num_heads,
-            num_layers=CONFIG.num_layers,
+            eps=1e-6, patch_size=(1, 2, 2), **{name: getattr(CONFIG, name) for name in sizes}
         )
         pipeline.dit.load_state_dict(model.transformer.state_dict())
         pipeline.dit.LQ_proj_in = projection = modules.projection.Buffer_LQ4x_Proj(3, CONFIG.dim, CONFIG.lq_layers)
@@ -268,26 +206,17 @@ def reference_side(modules: types.SimpleNamespace, model: FlashVSR, clip: Tensor
     projection.load_state_dict(model.lq_projection.state_dict())
     pipeline.generate_noise = lambda *args, **kwargs: noise.clone()
     pipeline.init_cross_kv(model.prompt)
+    settings = {"topk_ratio": OPTIONS.topk_ratio, "kv_ratio": OPTIONS.kv_ratio, "local_range": OPTIONS.local_range}
+    settings |= {"cfg_scale": 1.0, "num_inference_steps": 1, "num_frames": padded, "height": height, "width": width}
 
     def run(video: Tensor) -> Tensor:
-        return pipeline(
-            cfg_scale=1.0,
-            num_inference_steps=1,
-            LQ_video=video,
-            num_frames=padded,
-            height=height,
-            width=width,
-            if_buffer=True,
-            topk_ratio=OPTIONS.topk_ratio,
-            kv_ratio=OPTIONS.kv_ratio,
-            local_range=OPTIONS.local_range,
-        )
+        return pipeline(LQ_video=video, if_buffer=True, **settings)
 
     repeated = torch.cat([clip, clip[-1:].expand(padded - len(clip), -1, -1, -1)])
     side = Side((repeated.permute(3, 0, 1, 2)[None] * 2 - 1).contiguous(), run, lambda frames: frames)
-    projection.stream_forward = side.timed("lq_projection", projection.stream_forward)
-    modules.tiny.model_fn_wan_video = side.timed("transformer", modules.tiny.model_fn_wan_video)
-    pipeline.TCDecoder.decode_video = side.timed("decoder", pipeline.TCDecoder.decode_video)
+    side.watch("lq_projection", projection, "stream_forward")
+    side.watch("transformer", modules.tiny, "model_fn_wan_video")
+    side.watch("decoder", pipeline.TCDecoder, "decode_video")
     return side
 
 
@@ -304,39 +233,28 @@ def compare(path: Path, height: int, width: int, repeats: int, seed: int) -> dic
             "official": reference_side(modules, model, clip, noise),
             "ours": our_side(model, clip.contiguous(), noise),
         }
-        frames = {name: side.measure_peak() for name, side in sides.items()}
-        for _ in range(repeats):
-            for side in sides.values():
-                side.measure_time()
-    difference = (frames["official"] - frames["ours"]).abs().max().item()
+        results = {name: side.frames_and_peak() for name, side in sides.items()}
+        runs = frame.in_turn({name: side.stages for name, side in sides.items()}, repeats)
+    frames = {name: result for name, (result, _) in results.items()}
+    peaks = {name: peak for name, (_, peak) in results.items()}
     seconds = {
-        name: {stage: statistics.median(run[stage] for run in side.stages) for stage in (*STAGES, "total")}
-        for name, side in sides.items()
+        name: {stage: statistics.median(run[stage] for run in runs[name]) for stage in (*STAGES, "total")}
+        for name in sides
     }
-    ours, official = seconds["ours"], seconds["official"]
+    ratios = {stage: seconds["ours"][stage] / seconds["official"][stage] for stage in (*STAGES, "total")}
     return {
         "height": height,
         "width": width,
         "frames": FRAMES,
         "repeats": repeats,
         "cpu_seconds": seconds,
-        "runs": {name: side.stages for name, side in sides.items()},
-        "peak_bytes": {name: side.peak for name, side in sides.items()},
-        "time_ratio": ours["total"] / official["total"],
-        "stage_ratios": {stage: ours[stage] / official[stage] for stage in STAGES},
-        "peak_ratio": sides["ours"].peak / sides["official"].peak,
-        "largest_difference": difference,
+        "runs": runs,
+        "peak_bytes": peaks,
+        "time_ratio": ratios.pop("total"),
+        "stage_ratios": ratios,
+        "peak_ratio": peaks["ours"] / peaks["official"],
+        "largest_difference": (frames["official"] - frames["ours"]).abs().max().item(),
         "output_deviation": frames["official"].std().item(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 
@@ -344,8 +262,8 @@ def report(line: dict[str, Any]) -> None:
     print(f"{line['height']}×{line['width']}, {line['frames']} frames, median of {line['repeats']}, CPU seconds")
     print(f"  {'':14}{'official':>10}{'ours':>10}{'ratio':>8}")
     official, ours = line["cpu_seconds"]["official"], line["cpu_seconds"]["ours"]
-    for stage in (*STAGES, "total"):
-        print(f"  {stage:14}{official[stage]:10.2f}{ours[stage]:10.2f}{ours[stage] / official[stage]:8.3f}")
+    for stage, ratio in {**line["stage_ratios"], "total": line["time_ratio"]}.items():
+        print(f"  {stage:14}{official[stage]:10.2f}{ours[stage]:10.2f}{ratio:8.3f}")
     peak = line["peak_bytes"]
     print(
         f"  {'peak MiB':14}{peak['official'] / MIB:10.1f}{peak['ours'] / MIB:10.1f}{line['peak_ratio']:8.3f}\n"
@@ -354,24 +272,21 @@ def report(line: dict[str, Any]) -> None:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = frame.parser(__doc__)
+    parser.set_defaults(json=frame.RESULTS / "side_by_side.json")
     parser.add_argument("--reference", type=Path, required=True, help="checkout of OpenImagingLab/FlashVSR")
-    parser.add_argument("--size", action="append", help="HxW; default: 256x256 (with targets), then 512x768")
+    parser.add_argument("--size", action="append", help="HxW; default: 256x256 and 512x768")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "side_by_side.json")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     lines = []
-    for size in arguments.size or ["256x256", "512x768"]:
+    for size in options.size or ["256x256", "512x768"]:
         height, width = (int(side) for side in size.split("x"))
-        line = compare(arguments.reference, height, width, arguments.repeats, arguments.seed)
-        report(line)
-        lines.append(line)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"machine": machine(), "lines": lines}, indent=1) + "\n")
-    return 0
+        lines.append(compare(options.reference, height, width, options.repeats, options.seed))
+        report(lines[-1])
+    return frame.finish(options.json, {"lines": lines})
 
 
 if __name__ == "__main__":

@@ -2,31 +2,26 @@
 
     python -m steadyvsr.benchmarks.vae_tiles --comfyui PATH [--json FILE]        by ComfyUI's Python
 
-Also measured: what becomes of a GroupNorm VAE when blended tiles share statistics that come from two sweeps over the
-tiles, or from the frame reduced to a tile's area, beside the layers computed one after another. Exit status 1 where
+Also measured: a GroupNorm VAE whose blended tiles share statistics, taken from two sweeps over the tiles or from the
+frame reduced to a tile's area, beside the layers computed one after another. Exit status 1 where
 the default is worse than ComfyUI's own node, or shifts the colours of a VAE with GroupNorm by more than 0.3 of what
 that does.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from steadyvsr.benchmarks import frame
+from steadyvsr.models.image_vae import decoder_steps, encoder_steps, map_bytes, predicted_bytes
+from steadyvsr.models.tiling import BlendDecode, BlendEncode, axis_weights
 from torch import Tensor, nn
-
-from ..models.image_vae import decoder_steps, encoder_steps, map_bytes, predicted_bytes
-from ..models.tiling import BlendDecode, BlendEncode, axis_weights
 
 HEIGHT, WIDTH, FRAMES = 384, 512, 5
 TILES = ((256, 64), (128, 32))
@@ -34,16 +29,6 @@ SWEEP_TILE = (128, 32)
 BLOCK = 64
 SHIFT_LIMIT = 0.3
 PIXELS = 8
-
-
-def start_comfyui(folder: Path) -> tuple[Any, Any]:
-    """ComfyUI's `nodes` and the tests' small VAEs."""
-    os.chdir(folder)
-    sys.path[:0] = [str(folder), str(Path(__file__).resolve().parents[1] / "tests" / "comfy")]
-    sys.argv = ["main.py", "--cpu"]
-    importlib.import_module("comfy.options").enable_args_parsing()
-    importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
-    return importlib.import_module("nodes"), importlib.import_module("small_vaes")
 
 
 def picture(count: int) -> Tensor:
@@ -120,10 +105,11 @@ def with_shared_norms(network: Any, encodes: bool, source: Tensor, how: str) -> 
     """A blended result whose tiles share statistics. `how`: "two sweeps" or "reduced frame"."""
     tile, overlap = SWEEP_TILE
     kind, call = (BlendEncode, network.encode) if encodes else (BlendDecode, network.decode)
-    job = kind(call, source, tile, overlap, PIXELS, device=torch.device("cpu"), dtype=torch.float32)
+    sweep, job = (
+        kind(call, source, tile, overlap, PIXELS, device=torch.device("cpu"), dtype=torch.float32) for _ in range(2)
+    )
     norms = SharedNorms(network)
     if how == "two sweeps":
-        sweep = kind(call, source, tile, overlap, PIXELS, device=torch.device("cpu"), dtype=torch.float32)
         rows, columns = (axis_weights(spans) for spans in sweep._grids[0])
         for row in rows:
             for column in columns:
@@ -165,15 +151,11 @@ def case(stock: Any, ours: Any, vae: Any, pixels: Tensor, tile: int, overlap: in
 
     own_latents = stock.VAEEncodeTiled().encode(vae, pixels, tile, overlap)[0]["samples"]
     own_frames = stock.VAEDecodeTiled().decode(vae, {"samples": latents}, tile, overlap)[0]
+    coded = {"stock": own_latents, "auto": encoded("auto"), "blend": encoded("blend")}
+    shown = {"stock": own_frames, "auto": decoded("auto"), "blend": decoded("blend")}
     return {
-        "encode": {
-            "stock": measured(own_latents, latents, False),
-            **{mode: measured(encoded(mode), latents, False) for mode in ("auto", "blend")},
-        },
-        "decode": {
-            "stock": measured(own_frames, whole, True),
-            **{mode: measured(decoded(mode), whole, True) for mode in ("auto", "blend")},
-        },
+        "encode": {how: measured(result, latents, False) for how, result in coded.items()},
+        "decode": {how: measured(result, whole, True) for how, result in shown.items()},
     }
 
 
@@ -208,15 +190,12 @@ def released() -> dict[str, dict[str, int]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", type=Path, required=True)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    target = options.json and options.json.resolve()
-    stock, small = start_comfyui(options.comfyui.resolve())
+    options = frame.comfyui_parser(__doc__).parse_args(arguments)
+    frame.enter(options.comfyui)
+    sys.path.insert(1, str(frame.ROOT / "tests" / "comfy"))
+    stock, small = importlib.import_module("nodes"), importlib.import_module("small_vaes")
     ours = importlib.import_module("steadyvsr.nodes.vae.nodes")
-    version = importlib.import_module("comfyui_version").__version__
-    table, failed = {}, []
+    table, missed = {}, []
     with torch.inference_mode():
         for kind in ("sd", "flux", "wan", "taesd"):
             pixels = picture(FRAMES if kind == "wan" else 1)
@@ -237,18 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
                     own, auto = results["stock"], results["auto"]
                     shifts = norms and auto.get("shift", 0) > SHIFT_LIMIT * own.get("shift", 1)
                     if auto["psnr_db"] < own["psnr_db"] or shifts:
-                        failed.append(f"{kind} {tile}/{overlap} {method}")
+                        missed.append(f"{kind} {tile}/{overlap} {method} is worse than ComfyUI's own")
     full = released()
     for name, found in full.items():
-        print(f"SD's full width, {name}: " + ", ".join(f"{key} {size / 2**20:.0f} MiB" for key, size in found.items()))
-    for name in failed:
-        print(f"worse than ComfyUI's own: {name}")
-    if target:
-        record = {"place": f"ComfyUI {version}", "python": platform.python_version(), "torch": torch.__version__}
-        size = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "block": BLOCK}
-        found = {"table": table, "released_bytes": full, "failed": failed}
-        target.write_text(json.dumps({**record, **size, **found}, indent=1) + "\n")
-    return int(bool(failed))
+        sizes = ", ".join(f"{key} {size / frame.MIB:.0f} MiB" for key, size in found.items())
+        print(f"SD's full width, {name}: {sizes}")
+    place = {"place": f"ComfyUI {frame.version_of(options.comfyui)}"}
+    size = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "block": BLOCK}
+    return frame.finish(options.json, {**place, **size, "table": table, "released_bytes": full}, missed)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,9 @@ def finished(server: str, prompt: str) -> dict:
 
 def process_bytes(server: str) -> int | None:
     """What ComfyUI's process holds in RAM, by the pack's own reading."""
-    ram = [device for device in call(f"{server}/steadyvsr/state")["devices"] if device["device"] == "RAM"]
-    parts = ram[0]["parts"] if ram else {}
-    known = [parts.get(name) for name in ("kept", "models", "working")]
-    return None if None in known else sum(value or 0 for value in known)
+    (ram,) = [device for device in call(f"{server}/steadyvsr/state")["devices"] if device["device"] == "RAM"]
+    known = [ram["parts"][name] for name in ("kept", "models", "own")]
+    return None if None in known else sum(known)
 
 
 def main() -> int:
@@ -84,7 +83,8 @@ def main() -> int:
         state = result["status"]["status_str"]
         failed += state != "success"
         held = process_bytes(options.server)
-        sys.stdout.write(f"{clip.name}: {state}, ComfyUI holds {held and held >> 20} MiB\n")
+        memory = "what ComfyUI holds cannot be read" if held is None else f"ComfyUI holds {held >> 20} MiB"
+        sys.stdout.write(f"{clip.name}: {state}, {memory}\n")
     call(f"{options.server}/steadyvsr/release", b"{}")
     call(f"{options.server}/free", b'{"unload_models": true, "free_memory": true}')
     return 1 if failed or not clips else 0

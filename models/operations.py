@@ -1,8 +1,8 @@
 """Layers whose weights follow their input.
 
 Every network here takes an `operations` argument: a namespace with `Linear`, `Conv2d`, `Conv3d` and `LayerNorm`.
-`cast_on_use` is the default; `torch.nn` works where weights and inputs already agree, and the nodes hand in ComfyUI's
-own cast-on-use layers, so that its partial loading can keep weights in RAM.
+`cast_on_use` is the default. `torch.nn` works where weights and inputs already agree. The nodes pass ComfyUI's own
+cast-on-use layers, so that its partial loading can keep weights in RAM.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 
 def to_like(parameter: Tensor, like: Tensor) -> Tensor:
-    """`parameter` in the device and dtype of `like`; the same tensor where they agree."""
+    """`parameter` on the device and in the dtype of `like`; the same tensor if they agree."""
     return parameter.to(device=like.device, dtype=like.dtype)
 
 
-def weight_and_bias(layer: nn.Linear | nn.Conv2d | nn.Conv3d, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of one layer, for code that computes with them in another form than `layer(x)`.
+def owned(tensor: Tensor) -> Tensor:
+    """A contiguous copy, whose storage holds nothing else."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
-    Returns tensors in the device and dtype of `like`.
-    """
+
+def weight_and_bias(layer: nn.Linear | nn.Conv2d | nn.Conv3d, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer for code that does not call it, on the device and in the dtype of `like`."""
     bias = layer.bias
     return to_like(layer.weight, like), None if bias is None else to_like(bias, like)
 
 
 def _onednn_linear():
-    """oneDNN's matrix product, which inductor calls too; None where this PyTorch has none."""
+    """oneDNN's matrix product, as torch.compile calls it; None if this PyTorch has none."""
     try:
         return torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
     except AttributeError:
@@ -40,9 +42,9 @@ _ONEDNN_LINEAR = _onednn_linear()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by oneDNN on the CPU in fp32 without gradients.
+    """`F.linear`; on the CPU, in fp32 and without gradients, computed by oneDNN.
 
-    MKL, which `F.linear` asks, takes more than twice oneDNN's time on the AMD CPU it was tried on.
+    MKL, which `F.linear` calls there, took more than twice as long on the AMD CPU where both were tried.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if _ONEDNN_LINEAR is not None and on_cpu and not torch.is_grad_enabled() and torch.backends.mkldnn.enabled:
@@ -61,8 +63,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """With `autopad="causal_zero"`, as ComfyUI's own since 0.33 has it, taps of the kernel that would meet zeros before
-    the first frame are left out."""
+    """With `autopad="causal_zero"`, as in ComfyUI since 0.33, leaves out the kernel's taps on zeros before the clip."""
 
     def forward(self, input: Tensor, autopad: str | None = None) -> Tensor:
         weight, bias = weight_and_bias(self, input)

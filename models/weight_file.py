@@ -1,8 +1,8 @@
-"""One file of weights: what is in it, and its tensors one by one, without ever holding the whole file in memory.
+"""One file of weights: its table of contents, and its tensors one by one, never the whole file in memory.
 
 Two formats: safetensors, and the archives of `torch.save` (`.ckpt`, `.pth`, `.pt`), which are pickles and are only ever
-read with `weights_only=True`. The format is told from the content, not from the name. What is neither (an empty or
-truncated file, a web page saved under the model's name, a Git LFS pointer) is named in the error.
+read with `weights_only=True`. The content tells the format, not the name. If it is neither (an empty or truncated file,
+a web page saved under the model's name, a Git LFS pointer), the error says what it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +29,7 @@ SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pth", ".pt", ".bin")
 
 _HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _MAPPED_BYTES = 256 << 20
-"""The file is mapped anew after this many bytes: pages of a mapping count as resident memory until it is closed."""
+"""The file is mapped again after this many bytes: pages of a mapping count as resident memory until it is closed."""
 _HASH_CHUNK_BYTES = 4 << 20
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 """Names under which training code stores the state dict inside a checkpoint."""
@@ -43,24 +45,69 @@ _DAMAGED = (
     AssertionError,
     struct.error,
 )
-"""What `torch.load` raises on damaged archives, beside `pickle.UnpicklingError`."""
+"""What `torch.load` raises for damaged archives, beside `pickle.UnpicklingError`."""
 
 
 class CheckpointError(ValueError):
-    """A file of weights, or a set of them, cannot be used. The message names the file and says what to do."""
+    """A file of weights, or a set of them, cannot be used. The message names the file and says what to do about it."""
+
+
+@dataclass(frozen=True)
+class HeaderEntry:
+    """One tensor as the header of a safetensors file describes it.
+
+    Attributes:
+        name: its key.
+        dtype: as the format spells it ("F32", "BF16", "F8_E4M3", …); PyTorch need not know it.
+        shape: of the tensor.
+        start, stop: the bytes that hold it, counted from the end of the header.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(path: str | os.PathLike[str]) -> list[HeaderEntry] | None:
+    """The tensors of a safetensors file, from its header alone; None for another format or a damaged header."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _HEADER_LIMIT_BYTES:
+                return None
+            entries: dict[str, Any] = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        return [
+            HeaderEntry(name, item["dtype"], tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
+            for name, item in entries.items()
+        ]
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)
 class WeightFile:
     """The table of contents of one file of weights; tensors are read on request.
 
+        file = WeightFile.open("model.safetensors")
+        tensors = dict(file.read(file.entries, torch.float16))
+
     Attributes:
         path: of the file.
         size_bytes: of the file.
         format: "safetensors" or "pickle".
-        metadata: the safetensors header's `__metadata__`; empty for pickles.
-        entries: name → tensor on the meta device (shape and dtype, no data). A file that holds one bare tensor has
-            the name "".
+        metadata: `__metadata__` of the safetensors header; empty for pickles.
+        entries: name → tensor on the meta device (shape and dtype, no data). A single bare tensor has the name "".
     """
 
     path: Path
@@ -74,7 +121,7 @@ class WeightFile:
         """Reads the table of contents.
 
         Raises:
-            CheckpointError: no such file, not a file of weights, damaged, or a pickle that holds more than tensors.
+            CheckpointError: the file is not there, holds no weights, is damaged, or is a pickle of more than tensors.
         """
         path = Path(path)
         if not path.is_file():
@@ -84,7 +131,7 @@ class WeightFile:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
-        # A safetensors file starts with the length of its header, which can look like a pickle's first byte.
+        # A safetensors file starts with the length of its header, which can look like the first byte of a pickle.
         if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:9] != b"{"):
             tensors = _load_pickle(path)
             return cls(path, size, "pickle", {}, {name: _meta(tensor) for name, tensor in tensors.items()})
@@ -104,10 +151,10 @@ class WeightFile:
         """Yields (name, tensor) in the order given; every tensor owns its memory.
 
         Args:
-            dtype: converted to while reading, one tensor at a time; None keeps the stored dtype.
+            dtype: that each tensor is converted to as it is read; None keeps the stored one.
 
         Raises:
-            CheckpointError: the file is damaged, or a tensor holds NaN or infinite values (in the dtype asked for).
+            CheckpointError: the file is damaged, or a tensor holds NaN or infinity in the dtype asked for.
         """
         names = list(names)
         opened = _safetensors_reader if self.format == "safetensors" else _pickle_reader
@@ -127,19 +174,15 @@ class WeightFile:
                         )
                     yield name, tensor
 
-    def sha256(self) -> str:
-        """Of the whole file."""
-        return file_sha256(self.path)
-
 
 def file_sha256(path: Path) -> str:
-    """Of the whole file. Remembered for as long as its size and modification time stay the same."""
+    """sha256 of a whole file, remembered as long as its size and modification time stay the same."""
     stat = path.stat()
     return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 def tensors_sha256(tensors: Iterable[Tensor]) -> str:
-    """Of the raw bytes of the tensors, in order, as stored (little-endian, row-major)."""
+    """sha256 of the raw bytes of the tensors, in order (little-endian, row-major)."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -166,7 +209,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _is_finite(tensor: Tensor) -> bool:
     if tensor.numel() == 0:
         return True
-    # aminmax needs no second tensor and lets NaN through; 8-bit floats do not have it.
+    # aminmax needs no second tensor and passes NaN on; 8-bit floats do not have it.
     low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())
     return bool(low.isfinite() & high.isfinite())
 
@@ -222,7 +265,7 @@ def _damaged_archive(path: Path, error: Exception) -> str:
 
 
 def _flatten(content: object) -> dict[str, Tensor]:
-    """Named tensors of an unpickled checkpoint: a bare tensor, a list of tensors, a state dict, or one in a wrapper."""
+    """Named tensors of an unpickled checkpoint: a bare tensor, a list of them, a state dict, or one in a wrapper."""
     if isinstance(content, Tensor):
         return {"": content}
     state: Mapping[object, object] = {}
@@ -241,7 +284,7 @@ def _flatten(content: object) -> dict[str, Tensor]:
 
 
 def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
-    """Raises a CheckpointError that says what the file is when it cannot be a whole safetensors file."""
+    """Raises a CheckpointError that says what the file is unless it can be a whole safetensors file."""
     if size == 0:
         raise CheckpointError(f"{path}: expected a file of weights; it is empty (0 bytes). Fetch it again.")
     text = start.lstrip().lower()
@@ -260,15 +303,8 @@ def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
             f"{path}: expected safetensors or torch.save weights; it is neither (it starts with {start[:8]!r}). "
             f"Choose a file of weights."
         )
-    needed = 8 + length
-    if size >= needed:
-        with path.open("rb") as file:
-            file.seek(8)
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # safe_open reports those
-                header = json.loads(file.read(length))
-                needed += max(
-                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-                )
+    # A header that cannot be read is left for `safe_open` to report.
+    needed = 8 + length + max((entry.stop for entry in read_header(path) or ()), default=0)
     if size < needed:
         raise CheckpointError(
             f"{path}: expected {needed} bytes (as its header says); got {size}: the file is truncated. Fetch it again."

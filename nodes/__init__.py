@@ -1,4 +1,4 @@
-"""What a user wires: ComfyUI nodes (V3), thin layers over `models`."""
+"""What a user wires: ComfyUI nodes (V3), thin layers over the other rooms."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from .vae.nodes import VAEDecodeTiled, VAEEncodeTiled
 
 
 class FlashVSRExtension(ComfyExtension):
-    """The pack's nodes. Making one registers the model folder, so that the combos can list what is in it, lets the
-    probe see ComfyUI's dynamic VRAM, opens the routes of the
-    memory panel, and puts the wrappers in place that let kept models stay."""
+    """The pack's nodes.
+
+    Creating it registers the model folder for the combos, lets the probe see ComfyUI's dynamic VRAM, opens the routes
+    of the memory panel, and installs the wrappers that let kept models stay.
+    """
 
     def __init__(self) -> None:
         register_model_folder()

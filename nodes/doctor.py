@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 
 import comfy.model_management as mm
 import comfy.ops
@@ -17,11 +16,11 @@ from torch import Tensor
 from ..app.doctor import Guidance, examine, guidance_of, peak_of
 from ..memory import offload, probe
 from ..models.flashvsr import FlashVSR
-from ..models.flashvsr.checkpoint import load_flashvsr
+from ..models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from ..patches import residency
 from ..patches.versions import patcher_class, supported
-from .flashvsr import model_sets
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
+from .sockets import as_json, report_output
 
 NODE = "Memory Doctor"
 WAN_DIM = 128
@@ -43,7 +42,7 @@ class Doctor(io.ComfyNode):
             "device, whether memory grows from run to run, and what guidance costs. Takes up to a minute; uses the "
             "embedded network and a small diffusion model with random weights.",
             inputs=[],
-            outputs=[io.String.Output("report", display_name="report", tooltip="The findings, as JSON.")],
+            outputs=[report_output("The findings, as JSON.")],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["diagnose", "vram", "leak"]),
         )
@@ -57,14 +56,13 @@ class Doctor(io.ComfyNode):
         device = mm.get_torch_device()
         dtype = torch.float16 if device.type != "cpu" else torch.float32
         findings = examine(
-            lambda: load_flashvsr(model_sets.NANO_FILE, dtype=dtype, device="cpu"),
+            lambda: load_flashvsr(NANO_FILE, dtype=dtype, device="cpu"),
             device,
             move=_moved_by_comfyui,
             guidance=_sampled,
             on_step=lambda what: mm.throw_exception_if_processing_interrupted(),
         )
-        report = json.dumps(findings.to_json(), indent=2, ensure_ascii=False)
-        return io.NodeOutput(report, ui=ui.PreviewText("\n".join(findings.lines())))
+        return io.NodeOutput(as_json(findings.to_json()), ui=ui.PreviewText("\n".join(findings.lines())))
 
 
 def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe) -> offload.Receipt:

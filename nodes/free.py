@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from comfy_api.v0_0_2 import io, ui
+from comfy_api.v0_0_2 import io
 from server import PromptServer
 
 from ..memory.reading import size_text
@@ -13,17 +12,11 @@ from ..patches import hooks, presses
 from ..patches.kept import registry
 from ..patches.residency import residents
 from ..patches.versions import supported
+from .sockets import passed_output, report_output, with_report
 
 CATEGORY = "SteadyVSR/Memory"
 FREE, RELEASE = "Free Memory", "Release Kept Models"
-
-
-def passed_output() -> io.Output:
-    return io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.")
-
-
-def report_output() -> io.Output:
-    return io.String.Output("report", display_name="report", tooltip="What was asked and what is loaded now, as JSON.")
+REPORT_TOOLTIP = "What was asked and what is loaded now, as JSON."
 
 
 def now() -> list[dict[str, Any]]:
@@ -55,7 +48,7 @@ class FreeMemory(io.ComfyNode):
                 ),
                 io.String.Input("reason", default="", tooltip="A note that is shown beside the result."),
             ],
-            outputs=[passed_output(), report_output()],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unload models", "clean vram", "purge"]),
         )
@@ -71,19 +64,15 @@ class FreeMemory(io.ComfyNode):
             if wanted:
                 queue.set_flag(name, True)
         presses.set_reason(reason)
-        report = json.dumps(
-            {
-                "node": FREE,
-                "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
-                "when": "after this workflow",
-                "loaded_now": now(),
-                "kept": [entry.name for entry in registry().owned()],
-                "wrappers": hooks.status(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        report = {
+            "node": FREE,
+            "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
+            "when": "after this workflow",
+            "loaded_now": now(),
+            "kept": [entry.name for entry in registry().owned()],
+            "wrappers": hooks.status(),
+        }
+        return with_report(value, report=report)
 
 
 class ReleaseKept(io.ComfyNode):
@@ -100,7 +89,7 @@ class ReleaseKept(io.ComfyNode):
                     "value", tooltip="Anything; models are released when it arrives. It is passed on unchanged."
                 )
             ],
-            outputs=[passed_output(), report_output()],
+            outputs=[passed_output(), report_output(REPORT_TOOLTIP)],
             is_output_node=True,
             **supported(io.Schema, search_aliases=["unpin", "forget models"]),
         )
@@ -112,16 +101,8 @@ class ReleaseKept(io.ComfyNode):
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
         given_up = registry().release()
-        report = json.dumps(
-            {
-                "node": RELEASE,
-                "released": [
-                    {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
-                    for entry in given_up
-                ],
-                "loaded_now": now(),
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        released = [
+            {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
+            for entry in given_up
+        ]
+        return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": now()})

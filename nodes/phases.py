@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -17,8 +16,8 @@ from ..patches import phases as gate
 from ..patches import presses, residency
 from ..patches.versions import supported, unique_id
 from . import node_status, receipts
-from .flashvsr.nodes import FlashVSRType
 from .receipts import Line, ReceiptCard
+from .sockets import FlashVSRType, as_json, passed_output, report_output, with_report
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -96,8 +95,8 @@ class PhaseGate(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured here, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured here, as JSON."),
             ],
             # One gate for a whole list: a phase ends once.
             is_input_list=True,
@@ -133,7 +132,6 @@ class PhaseGate(io.ComfyNode):
             ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb))
         except TypeError as error:
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
-        report = as_text({"node": GATE, **ended.to_json()})
         for line in ended.lines():
             log.info("%s: %s", phase[0], line)
         show(ended, unique_id(cls))
@@ -142,7 +140,7 @@ class PhaseGate(io.ComfyNode):
             if on_violation[0] == ERROR:
                 raise RuntimeError(said)
             log.warning("%s", said)
-        return io.NodeOutput(value, report, ui=ui.PreviewText(report))
+        return with_report(value, report=_known({"node": GATE, **ended.to_json()}))
 
 
 def show(ended: gate.Ended, node_id: str | None) -> None:
@@ -158,7 +156,7 @@ def show(ended: gate.Ended, node_id: str | None) -> None:
 
 def as_text(report: dict[str, Any]) -> str:
     """JSON without figures that are unknown and have no note."""
-    return json.dumps(_known(report), indent=2, ensure_ascii=False)
+    return as_json(_known(report))
 
 
 def _known(value: Any) -> Any:
@@ -206,8 +204,8 @@ class MemoryReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.AnyType.Output("passed", display_name="value", tooltip="The value, unchanged.", is_output_list=True),
-                io.String.Output("report", display_name="report", tooltip="What was measured, as JSON."),
+                passed_output(is_output_list=True),
+                report_output("What was measured, as JSON."),
                 io.Image.Output(
                     "plot",
                     display_name="plot",

@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI_PATH = "COMFYUI_PATH"
+SLOW = [line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and line[0] != "#"]
+"""Beginnings of the ids of the tests that `--fast` leaves out."""
 
 
 def installed_from_here() -> bool:
@@ -46,6 +48,24 @@ def comfyui_checkouts() -> list[Path]:
     return [Path(part) for part in os.environ.get(COMFYUI_PATH, "").split(os.pathsep) if part]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out what tests/slow.txt names: a minute for every save")
+
+
+def is_slow(test: str) -> bool:
+    """Whether a test's id (tests/models/test_x.py::test_y[z]) is named in slow.txt, or its file or folder is."""
+    return any(test.startswith(name) and test[len(name) :][:1] in ("", "/", ":", "[") for name in SLOW)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [item for item in items if is_slow(item.nodeid)]
+    for item in slow:
+        item.add_marker("slow")
+    if config.getoption("--fast") and slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not is_slow(item.nodeid)]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -54,10 +74,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `comfyui_path` runs once per checkout."""
+    """A test that takes `comfyui_path` runs once per checkout; `comfyui_or_double` is the double (None), then each."""
     if "comfyui_path" in metafunc.fixturenames:
         checkouts = comfyui_checkouts() or [None]
         metafunc.parametrize("comfyui_path", checkouts, ids=[path.name if path else "none" for path in checkouts])
+    if "comfyui_or_double" in metafunc.fixturenames:
+        places = [None, *comfyui_checkouts()]
+        ids = [path.name if path else "double" for path in places]
+        metafunc.parametrize("comfyui_or_double", places, ids=ids, scope="module")
 
 
 @pytest.fixture(scope="session")

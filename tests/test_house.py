@@ -6,14 +6,25 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
+from steadyvsr.tests.source_tree import (
+    OUTSIDE,
+    OUTSIDE_PACKAGE,
+    ROOT,
+    absolute_imports,
+    calls,
+    dotted,
+    house_files,
+    package_files,
+    relative_imports,
+    room_of,
+    syntax_tree,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 500
 
-OUTSIDE_PACKAGE = {"tests", "benchmarks", "scripts"}
 COMFYUI = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extras", "execution", "folder_paths",
            "latent_preview", "nodes", "server"}  # fmt: skip
 ROOMS_THAT_KNOW_COMFYUI = {"nodes", "patches"}
@@ -27,55 +38,18 @@ ARROWS = {
     "training": {"app", "models"},
     "": {"app", "models", "memory"},
 }
+DOOR = {"nodes"}
+"""Of __init__.py: ComfyUI enters there."""
 LOGGING_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".sh", ".json", ".js", ".css", ".yml", ".yaml"}
 
 Rule = Callable[[str, ast.Module], Iterator[str]]
 
 
-def room_of(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def dotted(node: ast.expr) -> str:
-    """`a.b.c` for a chain of attributes on a name, else an empty string."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        base = dotted(node.value)
-        return f"{base}.{node.attr}" if base else ""
-    return ""
-
-
-def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield dotted(node.func), node
-
-
-def absolute_imports(tree: ast.Module) -> Iterator[str]:
-    """Full names of modules imported absolutely, also inside functions and through importlib."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module or ""
-    for name, call in calls(tree):
-        if name in ("importlib.import_module", "import_module", "__import__") and call.args:
-            first = call.args[0]
-            if isinstance(first, ast.Constant) and isinstance(first.value, str) and not first.value.startswith("."):
-                yield first.value
-
-
-def relative_rooms(path: str, tree: ast.Module) -> Iterator[str]:
-    """The rooms (or root modules) that relative imports reach."""
-    folder = list(PurePosixPath(path).parts[:-1])
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
-            base = folder[: len(folder) - (node.level - 1)] if node.level > 1 else folder
-            target = base + (node.module.split(".") if node.module else [])
-            yield from [target[0]] if target else [alias.name for alias in node.names]
+def targets(path: str, tree: ast.Module) -> Iterator[str]:
+    """The rooms that relative imports reach; "" is the root with its modules, ".." what lies above it."""
+    for target in relative_imports(path, tree):
+        yield target[0] if target[0] in (*ARROWS, *OUTSIDE_PACKAGE, OUTSIDE) else ""
 
 
 def only_nodes_and_patches_import_comfyui(path: str, tree: ast.Module) -> Iterator[str]:
@@ -84,17 +58,16 @@ def only_nodes_and_patches_import_comfyui(path: str, tree: ast.Module) -> Iterat
 
 
 def own_modules_are_imported_relatively(path: str, tree: ast.Module) -> Iterator[str]:
-    own = {"steadyvsr", "cli", *ARROWS} - COMFYUI
+    own = {"steadyvsr", "cli", *ARROWS, *OUTSIDE_PACKAGE} - COMFYUI
     yield from (f"imports {name} absolutely" for name in absolute_imports(tree) if name.split(".")[0] in own)
 
 
 def arrows_go_one_way(path: str, tree: ast.Module) -> Iterator[str]:
-    if path == "__init__.py":  # the front door opens the nodes
-        return
     room = room_of(path)
-    for target in relative_rooms(path, tree):
-        if target in ARROWS and target != room and target not in ARROWS[room]:
-            yield f"imports from {target}/"
+    allowed = {room, *(DOOR if path == "__init__.py" else ARROWS.get(room, ()))}
+    for target in dict.fromkeys(targets(path, tree)):
+        if target not in allowed:
+            yield f"imports from {target or 'the root'}"
 
 
 def only_patches_assign_to_comfyui(path: str, tree: ast.Module) -> Iterator[str]:
@@ -171,26 +144,10 @@ PACKAGE_RULES: list[Rule] = [
 ]
 
 
-def house_files(*suffixes: str) -> list[str]:
-    """Paths, relative to the root, of the project's own files: no hidden folder, no build output."""
-    skipped = {"build", "dist", "shared", "demo_output", "__pycache__"}
-    found = []
-    for path in ROOT.rglob("*"):
-        parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") or part in skipped or part.endswith(".egg-info") for part in parts[:-1])
-        if path.suffix in suffixes and not hidden and path.is_file():
-            found.append("/".join(parts))
-    return sorted(found)
-
-
-def syntax_tree(path: str) -> ast.Module:
-    return ast.parse((ROOT / path).read_text(encoding="utf-8"), filename=path)
-
-
 @pytest.mark.parametrize("rule", PACKAGE_RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps_the_rule(rule: Rule) -> None:
-    files = [path for path in house_files(".py") if room_of(path) not in OUTSIDE_PACKAGE]
-    assert len(files) > 3
+    files = package_files()
+    assert len(files) > 100
     assert [f"{path}: {finding}" for path in files for finding in rule(path, syntax_tree(path))] == []
 
 
@@ -206,6 +163,21 @@ PLANTED = [
     (arrows_go_one_way, "memory/a.py", "from ..patches.free import x"),
     (arrows_go_one_way, "patches/a.py", "from ..models.video import read"),
     (arrows_go_one_way, "cli.py", "from .nodes import x"),
+    (arrows_go_one_way, "models/a.py", "from ..upscale import x"),
+    (arrows_go_one_way, "models/flashvsr/a.py", "from ... import upscale"),
+    (arrows_go_one_way, "app/a.py", "from ..cli import main"),
+    (arrows_go_one_way, "app/folder/a.py", "from ... import cli"),
+    (arrows_go_one_way, "app/a.py", "from ..patches import residency"),
+    (arrows_go_one_way, "nodes/a.py", "def f():\n    from .. import __version__"),
+    (arrows_go_one_way, "nodes/vae/a.py", "import importlib\nimportlib.import_module('...cli', __package__)"),
+    (arrows_go_one_way, "nodes/a.py", "from ..training import x"),
+    (arrows_go_one_way, "training/a.py", "from ..memory import probe"),
+    (arrows_go_one_way, "__init__.py", "from .patches import hooks"),
+    (arrows_go_one_way, "memory/a.py", "from ..tests import conftest"),
+    (arrows_go_one_way, "cli.py", "from .benchmarks import tiny_model"),
+    (arrows_go_one_way, "models/a.py", "from ...comfy import x"),
+    (own_modules_are_imported_relatively, "models/a.py", "from tests.double import comfy"),
+    (own_modules_are_imported_relatively, "cli.py", "import benchmarks.tiny_model"),
     (only_patches_assign_to_comfyui, "nodes/a.py", "import comfy.model_management as mm\nmm.free_memory = None"),
     (only_patches_assign_to_comfyui, "nodes/a.py", "import comfy.utils\ncomfy.utils.x = 1"),
     (only_patches_assign_to_comfyui, "nodes/a.py", "from comfy.ops import Linear\nsetattr(Linear, 'x', 1)"),
@@ -235,6 +207,9 @@ PERMITTED = [
     (own_modules_are_imported_relatively, "nodes/a.py", "import nodes"),
     (arrows_go_one_way, "nodes/a.py", "from ..models.flashvsr import stream\nfrom . import vae"),
     (arrows_go_one_way, "models/flashvsr/a.py", "from ..video import read\nfrom .plan import x\nfrom .memory import y"),
+    (arrows_go_one_way, "__main__.py", "from .cli import main"),
+    (arrows_go_one_way, "cli.py", "from .app import clip\nfrom .memory import probe"),
+    (arrows_go_one_way, "__init__.py", "def comfy_entrypoint():\n    from .nodes import FlashVSRExtension"),
     (only_patches_assign_to_comfyui, "patches/a.py", "import comfy.utils\ncomfy.utils.x = 1"),
     (only_patches_assign_to_comfyui, "nodes/a.py", "import comfy.utils\nself.x = comfy.utils.y"),
     (nothing_is_printed, "cli.py", "print(1)"),
@@ -272,4 +247,6 @@ def test_no_file_names_a_path_of_one_machine() -> None:
 
 def test_no_module_is_a_drawer_for_everything() -> None:
     drawers = {"utils", "util", "helpers", "misc"}
-    assert [path for path in house_files(".py") if PurePosixPath(path).stem in drawers] == []
+    # The double has ComfyUI's own names.
+    named_here = [path for path in house_files(".py") if not path.startswith("tests/double/")]
+    assert [path for path in named_here if PurePosixPath(path).stem in drawers] == []

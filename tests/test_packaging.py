@@ -7,7 +7,9 @@ import glob
 import importlib
 import importlib.util
 import inspect
+import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +74,18 @@ def planted_pack(tmp_path: Path, request: pytest.FixtureRequest):
     yield plant
     for name in [key for key in sys.modules if key.split(".")[0] in names]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def registry_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pack as the registry delivers it: a folder `steadyvsr` without what `.comfyignore` names."""
+    folder = tmp_path_factory.mktemp("registry") / "steadyvsr"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "shared", "demo_output"))
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    for path in [path for pattern in ignored for path in folder.glob(pattern.rstrip("/"))]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not (folder / "tests").exists()
+    return folder
 
 
 def test_the_package_list_is_the_tree() -> None:
@@ -182,3 +196,52 @@ def test_an_import_error_in_the_nodes_is_logged_with_its_traceback(planted_pack,
     (record,) = [record for record in caplog.records if record.name == "steadyvsr"]
     assert record.exc_info and "a_module_that_does_not_exist" in caplog.text
     assert "Traceback" in caplog.text and "nodes.py" in caplog.text
+
+
+def run_in(folder: Path, program: str, *arguments: str | Path) -> str:
+    """The output of a Python program to which `steadyvsr` is the pack in that folder, and nothing else."""
+    # The finder of an editable install would give what is missing in the copy from the checkout.
+    program = (
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not f.__module__.startswith('__editable__')]\n" + program
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=folder.parent, env=environment,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"from {folder / '__init__.py'}" in done.stdout
+    return done.stdout
+
+
+def test_the_commands_work_in_a_registry_install(registry_install: Path, tmp_path: Path) -> None:
+    """One process for all of them: to import torch takes longer than the commands."""
+    program = (
+        "import runpy, steadyvsr\n"
+        "print('from', steadyvsr.__file__)\n"
+        "for command in (['--help'], ['demo', '--seconds', '0.04', '--out', sys.argv[1]], ['inspect', sys.argv[2]]):\n"
+        "    sys.argv = ['steadyvsr', *command]\n"
+        "    try:\n"
+        "        runpy.run_module('steadyvsr', run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        print(command[0], end.code)\n"
+    )
+    said = run_in(registry_install, program, tmp_path, registry_install / "assets" / "nano.safetensors")
+    assert {"--help 0", "demo 0", "inspect 0"} <= set(said.splitlines())
+    assert all(command in said for command in ("upscale", "inspect", "demo", "doctor"))
+    assert (tmp_path / "output.mp4").is_file() and "family nano" in said
+
+
+def test_the_nodes_load_in_a_registry_install(registry_install: Path) -> None:
+    program = (
+        "import asyncio, steadyvsr\n"
+        "print('from', steadyvsr.__file__)\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "async def nodes():\n"
+        "    return await (await steadyvsr.comfy_entrypoint()).get_node_list()\n"
+        "print(*(node.define_schema().node_id for node in asyncio.run(nodes())))\n"
+    )
+    said = run_in(registry_install, program, ROOT / "tests" / "double")
+    declared = json.loads((ROOT / "tests" / "node_schemas.json").read_text(encoding="utf-8"))
+    assert set(said.splitlines()[-1].split()) == set(declared)

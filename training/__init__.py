@@ -1,1 +1,1 @@
-"""Training of the embedded nano network: clips, metrics, analytic start, training and evaluation."""
+"""How the embedded nano network was made: analytic start, training, validation and export."""

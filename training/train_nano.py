@@ -47,7 +47,7 @@ class Schedule:
         align_steps: transformer and projection learn each cell's mean colour as latent channels 0, 1, 2; at their end
             the decoder is made to read a share of it there instead of in its condition (`hand_over`).
         final_steps: all networks through the decoder again.
-        mse_from: step from which the error is squared; Charbonnier before.
+        mse_from: first step with the squared error; Charbonnier before.
         exact_steps: at the very end, in fp32; bfloat16 autocast before.
         warmup_steps: of linear growth of the learning rate, at the start of each stage.
         peak, align_peak, final_peak: learning rates of layers with at most 300 inputs: of the first two stages, which
@@ -55,7 +55,7 @@ class Schedule:
         share: of the mean colour that is read in the latents.
         batch: clips per step.
         size: side of a clip in output pixels.
-        pool: different clips; they come back turned, mirrored, reversed and with other colours.
+        pool: number of different clips; they are reused rotated, mirrored, reversed and with permuted colours.
         ema: decay of the averaged weights.
     """
 
@@ -246,8 +246,8 @@ def validate(network: NanoNetwork, joint: bool, size: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded nano network.")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="resumed where it exists")
-    parser.add_argument("--export", type=Path, help="merged fp16 file, written with every checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="training resumes from it if it exists")
+    parser.add_argument("--export", type=Path, help="merged fp16 file to write with every checkpoint")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (and save) after this time")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

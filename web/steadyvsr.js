@@ -53,12 +53,15 @@ function registerTab() {
   });
 }
 
+/** What Load FlashVSR offers, read from its definition. */
+let attentionChoices = ["auto"];
+
 const SETTINGS = [
   { id: "SteadyVSR.WarnPercent", key: "warn_percent", name: "Warn when a card is this full (percent)", type: "slider", attrs: { min: 50, max: 99, step: 1 }, defaultValue: 80 },
   { id: "SteadyVSR.CriticalPercent", key: "critical_percent", name: "Warn strongly when a card is this full (percent)", type: "slider", attrs: { min: 50, max: 99, step: 1 }, defaultValue: 92 },
   { id: "SteadyVSR.KeptRamGiB", key: "kept_ram_gib", name: "RAM that kept models may use (GiB, 0 = half of the machine's)", type: "number", attrs: { min: 0, max: 4096, step: 1 }, defaultValue: 0 },
   { id: "SteadyVSR.DefaultPolicy", key: null, name: "keep_loaded of new loader nodes", type: "combo", options: ["no", "keep", "pin"], defaultValue: "no" },
-  { id: "SteadyVSR.DefaultAttention", key: null, name: "Attention of new Load FlashVSR nodes", type: "combo", options: ["auto", "gather", "flex"], defaultValue: "auto" },
+  { id: "SteadyVSR.DefaultAttention", key: null, name: "Attention of new Load FlashVSR nodes", type: "combo", options: () => attentionChoices.map((name) => ({ text: name, value: name })), defaultValue: "auto" },
 ];
 
 const setting = (id) => app.ui?.settings?.getSettingValue?.(id) ?? SETTINGS.find((entry) => entry.id === id).defaultValue;
@@ -98,6 +101,12 @@ app.registerExtension({
     });
     ready = true;
     await sendSettings();
+  },
+
+  beforeRegisterNodeDef(_nodeType, { name, input }) {
+    if (name !== `${NODE_PREFIX}LoadFlashVSR`) return;
+    const [choices, details] = input.required.attention;
+    attentionChoices = Array.isArray(choices) ? choices : details.options;
   },
 
   nodeCreated(node) {

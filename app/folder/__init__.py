@@ -1,22 +1,23 @@
-"""A folder of clips, as many at once as the cards hold, each worker a process of its own. Knows nothing of ComfyUI."""
+"""Upscales a folder of clips with as many worker processes as memory allows. Knows nothing of ComfyUI.
 
-from .admission import Workers, admit
-from .clips import Job, find_jobs, holds_videos
+jobs finds the clips, admission decides how many workers run, manifest records what is done, scheduler hands out the
+clips, worker is the process that upscales them.
+"""
+
+from .admission import admit
+from .jobs import find_jobs, holds_videos
 from .manifest import Manifest
-from .night import Night, NightReport, folder_settings, run_night
-from .worker import ClipResult, WorkerSettings
+from .scheduler import FolderReport, FolderRun, folder_settings, run_folder
+from .worker import WorkerSettings
 
 __all__ = [
-    "ClipResult",
-    "Job",
     "Manifest",
-    "Night",
-    "NightReport",
-    "Workers",
+    "FolderRun",
+    "FolderReport",
     "WorkerSettings",
     "admit",
     "find_jobs",
     "folder_settings",
     "holds_videos",
-    "run_night",
+    "run_folder",
 ]

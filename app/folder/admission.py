@@ -1,4 +1,4 @@
-"""How many workers a device holds, from the measured footprint of the first clip."""
+"""Decides how many workers a device gets, from the measured footprint of its first clip."""
 
 from __future__ import annotations
 
@@ -8,33 +8,31 @@ from ...memory.budget import workers as workers_that_fit
 from ...memory.reading import size_text
 
 FREE_SHARE = 0.20
-"""Of a card that is left alone: at 99.7 % full, 45 of 50 clips of a reported night were lost."""
+"""Part of a card that stays free: on one reported to be 99.7 % full, 45 of 50 clips of a night were lost."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many, and why.
+    """How many workers a device gets, and why.
 
     Attributes:
-        count: workers on the device, at least 1.
-        reason: the sum in words.
-        lowered: whether fewer are used than were asked for.
+        count: at least 1.
+        reason: the calculation, as text.
     """
 
     count: int
     reason: str
-    lowered: bool = False
 
 
 def admit(
     footprint: int, total: int, *, asked: int | None = None, force: bool = False, cores: int | None = None
 ) -> Workers:
-    """Workers of that footprint on a device of that size, both in bytes, a fifth of it left free.
+    """As many workers of that footprint as fit on a device of that size (both in bytes) with a fifth of it left free.
 
     Args:
         asked: how many the user wants; None for as many as fit.
-        force: take what was asked although it does not fit.
-        cores: on the CPU, workers beyond this number only share what one of them could use.
+        force: start as many as were asked for even if they do not fit.
+        cores: on the CPU, more workers than cores would only slow each other down.
 
     Raises:
         ValueError: fewer than one worker was asked for.
@@ -53,4 +51,4 @@ def admit(
     if force:
         return Workers(asked, f"{wanted} is more than {room}; forced")
     why = f"more than {room}" if asked * footprint > allowed else f"fits, but there are {cores} cores"
-    return Workers(fit, f"{wanted} is {why}: {fit} used instead of {asked}", lowered=True)
+    return Workers(fit, f"{wanted} is {why}: {fit} used instead of {asked}")

@@ -1,4 +1,4 @@
-"""What a folder run has done: written after every clip, atomically, so that a rerun does only what is missing."""
+"""Records which clips of a folder are done: written atomically after every clip, so that a rerun does only the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .clips import Job
+from .jobs import Job
 
 FILE = ".steadyvsr.json"
 DONE, FAILED = "done", "failed"
@@ -16,14 +16,14 @@ FORMAT = 1
 
 
 class Manifest:
-    """The record in the output folder.
+    """The record of finished clips, a file in the output folder.
 
     Args:
-        folder: of the results; made if it is not there.
-        settings: everything that changes a result. A clip that was done with others is done again.
+        folder: of the results; made if it does not exist.
+        settings: everything that changes a result. A clip that was done with other settings is done again.
 
     Raises:
-        ValueError: the record is there and cannot be read.
+        ValueError: there is a record, but it cannot be read.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -37,11 +37,12 @@ class Manifest:
                 self.clips = dict(stored["clips"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}: expected the record of an earlier run; it cannot be read. Delete it to start anew."
+                    f"{self.path}: expected the record of an earlier run; got an unreadable file. "
+                    "Delete it to start anew."
                 ) from error
 
     def finished(self, job: Job) -> bool:
-        """Whether this very clip was done with these settings, and its result is still what it was then."""
+        """Whether this very clip was done with these settings and its result is unchanged since."""
         entry = self.clips.get(job.name)
         if entry is None or entry["state"] != DONE or entry["settings"] != self.settings:
             return False

@@ -1,4 +1,4 @@
-"""A worker process: one model on one device, one clip after another, memory returned after each."""
+"""A worker process: loads one model onto one device, upscales one clip after another, returns memory after each."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ...models.flashvsr import FlashVSR, StreamOptions
 from ...models.flashvsr.checkpoint import load_flashvsr
 from ...models.flashvsr.memory_plan import MemoryPlan
 from ...models.video import open_clip
-from ..clip import OutputOptions, choose_dtype, open_writer, peak_rss_bytes, upscale_clip
+from ..clip import OutputOptions, choose_dtype, footage_of, open_writer, peak_rss_bytes, upscale_clip
 
 DONE, FAILED, DISK_FULL, STOPPED = "done", "failed", "disk full", "stopped"
 OUT_OF_MEMORY, NO_MODEL = "out of memory", "no model"
 PROGRESS_SECONDS = 0.5
 SMALL = MemoryPlan(kv_in_ram=True, decoder_frames=1)
-"""For a clip whose worker died: the smallest plan that gives the same frames."""
+"""The smallest plan that gives the same frames: for a clip whose worker died."""
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is started with. Plain values: they go to another process.
+    """What a worker is started with: plain values, because they go to another process.
 
     Attributes:
-        device: as torch writes it.
+        device: as torch spells it.
         model: path of the weights.
-        threads: of torch on the CPU.
+        threads: torch threads on the CPU.
         version, lq_cache_order, precision: as the command line spells them.
     """
 
@@ -51,14 +51,14 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What became of a clip, and what it took.
+    """How a clip turned out, and what it took.
 
     Attributes:
         state: done | failed | disk full | stopped | out of memory | no model.
         error: why, where it is not done.
-        footprint: bytes that the worker took at its worst moment: on a card what its allocator held and the driver's
-            context, on the CPU resident memory.
-        after: bytes that the worker holds when the clip is over, and where that number comes from.
+        footprint: peak bytes of the worker: on a card the allocator's pool and the driver's context, on the CPU
+            resident memory.
+        after, after_source: bytes that the worker holds after the clip, and where that number comes from.
         pid: of the worker.
     """
 
@@ -83,6 +83,7 @@ class _Worker:
     settings: WorkerSettings
     model: FlashVSR
     device: torch.device
+    dtype: torch.dtype
     events: Any
     stop: Any
     number: int
@@ -90,11 +91,11 @@ class _Worker:
 
 _worker: _Worker | None = None
 _failure = ""
-"""Why there is no worker: an executor would say of an error in `start` only that the process broke."""
+"""Why there is no worker: of an error raised in `start`, an executor would only say that the process broke."""
 
 
 def start(settings: WorkerSettings, number: int, events: Any, stop: Any) -> None:
-    """Makes this process a worker: loads the model once. Ctrl-C is the parent's business: it sets `stop`."""
+    """Turns this process into a worker and loads the model. Ctrl-C is the parent's business: it sets `stop`."""
     global _worker, _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(settings.threads)
@@ -102,19 +103,17 @@ def start(settings: WorkerSettings, number: int, events: Any, stop: Any) -> None
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    dtype = choose_dtype(settings.precision, device)
     try:
-        model = load_flashvsr(
-            settings.model, settings.version, settings.lq_cache_order, dtype=choose_dtype(settings.precision, device),
-            device=device,
-        )  # fmt: skip
+        model = load_flashvsr(settings.model, settings.version, settings.lq_cache_order, dtype=dtype, device=device)
     except (ValueError, OSError, RuntimeError) as error:
         _failure = str(error)
         return
-    _worker = _Worker(settings, model, device, events, stop, number)
+    _worker = _Worker(settings, model, device, dtype, events, stop, number)
 
 
 def upscale(name: str, source: str, output: str, plan: MemoryPlan = MemoryPlan()) -> ClipResult:  # noqa: B008  frozen
-    """Upscales one clip in this worker. Whatever goes wrong with the clip is in the result; nothing is raised."""
+    """Upscales one clip in this worker. Raises nothing: whatever goes wrong with the clip is in the result."""
     if _worker is None:
         return ClipResult(name, NO_MODEL, _failure)
     started = time.perf_counter()
@@ -138,11 +137,10 @@ def upscale(name: str, source: str, output: str, plan: MemoryPlan = MemoryPlan()
 
 def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: MemoryPlan) -> ClipResult:
     settings = worker.settings
-    clip = open_clip(source)
-    clip.verify()
+    footage = footage_of(open_clip(source))
     output.parent.mkdir(parents=True, exist_ok=True)
-    # An older result is replaced at the end, by renaming.
-    writer = open_writer(clip, output, settings.options.scale, replace(settings.output, force=True))
+    # An older result is replaced by renaming, once the new one is complete.
+    writer = open_writer(footage, output, settings.options.scale, replace(settings.output, force=True))
     said = 0.0
 
     def step(phase: str, done: int, total: int | None) -> None:
@@ -151,11 +149,11 @@ def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: Memor
             raise _Stopped
         if time.perf_counter() - said >= PROGRESS_SECONDS:
             said = time.perf_counter()
-            worker.events.put((worker.number, name, done, total or clip.frame_count))
+            worker.events.put((worker.number, name, done, total or footage.count))
 
     report = upscale_clip(
-        worker.model, clip, writer, settings.options, device=worker.device,
-        dtype=choose_dtype(settings.precision, worker.device), on_step=step, plan=plan,
+        worker.model, footage, writer, settings.options, device=worker.device, dtype=worker.dtype, on_step=step,
+        plan=plan,
     )  # fmt: skip
     if not report.complete:
         Path(report.output).unlink(missing_ok=True)
@@ -168,13 +166,13 @@ def _footprint(device: torch.device) -> int:
         return peak_rss_bytes()
     reading = probe.read(device)
     reserved = torch.cuda.max_memory_reserved(device)
-    # The context is what the driver counts beyond the pool; where it does not tell, the pool alone is known.
+    # The context is what the driver counts beyond the pool. Without its count only the pool is known.
     context = max(0, (reading.process.bytes or 0) - (reading.reserved.bytes or 0))
     return reserved + context
 
 
 def _returned(device: torch.device) -> tuple[int, str]:
-    """Gives memory back and says what this worker still holds."""
+    """Returns freed memory to the system; gives the bytes that this worker still holds and their source."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,16 +1,23 @@
-"""Locality-constrained block-sparse attention (FlashVSR, section 3): which blocks, and the attention over them.
+"""Locality-constrained block-sparse attention (FlashVSR, section 3): selecting blocks, and attending over them.
 
-Selection is exact to the released code: pooled queries and keys, a local window, a softmax per query block, then one
-strict threshold per head and group of query blocks. Blocks are 128 tokens in window order. No backend ever computes a
-pair of blocks that was not selected, and a query block without any selected key block gives zeros.
+Selection matches the released code exactly: pooled queries and keys, a local window, a softmax per query block, then
+one strict threshold per head and group of query blocks. Blocks are 128 tokens in window order. No backend ever computes
+a pair of blocks that was not selected, and a query block with no selected key block gives zeros.
 
 Layout: HBTD = heads, blocks, 128 tokens, head dim.
+
+To add a backend, write a function with the signature of `sparse_attention` less the name, here or in a module of its
+own, and add its row to `BACKENDS`. Options, command line, node, settings and benchmark read that table. What is left:
+its name in tests/node_schemas.json (choices only grow), a line in CHANGELOG.md, and a test where it needs more than
+`self_check`, which holds every backend to the same float64 result.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +35,23 @@ SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16
 
 
 class AttentionBackendError(RuntimeError):
-    """A backend that was asked for by name does not work here."""
+    """The backend asked for by name does not work here, or none does."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute `sparse_attention`.
+
+    Attributes:
+        compute: (queries, keys, values, mask) → HBTD; see `sparse_attention`.
+        available: whether "auto" may try it on a device, without running anything. A backend asked for by name is held
+            to its self-check alone.
+        rank: "auto" tries the available backends from the highest rank down.
+    """
+
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    available: Callable[[torch.device], bool]
+    rank: int
 
 
 def local_window(grid: Grid, local_range: int, device: torch.device) -> Tensor:
@@ -93,16 +116,16 @@ def sparse_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     Args:
         queries, keys, values: HBTD.
         mask: bool, heads × query blocks × key blocks.
-        backend: "gather" or "flex", as `choose_backend` returned it.
+        backend: a key of `BACKENDS`, as returned by `choose_backend`.
 
     Returns:
         HBTD in queries' dtype; zeros where a row of the mask is empty.
     """
-    if backend == "flex":
-        return _flex(queries, keys, values, mask)
-    if queries.device.type == "cpu":
-        return _gather_loop(queries, keys, values, mask)
-    return _gather_batched(queries, keys, values, mask)
+    return BACKENDS[backend].compute(queries, keys, values, mask)
+
+
+def _gather(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    return (_gather_loop if queries.device.type == "cpu" else _gather_batched)(queries, keys, values, mask)
 
 
 def _gather_loop(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -126,7 +149,7 @@ def _gather_loop(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
 
 
 def _gather_batched(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Query blocks with equally many selected blocks run together, without padding and without a token mask."""
+    """Runs query blocks with the same number of selected blocks together: no padding, no token mask."""
     heads, query_blocks, tokens, head_dim = queries.shape
     key_blocks = keys.shape[1]
     offset = torch.arange(heads, device=mask.device)[:, None] * key_blocks
@@ -155,7 +178,7 @@ def _gather_batched(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor)
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    # fullgraph: outside a compiled graph flex_attention would form the dense score matrix without a word.
+    # fullgraph: outside a compiled graph flex_attention would silently form the dense score matrix.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
@@ -178,45 +201,68 @@ def _flex(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     return _compiled_flex()(q, k, v, block_mask=block_mask)[0].view(queries.shape)
 
 
+def _flex_available(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLEX_MINIMUM_CAPABILITY
+
+
+BACKENDS = {
+    "gather": Backend(_gather, lambda device: True, rank=0),
+    "flex": Backend(_flex, _flex_available, rank=1),
+}
+"""Every backend by the name that users choose it by."""
+
+
+def backend_choices() -> tuple[str, ...]:
+    """What a user can choose: "auto", then every name in `BACKENDS`."""
+    return ("auto", *BACKENDS)
+
+
+def check_backend(name: str, field: str = "attention") -> None:
+    """Raises a ValueError that lists the choices unless `name` is one of them."""
+    if name not in backend_choices():
+        raise ValueError(f"{field}: expected one of {', '.join(backend_choices())}; got {name!r}.")
+
+
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Settles which backend computes the attention of a run, and logs it.
 
     Args:
-        name: "gather", "flex", or "auto": flex on CUDA or ROCm where it passes its self-check, else gather.
+        name: a key of `BACKENDS`, or "auto": the highest-ranked available backend that passes its self-check.
+
+    Returns:
+        A key of `BACKENDS`.
 
     Raises:
-        AttentionBackendError: a backend asked for by name fails its self-check.
+        ValueError: no such backend.
+        AttentionBackendError: the backend asked for by name fails its self-check; with "auto", all of them do.
     """
+    check_backend(name)
     return _choose_backend(name, torch.device(device), dtype)
 
 
 @functools.lru_cache(maxsize=64)
 def _choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    chosen = name
-    if name == "auto":
-        chosen = "gather"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLEX_MINIMUM_CAPABILITY:
-            problem = self_check("flex", device, dtype)
-            if problem is None:
-                chosen = "flex"
-            else:
-                log.warning("attention: flex is not used on %s: %s", device, problem)
-    if chosen == name or chosen == "gather":
-        problem = self_check(chosen, device, dtype)
-        if problem is not None:
-            raise AttentionBackendError(
-                f"attention: expected the {chosen} backend to work on {device} with {dtype}; {problem}. "
-                f"Choose attention=auto or another backend."
-            )
-    log.info("attention: %s on %s, %s", chosen, device, dtype)
-    return chosen
+    ranked = sorted(BACKENDS, key=lambda known: BACKENDS[known].rank, reverse=True)
+    candidates = [known for known in ranked if BACKENDS[known].available(device)] if name == "auto" else [name]
+    problem = None
+    for candidate in candidates:
+        problem = self_check(candidate, device, dtype)
+        if problem is None:
+            log.info("attention: %s on %s, %s", candidate, device, dtype)
+            return candidate
+        if candidate != candidates[-1]:
+            log.warning("attention: %s is not used on %s: %s", candidate, device, problem)
+    raise AttentionBackendError(
+        f"attention: expected the {candidates[-1]} backend to work on {device} with {dtype}; {problem}. "
+        f"Choose attention=auto or another backend."
+    )
 
 
 def self_check(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Runs a backend on small cases that a dense, shifted or stale mask would spoil.
 
-    The masks hold a full row, a row with only the last block, an empty row and different heads; keys of blocks that
-    are not selected are large. Two masks of one shape, then another shape.
+    The masks have a full row, a row with only the last block, an empty row, and heads that differ; keys of blocks that
+    nothing selects are large. Two masks share a shape, to catch a cached one; the third has another.
 
     Returns:
         None, or what was wrong.
@@ -243,7 +289,7 @@ def self_check(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
         if not torch.isfinite(result).all():
             return "it gave values that are not finite"
         if result[1, 0].abs().max() != 0:
-            return "a query block without keys was not zero"
+            return "a query block with no selected keys was not zero"
         difference = ((result - expected).norm() / expected.norm()).item()
         if difference > SELF_CHECK_TOLERANCE.get(dtype, 1e-2):
             return f"its result differs by {difference:.2g} from the exact one"
@@ -251,7 +297,7 @@ def self_check(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def _reference(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Small masked attention with every score, for the self-check only."""
+    """Dense masked attention, small enough to hold every score: what `self_check` compares with."""
     q, k, v = (x.flatten(1, 2) for x in (queries, keys, values))
     allowed = mask.repeat_interleave(BLOCK_TOKENS, 1).repeat_interleave(BLOCK_TOKENS, 2)
     scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf"))

@@ -1,12 +1,13 @@
 """Colour transfer from the low-quality frames to the result, in fp32 and always clamped.
 
-Layout NCTHW in -1..1. Every frame is treated alone, so a clip may be cut anywhere.
+Layout NCTHW in -1..1. Each frame is treated on its own, so a clip may be cut anywhere.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 VARIANCE_FLOOR = 1e-5
@@ -30,7 +31,7 @@ def adain(frames: Tensor, reference: Tensor) -> Tensor:
 
 
 def wavelet(frames: Tensor, reference: Tensor) -> Tensor:
-    """High frequencies of the frames on the low frequencies of the reference (à-trous wavelet, five levels).
+    """Puts the high frequencies of the frames on the low ones of the reference (à-trous wavelet, five levels).
 
     Args:
         frames, reference: NCTHW of one shape, without padding.
@@ -51,13 +52,13 @@ METHODS = {"adain": adain, "wavelet": wavelet, "none": clamped}
 
 
 def _low(x: Tensor) -> Tensor:
-    """Binomial [1 2 1]²/16 smoothing with radius 1, 2, 4, 8, 16 in turn, borders replicated."""
-    batch, channels, time, height, width = x.shape
-    x = x.transpose(1, 2).reshape(batch * time, channels, height, width)
+    """Low frequencies of NCTHW: binomial [1 2 1]²/16 smoothing with radius 1, 2, 4, 8, 16 in turn, borders repeated."""
+    batch = x.shape[0]
+    x = rearrange(x, "n c t h w -> (n t) c h w")
     for level in range(WAVELET_LEVELS):
         r = 2**level
         y = F.pad(x, (r, r, 0, 0), mode="replicate")
         x = (y[..., : -2 * r] + 2 * y[..., r:-r] + y[..., 2 * r :]) / 4
         y = F.pad(x, (0, 0, r, r), mode="replicate")
         x = (y[..., : -2 * r, :] + 2 * y[..., r:-r, :] + y[..., 2 * r :, :]) / 4
-    return x.view(batch, time, channels, height, width).transpose(1, 2)
+    return rearrange(x, "(n t) c h w -> n c t h w", n=batch)

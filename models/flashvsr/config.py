@@ -6,16 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from .attention import check_backend
 
 HEAD_DIM = 128
 PATCH = 2
 LATENT_STRIDE = 8
 """Pixels per latent cell, each way."""
 BLOCK_PIXELS = 128
-"""One attention block covers 8 × 8 tokens of 16 × 16 pixels: the frame is padded to multiples of this."""
+"""One attention block covers 8 × 8 tokens of 16 × 16 pixels: frames are padded to multiples of this."""
 COLOURS = ("adain", "wavelet", "none")
-BACKENDS = ("auto", "gather", "flex")
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Number formats a user can choose; which of them "auto" means depends on the host and the device."""
 LQ_CACHE_ORDERS = ("fixed", "as_trained")
 TRAINED_AREA = 768 * 1280
 """Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""
@@ -64,7 +68,7 @@ class FlashVSRConfig:
         """Reads every size from state dicts with official, un-prefixed keys; the tensors may be on the meta device.
 
         Args:
-            num_heads: only needed where the head dim is not 128, since no tensor shows it.
+            num_heads: needed only where the head dim is not 128; no tensor shows it.
 
         Raises:
             KeyError: a key that fixes a size is missing.
@@ -98,7 +102,9 @@ class FlashVSRConfig:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The choices of one run. A ValueError names the field that is out of range.
+    """The choices of one run.
+
+        StreamOptions(scale=2, colour="wavelet")
 
     Attributes:
         scale: output size over input size, 1.0 to 8.0.
@@ -108,9 +114,12 @@ class StreamOptions:
         kv_ratio: latent-frame pairs kept in the key/value cache, at least 2; fractions are dropped.
         local_range: side of the local attention window, in blocks of 128 pixels.
         colour: adain | wavelet | none.
-        attention: auto | gather | flex.
+        attention: "auto", or the name of a backend in `attention.BACKENDS`.
         tile: side of spatial transformer tiles in output pixels (a multiple of 128), or None for whole frames. Tiling
             costs quality: it is the last thing to try when memory is short.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
     """
 
     scale: float = 4.0
@@ -143,8 +152,7 @@ class StreamOptions:
             raise ValueError(f"StreamOptions.local_range: expected an integer of at least 1; got {self.local_range!r}.")
         if self.colour not in COLOURS:
             raise ValueError(f"StreamOptions.colour: expected one of {', '.join(COLOURS)}; got {self.colour!r}.")
-        if self.attention not in BACKENDS:
-            raise ValueError(f"StreamOptions.attention: expected one of {', '.join(BACKENDS)}; got {self.attention!r}.")
+        check_backend(self.attention, "StreamOptions.attention")
         if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 256 or self.tile % BLOCK_PIXELS):
             raise ValueError(
                 f"StreamOptions.tile: expected None or a multiple of {BLOCK_PIXELS} of at least 256; got {self.tile!r}."

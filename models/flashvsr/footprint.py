@@ -1,93 +1,48 @@
-"""How many bytes a run needs beside the weights: activations at their worst moment, and the state between steps.
+"""How many bytes a run needs beside the weights: activations at their peak, and the state between steps.
 
 Plain integers from sizes. The terms are counted from the shapes in `transformer`, `lq_projection`, `tc_decoder` and
-`stream`; the factors in capitals are how many such tensors are alive at the worst moment. test_footprint.py
+`stream`; the factors in capitals say how many such tensors are alive at the peak. tests/models/test_footprint.py
 compares the result with a tracker of all live storages. Not counted: work space inside convolution and attention
 kernels, and what an allocator keeps beyond live tensors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..tiling import grid_tiles
+from ..wan_vae.costs import WanCosts
 from .config import LATENT_STRIDE, FlashVSRConfig
+from .lq_projection import PIXEL_CHANNELS, PIXELS_PER_TOKEN
 from .memory_plan import MemoryPlan
-from .plan import FIRST_STEP_LATENTS, STEP_LATENTS, padded_size
-from .tc_decoder import CPU_STRIP_PIXELS, STRIP_PIXELS
+from .plan import FIRST_STEP_LATENTS, STEP_FRAMES, STEP_LATENTS, padded_size
+from .tc_decoder import CONDITION_CHANNELS, CPU_STRIP_PIXELS, FRAMES_PER_LATENT, STRIP_PIXELS
 from .tiles import TILE_OVERLAP_PIXELS
 from .transformer import FEED_FORWARD_TOKENS
 from .windows import BLOCK_TOKENS
 
 FP32_BYTES = 4
-CLIP_FRAMES = 8
-"""Frames of one call of the LQ projection."""
-LATENT_FRAMES = 4
-"""Frames of one call of the decoder."""
-CONDITION_CHANNELS = 768
-TOKEN_PIXELS = 256
+TOKEN_PIXELS = PIXELS_PER_TOKEN**2
 
 ATTENTION_TENSORS = {2: 10.2, 4: 7.2}
-"""Token tensors alive at the worst moment of self-attention, with the fp32 copies of rotary and RMS norm: by bytes
-of a number."""
+"""Token tensors alive at the peak of self-attention, with fp32 copies of rotary and RMS norm, by bytes per number."""
 CPU_ATTENTION_TENSORS = 12
-"""The same with the work space of the gathered attention."""
+"""The same, with the work space of the gathered attention."""
 JOINED_ATTENTION_TENSORS = 8
-"""The same where cached keys and values were joined to the new ones, which are counted apart."""
+"""The same where cached keys and values were joined to the new ones, which are counted separately."""
 FEED_FORWARD_TENSORS = 3.5
-"""Token tensors alive beside the feed-forward's own."""
+"""Token tensors alive beside those of the feed-forward network itself."""
 GATHER_ELEMENTS_PER_PIXEL, GATHER_ELEMENTS_PER_HEAD_CHANNEL = 7.4, 0.0635
 """Work space of the gathered attention on the CPU, one head at a time, in fp32 elements per pixel: measured at head
 dims 32 and 128 with the tracker of benchmarks/budget_table.py."""
 NORM_TENSORS = 3
-"""A convolution's result while it is normalised."""
+"""Copies of a convolution's result while it is normalised."""
 ENTRY_TENSORS = 3
-"""Condition maps at latent resolution at the entrance of the decoder."""
+"""Copies of the condition at latent resolution where it enters the decoder."""
 BLOCK_TENSORS = 5
-"""Maps inside a memory block of the decoder, beside those that it remembers."""
+"""Maps inside a memory block of the decoder, beside those it remembers."""
 COLOUR_TENSORS = 3
-"""Sets of frames in fp32 while they get their colours."""
+"""Copies of the frames in fp32 during the colour transfer."""
 LAST_STAGE_TENSORS = 2
-"""Maps at full resolution, of one strip, at the decoder's end."""
-WAN_TILE, WAN_TILE_READS = 512, 14
-"""Side in pixels of the tiles of `wan_vae.StreamingDecoder`, and how many more of each side they read at most."""
-WAN_CACHE = 2364
-"""Elements of its feature cache per output pixel."""
-WAN_TILE_WORK, WAN_FRAME_WORK = 1000, 30
-"""Elements alive beside the cache: per pixel that a tile reads, and per pixel of the frame."""
-
-
-@dataclass(frozen=True)
-class WanCosts:
-    """What a streamed Wan 2.1 decoder of full width (dim 96) needs that computes tiles of at most 512 pixels.
-
-    Counted from shapes with the tracker of benchmarks/budget_table.py; the same at every size.
-
-    Attributes:
-        copies: of the cache that exist while it decodes: 2 in a run that can be taken up again after an error, which
-            keeps the old one until the new one is complete.
-        itemsize: bytes of one number; None: those of the compute dtype.
-    """
-
-    copies: int = 1
-    itemsize: int | None = None
-
-    def device_bytes(self, size: tuple[int, int], itemsize: int, resting: bool) -> tuple[int, int]:
-        """Bytes of the cache, and of everything else while a latent is decoded.
-
-        Args:
-            size: width and height of the output, padded.
-            itemsize: of the compute dtype.
-            resting: whether the cache rests in RAM.
-        """
-        itemsize = self.itemsize or itemsize
-        pixels = size[0] * size[1]
-        tile = (min(size[0], WAN_TILE) + WAN_TILE_READS) * (min(size[1], WAN_TILE) + WAN_TILE_READS)
-        work = (WAN_TILE_WORK * tile + WAN_FRAME_WORK * pixels) * itemsize
-        if resting:
-            return 0, work
-        cache = WAN_CACHE * pixels * itemsize
-        return cache, work + (self.copies - 1) * cache
+"""Maps of one strip at full resolution in the decoder's last stage."""
 
 
 def activation_bytes(
@@ -106,12 +61,12 @@ def activation_bytes(
         config: sizes of the networks.
         size: width and height of the output, before padding.
         kv_ratio: see `StreamOptions`.
-        itemsize: bytes of one number of the compute dtype.
+        itemsize: bytes per number of the compute dtype.
         prompt_tokens: length of the prompt context.
-        on_cpu: whether it runs on the CPU, where convolutions take other forms, decoder strips are smaller, the caches
-            that rest in RAM lie in the same memory, and so does the output.
-        plan: what lies in RAM, strips and tiles.
-        wan_decoder: of the Wan decoder that takes the place of the TC decoder.
+        on_cpu: whether it runs on the CPU: convolutions take other forms there, decoder strips are smaller, and what
+            rests in RAM counts as well, the output included.
+        plan: what rests in RAM, strips and tiles.
+        wan_decoder: costs of the Wan decoder that replaces the TC decoder.
     """
     padded = width, height = padded_size(*size)
     pixels, cached = width * height, int(kv_ratio) * STEP_LATENTS
@@ -127,10 +82,10 @@ def activation_bytes(
     decode = _decode_bytes(config, pixels, itemsize, on_cpu, plan)
     if wan_decoder is not None:
         decoder, decode = wan_decoder.device_bytes(padded, itemsize, resting)
-    # The tokens of a step wait for the tile whose turn it is.
+    # A tile's tokens wait until its turn comes.
     waiting = _lq_tokens_bytes(config, sum(tiled) - max(tiled), itemsize)
     projecting = _project_bytes(config, size, largest, itemsize, on_cpu)
-    # Before the first frame the decoder remembers nothing, but that step is three times as long.
+    # In the first step the decoder has no memory yet, but the step is three times as long.
     first = max(
         key_values
         + _transform_bytes(config, max(tiled), pixels, FIRST_STEP_LATENTS, 0, itemsize, on_cpu)
@@ -139,7 +94,7 @@ def activation_bytes(
     )
     transform = _transform_bytes(config, max(tiled), pixels, STEP_LATENTS, cached, itemsize, on_cpu)
     later = max(projecting + STEP_LATENTS * waiting, transform + STEP_LATENTS * waiting, decode)
-    # The newest output frame is the caller's; on the CPU it lies in the same memory.
+    # The newest output frame belongs to the caller; on the CPU it is in the same memory.
     output = 3 * size[0] * size[1] * FP32_BYTES if on_cpu else 0
     return state + max(first, key_values + decoder + later) + output
 
@@ -150,8 +105,8 @@ def _tile_sizes(padded: tuple[int, int], tile: int | None) -> list[tuple[int, in
         return [padded]
     columns, rows = (side // LATENT_STRIDE for side in padded)
     tiles = grid_tiles(rows, columns, tile // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
-    sides = [(part.columns.stop - part.columns.start, part.rows.stop - part.rows.start) for part in tiles]
-    return [(width * LATENT_STRIDE, height * LATENT_STRIDE) for width, height in sides]
+    spans = [part.scaled(LATENT_STRIDE) for part in tiles]
+    return [(columns.stop - columns.start, rows.stop - rows.start) for rows, columns in spans]
 
 
 def cache_bytes(config: FlashVSRConfig, pixels: int, kv_ratio: float, itemsize: int) -> int:
@@ -162,7 +117,7 @@ def cache_bytes(config: FlashVSRConfig, pixels: int, kv_ratio: float, itemsize: 
 
 def lq_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
     """Bytes of the LQ projection's cache of a frame or tile."""
-    return 2 * (pixels // TOKEN_PIXELS) * (CONDITION_CHANNELS + config.lq_hidden[0]) * itemsize
+    return 2 * (pixels // TOKEN_PIXELS) * (PIXEL_CHANNELS + config.lq_hidden[0]) * itemsize
 
 
 def _lq_tokens_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
@@ -170,17 +125,8 @@ def _lq_tokens_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
     return config.lq_layers * (pixels // TOKEN_PIXELS) * config.dim * itemsize
 
 
-def state_bytes(
-    config: FlashVSRConfig, padded: tuple[int, int], kv_ratio: float, itemsize: int, prompt_tokens: int = 512
-) -> int:
-    """Bytes kept between process steps: key/value cache, LQ cache, decoder memory, the embedded prompt."""
-    pixels = padded[0] * padded[1]
-    networks = cache_bytes(config, pixels, kv_ratio, itemsize) + lq_state_bytes(config, pixels, itemsize)
-    return networks + prompt_tokens * config.dim * itemsize + decoder_state_bytes(config, pixels, itemsize)
-
-
 def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> int:
-    """Bytes of the TC decoder's memory: three maps at each of three resolutions, and its folded kernels."""
+    """Bytes of the TC decoder's memory: three maps at each of three resolutions, and the folded kernels."""
     c0, c1, c2, c3 = config.decoder_channels
     maps = 3 * (c0 * pixels // 64 + c1 * pixels // 16 + c2 * pixels // 4)
     kernels = 16 * (c0 * c1 + 2 * c1 * c2 + 2 * c2 * c3)
@@ -190,31 +136,31 @@ def decoder_state_bytes(config: FlashVSRConfig, pixels: int, itemsize: int) -> i
 def _project_bytes(
     config: FlashVSRConfig, size: tuple[int, int], tile: tuple[int, int], itemsize: int, on_cpu: bool
 ) -> int:
-    """One clip of 8 frames: resized and padded, then in a tile's LQ projection 4 half-latent and 2 latent frames."""
+    """One clip of 8 frames: resized and padded, then reduced to 4 and to 2 frames by a tile's LQ projection."""
     padded, (width, height) = padded_size(*size), tile
     pixels, tokens = padded[0] * padded[1], width * height // TOKEN_PIXELS
     hidden, features = config.lq_hidden
-    # Each convolution reads its frames, two cached ones in front, with a replicated border of one token.
+    # Each convolution reads its frames and two cached ones, with a replicated border of one token.
     bordered = (width // 16 + 2) * (height // 16 + 2)
-    clip, tail = 3 * CLIP_FRAMES * pixels, 2 * tokens * CONDITION_CHANNELS
-    first_in, first_out = (CLIP_FRAMES + 2) * CONDITION_CHANNELS * bordered, CLIP_FRAMES // 2 * hidden * tokens
-    second_in, second_out = (CLIP_FRAMES // 2 + 2) * hidden * bordered, CLIP_FRAMES // 4 * features * tokens
+    clip, tail = 3 * STEP_FRAMES * pixels, 2 * tokens * PIXEL_CHANNELS
+    first_in, first_out = (STEP_FRAMES + 2) * PIXEL_CHANNELS * bordered, STEP_FRAMES // 2 * hidden * tokens
+    second_in, second_out = (STEP_FRAMES // 2 + 2) * hidden * bordered, STEP_FRAMES // 4 * features * tokens
     first_work, second_work = NORM_TENSORS * first_out, NORM_TENSORS * second_out
     if not on_cpu:
-        # There a convolution over time runs as one over space: on a copy of every window of 4 frames.
-        first_work = max(first_work, CLIP_FRAMES // 2 * 4 * CONDITION_CHANNELS * bordered + first_out)
-        second_work = max(second_work, CLIP_FRAMES // 4 * 4 * hidden * bordered + second_out)
+        # Convolutions over time run as convolutions over space there, on a copy of every window of 4 frames.
+        first_work = max(first_work, STEP_FRAMES // 2 * 4 * PIXEL_CHANNELS * bordered + first_out)
+        second_work = max(second_work, STEP_FRAMES // 4 * 4 * hidden * bordered + second_out)
     first = first_in + max(first_work, first_out + second_in)
     second = first_out + second_in + second_work
     # Beside the padded clip in fp32: what it was padded from, or what it is converted to.
-    unpadded = 3 * CLIP_FRAMES * size[0] * size[1] * FP32_BYTES if padded != size else 0
+    unpadded = 3 * STEP_FRAMES * size[0] * size[1] * FP32_BYTES if padded != size else 0
     converted = clip * itemsize if itemsize != FP32_BYTES else 0
     resized = clip * FP32_BYTES + max(unpadded, converted)
     return max((clip + tail + max(first, second)) * itemsize, resized)
 
 
 def _gather_bytes(config: FlashVSRConfig, pixels: int, cached_latents: int, itemsize: int) -> int:
-    """What the gathered attention adds on the CPU: its work space, and fp32 copies of queries, keys and values."""
+    """What gathered attention adds on the CPU: work space, and fp32 copies of queries, keys and values."""
     per_pixel = GATHER_ELEMENTS_PER_PIXEL + GATHER_ELEMENTS_PER_HEAD_CHANNEL * config.head_dim
     copied = 0
     if itemsize != FP32_BYTES:
@@ -231,7 +177,7 @@ def _transform_bytes(
     itemsize: int,
     on_cpu: bool,
 ) -> int:
-    """One process step of the transformer on a tile: self-attention of all tokens, or the feed-forward of a part."""
+    """One process step of the transformer on a tile: self-attention of all tokens, or the feed-forward of some."""
     tokens = latents * pixels // TOKEN_PIXELS
     attention = int((CPU_ATTENTION_TENSORS if on_cpu else ATTENTION_TENSORS[itemsize]) * tokens * config.dim)
     if cached_latents:
@@ -246,9 +192,9 @@ def _transform_bytes(
 
 
 def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bool, plan: MemoryPlan) -> int:
-    """One latent in the TC decoder: the condition of 4 frames, then maps of growing size, one at a time."""
+    """One latent in the TC decoder: the condition, then maps of growing size, one at a time."""
     _, c1, c2, c3 = config.decoder_channels
-    frames = 3 * LATENT_FRAMES * pixels
+    frames = 3 * FRAMES_PER_LATENT * pixels
     quarter, half = c1 * pixels // 16, c2 * pixels // 4
     strip = min(pixels, CPU_STRIP_PIXELS if on_cpu else STRIP_PIXELS, plan.decoder_strip_pixels or pixels)
     entry = ENTRY_TENSORS * (CONDITION_CHANNELS + config.in_dim) * pixels // LATENT_STRIDE**2
@@ -261,6 +207,6 @@ def _decode_bytes(config: FlashVSRConfig, pixels: int, itemsize: int, on_cpu: bo
     last = half + (c2 // 4 + LAST_STAGE_TENSORS * c3) * strip + frames
     kept_twice = plan.decoder_frames > 1 and itemsize != FP32_BYTES
     inputs = frames * (itemsize + FP32_BYTES * kept_twice)
-    # At the end the frames, their inputs and two steps of the colour transfer in fp32.
+    # At the end: the frames, their inputs, and two steps of the colour transfer in fp32.
     colour = COLOUR_TENSORS * 3 * plan.decoder_frames * pixels * FP32_BYTES + frames * itemsize
     return max(colour, inputs + max(entry, blocks * quarter, quarter + max(working, last)) * itemsize)

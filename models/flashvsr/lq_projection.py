@@ -1,11 +1,10 @@
-"""Low-quality projection: video clips to one conditioning token per latent cell and transformer layer.
+"""Low-quality projection: from video clips to one conditioning token per latent cell and transformer layer.
 
-Two causal convolutions over time (kernel 4, stride 2) make one latent frame of four video frames. The front of each
-clip is padded with a cache of frames that the caller owns. Which frames those are is the difference between the
-released versions:
+Two causal convolutions over time (kernel 4, stride 2) turn four video frames into one latent frame. Each clip is padded
+in front with a cache of frames that the caller owns. The released versions differ in which frames those are:
 
 * fixed / causal: the last two frames of the *previous* clip (use the cache, then update it).
-* as trained (v1 as released): the last two frames of the *same* clip (update, then use): no memory between clips.
+* as trained (v1 as released): the last two frames of the *same* clip (update, then use); nothing passes between clips.
 """
 
 from __future__ import annotations
@@ -14,12 +13,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import cast_on_use, to_like, weight_and_bias
+from ..operations import cast_on_use, owned, to_like, weight_and_bias
 from .config import LQ_CACHE_ORDERS
 
 PIXELS_PER_TOKEN = 16
+PIXEL_CHANNELS = 3 * PIXELS_PER_TOKEN**2
+"""Channels of the pixels of one token and frame."""
 FRAMES_PER_CLIP = 4
 KERNEL_FRAMES = 4
 CACHE_FRAMES = 2
@@ -27,7 +29,7 @@ CACHE_FRAMES = 2
 
 @dataclass(frozen=True)
 class LQCache:
-    """Inputs of the two convolutions at the end of the last clip; each tensor owns exactly its own storage.
+    """Inputs of the two convolutions at the end of the last clip; each tensor owns exactly its storage.
 
     Attributes:
         pixels: NCTHW, 768 × 2 × H/16 × W/16.
@@ -39,7 +41,7 @@ class LQCache:
 
 
 class ChannelNorm(nn.Module):
-    """Vectors over the channel axis scaled to length sqrt(C), times gamma."""
+    """Scales vectors over the channel axis to length sqrt(C), times gamma."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,12 +54,7 @@ class ChannelNorm(nn.Module):
 
 def space_to_depth(clip: Tensor) -> Tensor:
     """NCTHW → a view N,3,16,16,T,H/16,W/16, whose axes 1 to 3 are the channel (c·16 + y)·16 + x."""
-    p = PIXELS_PER_TOKEN
-    return clip.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 4, 6, 2, 3, 5)
-
-
-def _owned(frames: Tensor) -> Tensor:
-    return frames.clone(memory_format=torch.contiguous_format)
+    return rearrange(clip, "n c t (h y) (w x) -> n c y x t h w", y=PIXELS_PER_TOKEN, x=PIXELS_PER_TOKEN)
 
 
 class CausalLQ4xProjection(nn.Module):
@@ -66,7 +63,7 @@ class CausalLQ4xProjection(nn.Module):
     Args:
         hidden: widths after the two convolutions.
         dim: width of the transformer.
-        layers: transformer layers that get tokens of their own.
+        layers: how many transformer layers get tokens of their own.
         operations: namespace with `Conv3d` and `Linear`; see `models.operations`.
     """
 
@@ -76,9 +73,8 @@ class CausalLQ4xProjection(nn.Module):
         self, hidden: tuple[int, int] = (2048, 3072), dim: int = 1536, layers: int = 1, operations=cast_on_use
     ):
         super().__init__()
-        pixels = 3 * PIXELS_PER_TOKEN**2
         kernel = {"kernel_size": (KERNEL_FRAMES, 3, 3), "stride": (2, 1, 1)}
-        self.conv1 = operations.Conv3d(pixels, hidden[0], **kernel)
+        self.conv1 = operations.Conv3d(PIXEL_CHANNELS, hidden[0], **kernel)
         self.norm1 = ChannelNorm(hidden[0])
         self.conv2 = operations.Conv3d(hidden[0], hidden[1], **kernel)
         self.norm2 = ChannelNorm(hidden[1])
@@ -88,12 +84,12 @@ class CausalLQ4xProjection(nn.Module):
         """Projects the next frames of a video.
 
         Args:
-            clip: NCTHW in -1..1, H and W multiples of 16. Frame 0 alone or followed by whole clips of 4 frames at the
-                start; whole clips of 4 frames after that.
-            cache: of the frames before; None at the start.
+            clip: NCTHW in -1..1, H and W multiples of 16. At the start frame 0, alone or followed by whole clips of 4
+                frames; whole clips of 4 frames after that.
+            cache: left by the frames before; None at the start.
 
         Returns:
-            One BLD token tensor per layer (L = latent frames · H/16 · W/16, in frame, row, column order), or None where
+            One BLD token tensor per layer (L = latent frames · H/16 · W/16, ordered frame, row, column), or None if
             only frame 0 was given; and the cache for the next call.
 
         Raises:
@@ -118,17 +114,17 @@ class CausalLQ4xProjection(nn.Module):
         return [linear(tokens) for linear in self.linear_layers], LQCache(pixels, _tail(padded))
 
     def _start(self, first: Tensor) -> LQCache:
-        """The caches after frame 0, which counts as a clip of four copies of itself and yields no tokens."""
+        """The caches after frame 0, which counts as four copies of itself and yields no tokens."""
         frames = space_to_depth(first.expand(-1, -1, CACHE_FRAMES, -1, -1))
-        pixels = _owned(frames.flatten(1, 3))
+        pixels = owned(frames.flatten(1, 3))
         # Every window of the convolution sees the same frame, so one output stands for both.
         feature = F.silu(self.norm1(_convolve(self.conv1, self._pad(frames, pixels))))
-        return LQCache(pixels, _owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
+        return LQCache(pixels, owned(feature.expand(-1, -1, CACHE_FRAMES, -1, -1)))
 
     def _pad(self, frames: Tensor, cache: Tensor) -> Tensor:
         """N,C,T,h,w (C may be several axes) → N,C,T+2,h+2,w+2: the cache in front, the outermost pixels replicated.
 
-        One copy into one tensor: this is the largest thing that a projection holds.
+        Everything is copied once into one tensor, since this is the largest that a projection holds.
         """
         batch, *channels, time, height, width = frames.shape
         padded = frames.new_empty(batch, cache.shape[1], CACHE_FRAMES + time, height + 2, width + 2)
@@ -142,13 +138,13 @@ class CausalLQ4xProjection(nn.Module):
         return padded
 
     def _front(self, inner: Tensor, cache: Tensor) -> Tensor:
-        """The frames that stand before a clip."""
+        """The frames that a clip is padded with."""
         return cache
 
 
 def _tail(padded: Tensor) -> Tensor:
     """The last frames without their border: the next clip's cache."""
-    return _owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
+    return owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
 
 
 def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:
@@ -156,11 +152,11 @@ def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:
     weight, bias = weight_and_bias(conv, padded)
     if padded.device.type == "cpu":
         return F.conv3d(padded, weight, bias, stride=(2, 1, 1))
-    # As a two-dimensional convolution whose channels are (channel, frame of the window): the same numbers without
-    # Conv3d, which is slow in half precision on CUDA (pytorch #166643).
-    windows = padded.unfold(2, KERNEL_FRAMES, 2).permute(0, 2, 1, 5, 3, 4)
-    outputs = F.conv2d(windows.flatten(0, 1).flatten(1, 2), weight.flatten(1, 2), bias)
-    return outputs.unflatten(0, (padded.shape[0], -1)).transpose(1, 2)
+    # A two-dimensional convolution over (channel, frame of the window) gives the same numbers without Conv3d, which is
+    # slow in half precision on CUDA (pytorch #166643).
+    windows = rearrange(padded.unfold(2, KERNEL_FRAMES, 2), "n c t h w k -> (n t) (c k) h w")
+    outputs = F.conv2d(windows, weight.flatten(1, 2), bias)
+    return rearrange(outputs, "(n t) c h w -> n c t h w", n=padded.shape[0])
 
 
 class BufferLQ4xProjection(CausalLQ4xProjection):
@@ -189,7 +185,7 @@ class BufferLQ4xProjection(CausalLQ4xProjection):
     def forward(self, clip: Tensor, cache: LQCache | None = None) -> tuple[list[Tensor] | None, LQCache]:
         if self.cache_order == "fixed" or clip.shape[2] <= FRAMES_PER_CLIP:
             return super().forward(clip, cache)
-        # Each clip is padded from itself, so clips are computed one by one.
+        # Each clip is padded with its own frames, so clips are computed one by one.
         head = clip.shape[2] % FRAMES_PER_CLIP or FRAMES_PER_CLIP
         tokens, cache = super().forward(clip[:, :, :head], cache)
         layers = [tokens] if tokens is not None else []

@@ -1,7 +1,7 @@
-"""How a run spends memory, and what it gives up first when memory is short. Plain values, no tensors.
+"""How a run spends memory, and what it gives up first when memory runs short. Plain values, no tensors.
 
-Every rung but the last leaves the result as it is. The engine takes a smaller plan in the middle of a run and goes on
-from the layer or frame that did not fit; see `stream`.
+What it gives up is a ladder: every rung but the last leaves the result as it is. The engine can step down in the middle
+of a run, and goes on from the layer or frame that did not fit; see `stream`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from .config import BLOCK_PIXELS
 from .plan import padded_size
 
 CHUNK_FRAMES = 4
-"""Output frames whose input, result and colours exist at once by default: those of one latent."""
+"""Output frames that are decoded and coloured at once by default: those of one latent."""
 STRIP_PIXELS = (1 << 18, 1 << 16)
-"""Pixels of the decoder's strips, as the ladder goes down."""
+"""Pixels of the decoder's strips, from the first rung of that kind to the last."""
 TILE_PIXELS = (1024, 768, 512, 384, 256)
-"""Sides of the transformer's tiles, as the ladder goes down."""
+"""Sides of the transformer's tiles, from the first rung of that kind to the last."""
 
 KV_CACHE, DECODER_CHUNKS, DECODER_STRIPS, TILES = (
     "KV cache in RAM", "decoder in smaller chunks", "decoder strips", "spatial tiles",
@@ -28,21 +28,20 @@ HELPS = {
     DECODER_STRIPS: ("decode",),
     TILES: ("project", "transform"),
 }
-"""Rungs from the top down, and the phases of a process step whose memory each makes smaller."""
+"""Rungs from the top down, each with the phases of a process step that need less memory after it."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What lies where, and how much is computed at once.
+    """Where the state of a run rests, and how much is computed at once.
 
     Attributes:
-        kv_in_ram: the key/value cache lies in RAM; each layer brings its part to the device when its turn comes.
-        decoder_frames: 4, or 1: the decoder's frames get their colours one by one, and what the decoder remembers
-            lies in RAM.
-        decoder_strip_pixels: full-resolution pixels of the strips in which the TC decoder's two largest stages are
-            computed; None: only the last stage, in strips of its own default.
+        kv_in_ram: the key/value cache rests in RAM; each layer fetches its part when its turn comes.
+        decoder_frames: 4, or 1: frames get their colours one by one, and the decoder's memory rests in RAM.
+        decoder_strip_pixels: full-resolution pixels of the strips in which the TC decoder computes its two largest
+            stages. None: only the last stage, in strips of the default size.
         tile: side of spatial transformer tiles in output pixels, a multiple of 128 of at least 256; None: whole frames.
-            The only field that changes the result. Caches of tiles lie in RAM.
+            The only field that changes the result. The caches of tiles rest in RAM.
     """
 
     kv_in_ram: bool = False
@@ -72,10 +71,12 @@ class MemoryPlan:
 
 
 def smaller(plan: MemoryPlan, phase: str | None, size: tuple[int, int]) -> tuple[str, MemoryPlan] | None:
-    """The next rung: its name and plan; None at the bottom.
+    """The name and the plan of the next rung; None at the bottom.
+
+        smaller(MemoryPlan(), "decode", (1280, 768))  # ("KV cache in RAM", MemoryPlan(kv_in_ram=True))
 
     Args:
-        phase: project | transform | decode: what did not fit; rungs that cannot help it are passed over. None: all.
+        phase: what did not fit (project | transform | decode): rungs that cannot help it are skipped. None skips none.
         size: width and height of the output.
     """
     for rung, phases in HELPS.items():
@@ -87,7 +88,7 @@ def smaller(plan: MemoryPlan, phase: str | None, size: tuple[int, int]) -> tuple
 
 
 def plans(start: MemoryPlan, size: tuple[int, int]) -> Iterator[tuple[str, MemoryPlan]]:
-    """`start` as "as planned", then every rung below it, each with all rungs above it."""
+    """Yields ("as planned", start), then each rung below it on top of those before."""
     found: tuple[str, MemoryPlan] | None = ("as planned", start)
     while found is not None:
         yield found

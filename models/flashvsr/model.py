@@ -17,8 +17,8 @@ class FlashVSR:
 
     Attributes:
         transformer, lq_projection, decoder: the networks.
-        prompt: the fixed prompt embedding the weights were trained with, BLD with B = 1. Its device and dtype are
-            those that the weights were loaded for.
+        prompt: the fixed prompt embedding that the weights were trained with, BLD with B = 1, on the device and in the
+            dtype that the weights were loaded for.
         version: "v1" or "v1.1": which projection the weights were trained with.
         family: the weights' name, such as "flashvsr" or "nano".
     """

@@ -1,4 +1,4 @@
-"""Which frames, latents and pixels every step of a stream needs: plain numbers, no tensors."""
+"""Which frames, latents and pixels each step of a stream needs: plain numbers, no tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .config import BLOCK_PIXELS
 FIRST_STEP_FRAMES = 25
 """Input frames that the first process step needs."""
 STEP_FRAMES = 8
-"""Input frames that every further step needs, and output frames that it makes."""
+"""Input frames that each later step needs, and output frames that it makes."""
 LOOK_AHEAD_FRAMES = 4
 """Input frames beyond the newest output frame."""
 FIRST_STEP_LATENTS = 6
@@ -19,11 +19,11 @@ MINIMUM_SIDE = 16
 
 @dataclass(frozen=True)
 class FramePlan:
-    """How a clip of `frames` frames runs.
+    """How a clip is processed.
 
     Attributes:
-        frames: given and returned.
-        padded_frames: frames fed to the networks; the last one is repeated up to here. Always 8k + 1 ≥ 25.
+        frames: of the clip, in and out.
+        padded_frames: frames fed to the networks, the last one repeated. Always 8k + 1 ≥ 25.
         steps: process steps.
         latent_frames: latents decoded, 6 + 2 (steps - 1).
     """
@@ -69,7 +69,7 @@ def step_latents(step: int) -> tuple[int, int]:
 
 
 def step_outputs(step: int) -> tuple[int, int]:
-    """Output frames [first, last) of a process step, before the cut to the clip's length."""
+    """Output frames [first, last) of a process step, before they are cut to the clip's length."""
     first, last = step_inputs(step)
     return max(0, first - LOOK_AHEAD_FRAMES), last - LOOK_AHEAD_FRAMES
 
@@ -88,5 +88,5 @@ def output_size(width: int, height: int, scale: float) -> tuple[int, int]:
 
 
 def padded_size(width: int, height: int) -> tuple[int, int]:
-    """Width and height rounded up to the multiples of 128 that whole attention blocks need."""
+    """Width and height rounded up to multiples of 128, so that they hold whole attention blocks."""
     return -(-width // BLOCK_PIXELS) * BLOCK_PIXELS, -(-height // BLOCK_PIXELS) * BLOCK_PIXELS

@@ -1,7 +1,7 @@
 """Rotary position embedding over (frame, row, column), with angles computed on demand.
 
-There is no table, so there is no last position: process step 510 and beyond work like any other. Angles and their
-sines are float64 (position · 10000^(-2m/d)), the rotation itself is fp32.
+There is no table, hence no last position: process step 510 and beyond work like any other. Angles (position ·
+10000^(-2m/d)) and their sines are float64, the rotation itself is fp32.
 """
 
 from __future__ import annotations
@@ -56,6 +56,6 @@ def rotation(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns adjacent channel pairs (2m, 2m+1) of x (L × heads × head_dim) in fp32; returns x's dtype."""
+    """Rotates adjacent channel pairs (2m, 2m+1) of x (L × heads × head_dim) in fp32; returns x's dtype."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

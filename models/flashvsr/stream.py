@@ -1,8 +1,8 @@
 """The streaming engine: an iterable of frames in, an iterator of upscaled frames out, in memory that does not grow.
 
-The generator pulls input frames when it needs them and yields output frames as soon as they exist. Everything that
-one run remembers is in its `StreamState`; the networks hold weights and nothing else. So leaving the loop is
-cancelling, and nothing can pass from one run into the next.
+The generator pulls input frames when it needs them and yields output frames as soon as they exist. Everything that a
+run remembers is in its `StreamState`; the networks hold weights and nothing else. So to cancel a run, leave the loop;
+and nothing can leak from one run into the next.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .colour import METHODS
@@ -27,7 +28,7 @@ from .tc_decoder import FRAMES_PER_LATENT, DecoderMemory
 from .tiles import RAM, TileState, cut, whole_frame
 
 LATENT_PAIR = 2
-"""Latent frames that one draw of the noise generator gives."""
+"""Latent frames per draw of the noise generator."""
 
 OnStep = Callable[[str, int, "int | None"], Any]
 OnMemoryError = Callable[[str, MemoryPlan, Exception], "MemoryPlan | None"]
@@ -35,14 +36,14 @@ Result = TypeVar("Result")
 
 
 class StreamingVAE(Protocol):
-    """A Wan 2.1 decoder that keeps its memory with the caller."""
+    """A Wan 2.1 decoder whose memory the caller owns."""
 
     def new_cache(self, device: torch.device | None = None) -> Any:
-        """Starts a stream, whose memory rests on `device` if that is given."""
+        """Starts a stream; with `device`, its memory rests there."""
         ...
 
     def copy_cache(self, cache: Any, device: torch.device | None = None) -> Any:
-        """A cache that `decode_stream` may change in place of this one; with `device` it rests there."""
+        """A copy for `decode_stream` to change instead of this cache; with `device`, it rests there."""
         ...
 
     def decode_stream(self, latents: Tensor, cache: Any) -> Tensor:
@@ -57,13 +58,13 @@ class StreamState:
     Attributes:
         window: input frames HWC that are still needed, as they came.
         window_start: index of the oldest of them in the clip.
-        ended: whether the source has no more frames.
+        ended: whether the source has run out of frames.
         frames: how many frames the source has given.
         tiles: one for each spatial tile.
-        decoder: memory of the TC decoder or cache of the Wan VAE.
+        decoder: memory of the TC decoder, or cache of the Wan VAE.
         generator: of the latent noise, on the CPU.
-        noise, latents: NCTHW fp32, of the running step only.
-        decoded: NCTHW, frames of the newest latent as the decoder made them, without those that are finished.
+        noise, latents: NCTHW fp32, of the current step only.
+        decoded: NCTHW, frames of the newest latent that are decoded but not finished.
     """
 
     generator: torch.Generator
@@ -98,37 +99,38 @@ def upscale_frames(
     memory_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
     on_memory_error: OnMemoryError | None = None,
 ) -> Generator[Tensor, None, None]:
-    """Upscales a clip frame by frame.
+    """Upscales a clip frame by frame: N frames in, N frames of `output_size(width, height, options.scale)` out.
 
-    N frames in give N frames out, of `output_size(width, height, options.scale)`.
+        for frame in upscale_frames(model, clip.frames(), StreamOptions(scale=2)):
+            writer.write(frame)
 
     Args:
         model: networks and prompt.
         frames: HWC float tensors in 0..1, three channels, one size; pulled lazily: 25 before the first output, then 8
             for each 8 frames of output.
         options: see `StreamOptions`.
-        noise: NCTHW fp32 latent noise for latent frames 0 … T-1 at the padded output size / 8. Latent frames that it
-            lacks are drawn from `options.seed`; those beyond the clip are ignored.
+        noise: NCTHW fp32 latent noise for latent frames 0 … T-1 at the padded output size / 8. Missing latent frames
+            are drawn from `options.seed`; those beyond the clip are ignored.
         vae: a streaming Wan 2.1 decoder for the "full" result; None decodes with the TC decoder.
-        device: where to compute; default: the model's. Weights may lie elsewhere if its layers cast on use.
+        device: where to compute; default: the model's. Weights may be elsewhere if the model's layers cast on use.
         dtype: what to compute in; default: fp32 on the CPU, else the model's.
         on_step: called as on_step(phase, done, total) before every LQ clip ("project"), transformer tile ("transform")
             and decoded latent ("decode"); done and total count output frames, total is None while unknown. What it
             raises leaves through this generator, with all state released.
         plan: how to spend memory; default: everything on the device, with `options.tile`, which a given plan replaces.
-        memory_errors: exceptions that mean that memory did not suffice.
+        memory_errors: exceptions that mean that memory ran out.
         on_memory_error: called as on_memory_error(phase, plan, error) after one of these, with nothing of the failed
-            work alive. The plan that it returns, the same or a smaller one (see `ladder.smaller`), holds from now on,
-            and the run goes on with the layer or frame that failed: no frame is lost or made twice. None raises the
-            error. A larger tile than that of the plan is not taken. With `vae` the decoder's cache is kept twice while
-            it works, so that it can begin a latent anew.
+            work alive. The plan it returns, the same or a smaller one (see `memory_plan.smaller`), holds from then on,
+            and the run resumes at the layer or frame that failed: no frame is lost or made twice. None raises the
+            error; a tile larger than the current one is ignored. With `vae`, a second copy of the decoder's cache
+            exists while it works, so that a latent can be started again.
 
     Yields:
         HWC fp32 frames in 0..1 on the CPU.
 
     Raises:
-        ValueError: an empty clip; a frame of another size, layout or type, or with values that are not finite; noise of
-            another size.
+        ValueError: the clip is empty, a frame differs in size, layout or type or holds NaN or infinity, or the noise
+            does not fit the frames.
     """
     where = model.prompt.device if device is None else torch.device(device)
     if dtype is None:
@@ -149,7 +151,7 @@ def _stream(
     on_step: OnStep,
     attempts: _Attempts,
 ) -> Generator[Tensor, None, None]:
-    # The caller's mode at the first frame holds for the whole run: a cache made in inference mode cannot be changed
+    # The caller's mode at the first frame holds for the whole run: tensors made in inference mode cannot be changed
     # outside it, and the caller may resume this generator in another mode.
     inference = torch.is_inference_mode_enabled()
     state = StreamState(torch.Generator().manual_seed(options.seed))
@@ -161,24 +163,24 @@ def _stream(
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         with _computing(inference):
-            run = _Run(model, options, noise, vae, device, dtype, state, attempts.recoverable)
-        attempt = partial(attempts.make, run, inference)
+            engine = _Engine(model, options, noise, vae, device, dtype, state, attempts.recoverable)
+        attempt = partial(attempts.make, engine, inference)
         while not state.ended or done < state.frames:
             if state.ended:
                 total = state.frames
             for clip in _clips(step):
                 on_step("project", done, total)
-                attempt("project", partial(run.project, *clip))
-            attempt("transform", partial(run.begin, step))
-            while run.next_tile(step) is not None:
+                attempt("project", partial(engine.project, *clip))
+            attempt("transform", partial(engine.begin, step))
+            while engine.next_tile(step) is not None:
                 on_step("transform", done, total)
-                attempt("transform", partial(run.transform, step))
+                attempt("transform", partial(engine.transform, step))
             for first, last in _decoded(step):
                 if state.ended and first >= state.frames:
                     break
                 on_step("decode", done, total)
                 while first < last and not (state.ended and first >= state.frames):
-                    finished = attempt("decode", partial(run.decode, first, last))
+                    finished = attempt("decode", partial(engine.decode, first, last))
                     first += len(finished)
                     if state.ended:
                         del finished[max(0, state.frames - done) :]
@@ -193,8 +195,8 @@ def _stream(
         state.release()
 
 
-class _Run:
-    """One run's constants, and the three kinds of work that its steps consist of."""
+class _Engine:
+    """The constants of a run, and the three kinds of work that its steps consist of."""
 
     def __init__(
         self,
@@ -229,7 +231,7 @@ class _Run:
         self.plan, self.recoverable = MemoryPlan(), recoverable
 
     def follow(self, plan: MemoryPlan) -> None:
-        """Rearranges what the run remembers. After an exception in here it can be called again."""
+        """Rearranges what the run remembers. If it raises, it can be called again."""
         state, tiles = self.state, self.state.tiles
         tiled = len(tiles) > 1 or (plan.tile is not None and plan.tile < max(self.padded))
         for tile in tiles:
@@ -246,32 +248,31 @@ class _Run:
         self.plan = plan
 
     def project(self, first: int, last: int) -> None:
-        """Projects input frames first … last-1, a whole number of clips, for every tile that has not seen them."""
+        """Projects input frames first … last-1, a whole number of clips, for each tile that has not seen them."""
         clip = self._lq(first, last).to(self.dtype)
         for tile in self.state.tiles:
             if tile.projected < last:
-                rows, columns = (slice(span.start * LATENT_STRIDE, span.stop * LATENT_STRIDE) for span in tile.tile)
-                tokens, tile.lq_cache = self.model.lq_projection(clip[..., rows, columns], tile.lq_cache)
+                part = tile.tile.scaled(LATENT_STRIDE).of(clip)
+                tokens, tile.lq_cache = self.model.lq_projection(part, tile.lq_cache)
                 if tokens is not None:
                     tile.tokens.append(tokens)
                 tile.projected = last
 
     def begin(self, step: int) -> None:
-        """Draws the noise of a process step and clears its latents."""
+        """Draws the noise of a process step and zeroes its latents."""
         noise = self._draw_noise(step) if self.state.noise is None else self.state.noise
         self.state.noise = noise
         self.state.latents = torch.zeros(noise.shape, device=self.device)
 
     def next_tile(self, step: int) -> TileState | None:
-        """The first tile whose latents of a process step are missing."""
+        """The first tile that has not added its latents to a process step."""
         return next((tile for tile in self.state.tiles if tile.steps <= step), None)
 
     def transform(self, step: int) -> None:
         """Runs the transformer on the next tile and adds its clean latents to the step's."""
         state, tile = self.state, self.next_tile(step)
         assert tile is not None and state.noise is not None and state.latents is not None
-        rows, columns = (slice(span.start, span.stop) for span in tile.tile)
-        noise = state.noise[..., rows, columns].to(self.device, self.dtype).contiguous()
+        noise = tile.tile.of(state.noise).to(self.device, self.dtype).contiguous()
         if tile.velocity is None:
             if len(tile.tokens) > 1:
                 tile.tokens = [[torch.cat(layer, 1) for layer in zip(*tile.tokens, strict=True)]]
@@ -282,13 +283,13 @@ class _Run:
         velocity = tile.velocity
         assert velocity is not None
         clean = (noise.float() - velocity.float()) * tile.weights
-        state.latents[..., rows, columns].add_(clean)
+        tile.tile.of(state.latents).add_(clean)
         tile.velocity, tile.steps = None, step + 1
 
     def decode(self, first: int, last: int) -> list[Tensor]:
-        """The output frames first … last-1, or as many of them as the plan has at once: HWC fp32 in 0..1 on the CPU.
+        """Makes output frames first … last-1, those left of the oldest latent, or as many as the plan takes at once.
 
-        They are those of the state's oldest latent, or what is left of them.
+        Returns them as HWC fp32 in 0..1 on the CPU.
         """
         state, at_once = self.state, self.plan.decoder_frames >= last - first
         lq = self._lq(first, last) if at_once else None
@@ -305,7 +306,7 @@ class _Run:
                 decoded = decoded.transpose(1, 2)
                 del condition
             else:
-                # An exception leaves the cache that was given half changed.
+                # An exception would leave the cache half changed.
                 cache = self.vae.copy_cache(state.decoder) if self.recoverable else state.decoder
                 decoded = self.vae.decode_stream(latent, cache)
                 state.decoder = cache
@@ -319,11 +320,11 @@ class _Run:
         waiting = state.decoded
         assert waiting is not None
         frames = waiting[:, :, : last - first].float()
-        # The released pipeline takes colours from the VAE's clamped frames, from the TC decoder's as they are.
+        # Like the released pipeline: the VAE's frames are clamped before the colour transfer, the TC decoder's are not.
         frames = frames.mul(2).sub_(1) if self.vae is None else frames.clamp(-1, 1)
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
-        frames = frames.add_(1).div_(2).clamp_(0, 1)[0].permute(1, 2, 3, 0)
+        frames = rearrange(frames.add_(1).div_(2).clamp_(0, 1), "1 c t h w -> t h w c")
         finished = [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
         left = waiting[:, :, last - first :]
         state.decoded = left if left.shape[2] else None
@@ -332,26 +333,26 @@ class _Run:
     def _lq(self, first: int, last: int) -> Tensor:
         """Input frames first … last-1 at the padded output size: NCTHW fp32 in -1..1 on the device.
 
-        The window holds frames as they came: making them large twice costs little, holding 25 large ones would not.
+        The window keeps frames as they came: enlarging them twice costs little, keeping 25 large ones would cost a lot.
         """
         window, start = self.state.window, self.state.window_start
         frames = torch.stack(
             [window[min(i - start, len(window) - 1)].to(self.device).float() for i in range(first, last)]
         )
-        frames = frames.permute(0, 3, 1, 2)
+        frames = rearrange(frames, "t h w c -> t c h w")
         width, height = self.size
         if frames.shape[2:] != (height, width):
-            # Antialiasing matters only where a side shrinks by rounding; PIL's bicubic, which the weights saw, has it.
+            # Antialiasing matters only where rounding shrinks a side; PIL's bicubic, which the weights saw, has it.
             frames = F.interpolate(frames, (height, width), mode="bicubic", align_corners=False, antialias=True)
         frames = frames.clamp_(0, 1).mul_(2).sub_(1)
         if self.padded != self.size:
             frames = F.pad(frames, (0, self.padded[0] - width, 0, self.padded[1] - height), mode="replicate")
-        return frames.transpose(0, 1)[None]
+        return rearrange(frames, "t c h w -> 1 c t h w")
 
     def _draw_noise(self, step: int) -> Tensor:
         """Noise of one step's latent frames, NCTHW fp32 on the CPU.
 
-        The generator advances by pairs, always in order, so a longer clip has the shorter one's noise as its beginning.
+        The generator advances pair by pair, always in order, so a longer clip's noise begins with the shorter one's.
         """
         first, last = step_latents(step)
         pairs = range(first, last, LATENT_PAIR)
@@ -363,9 +364,9 @@ class _Run:
 
 
 class _Attempts:
-    """Makes units of work until they succeed, with the plan that holds now.
+    """Repeats units of work until they succeed, under the current plan.
 
-    A unit changes the run's state at its end or part by part, so that after an exception it can be made again.
+    A unit changes the run's state only at its end or part by part, so it can be repeated after an exception.
     """
 
     def __init__(self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None) -> None:
@@ -373,20 +374,20 @@ class _Attempts:
 
     @property
     def recoverable(self) -> bool:
-        """Whether a unit of work may be made again."""
+        """Whether failed work is tried again."""
         return self._on_error is not None
 
-    def make(self, run: _Run, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
+    def make(self, engine: _Engine, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
         while True:
             try:
                 with _computing(inference):
-                    if run.plan != self.plan:
-                        run.follow(self.plan)
+                    if engine.plan != self.plan:
+                        engine.follow(self.plan)
                     return work()
             except self._errors as error:
                 if self._on_error is None:
                     raise
-                # A traceback keeps all tensors of the failed work alive.
+                # A traceback would keep every tensor of the failed work alive.
                 failure = error.with_traceback(None)
                 failure.__context__ = failure.__cause__ = None
             plan = self._on_error(phase, self.plan, failure)
@@ -400,7 +401,7 @@ class _Attempts:
 
 @contextmanager
 def _computing(inference: bool) -> Iterator[None]:
-    """Without gradients; never held over a `yield` to the caller, whose own modes must stay as they are."""
+    """Turns gradients off; never held across a `yield` to the caller, whose own modes must stay as they are."""
     with torch.inference_mode(inference), torch.no_grad():
         yield
 
@@ -425,7 +426,7 @@ def _decoded(step: int) -> Iterator[tuple[int, int]]:
 
 
 def _pull(state: StreamState, source: Iterator[Tensor], needed: int) -> None:
-    """Takes frames from the source until `needed` have come, or it ends."""
+    """Takes frames from the source until `needed` have come or it ends."""
     while state.frames < needed:
         frame = next(source, None)
         if frame is None:

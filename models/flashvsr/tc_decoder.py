@@ -1,32 +1,35 @@
 """The tiny conditional decoder: latents and low-quality frames in, frames out, one latent at a time.
 
-Layout NTCHW. The module holds weights with the official keys; what a stream remembers between calls is a
-`DecoderMemory` that the caller owns. The three transitions "nearest ×2 → 1×1 (time growth) → 3×3" are linear, so they
-run as four 2×2 convolutions, one for each output phase, on the small map: the same result without the large tensors.
+Layout NTCHW. The module holds weights under the official keys; what a stream remembers between calls is a
+`DecoderMemory` owned by the caller. The three transitions "nearest ×2 → 1×1 (time growth) → 3×3" are linear, so they
+run as four 2×2 convolutions on the small map, one per output phase: the same result without the large tensors.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import cast_on_use, to_like
 
 CONDITION_CELL = (4, 8, 8)
-"""Frames, rows and columns of low-quality video that meet one latent cell."""
+"""Frames, rows and columns of low-quality video behind one latent cell."""
+CONDITION_CHANNELS = 3 * math.prod(CONDITION_CELL)
 FRAMES_PER_LATENT = 4
 STRIP_PIXELS = 1 << 20
-"""Full-resolution pixels of one frame whose last-stage activations exist at once: bounds the decoder's peak."""
+"""Full-resolution pixels of a frame whose last-stage activations exist at once: bounds the decoder's peak."""
 CPU_STRIP_PIXELS = 1 << 14
-"""The same on a CPU, where a strip that stays in the cache is no slower than a whole frame."""
+"""The same on a CPU, where a strip that fits its caches is no slower than a whole frame."""
 LAST_STAGE_HALO = 2
-"""Full-resolution rows that the two 3×3 convolutions after the last transition look beyond a strip."""
+"""Full-resolution rows beyond a strip that the two 3×3 convolutions after the last transition see."""
 BLOCK_HALO = 3
-"""Rows that the three 3×3 convolutions of a memory block look beyond a strip."""
+"""Rows beyond a strip that the three 3×3 convolutions of a memory block see."""
 
 _WORK_BLOCKS = ((5, 6, 7), (11, 12, 13), (17, 18, 19))
 _TRANSITIONS = ((9, 10), (15, 16), (21, 22))
@@ -52,7 +55,7 @@ class MemBlock(nn.Module):
 
 
 class TimeGrow(nn.Module):
-    """Holds the 1×1 kernel that makes `stride` time steps of one (`TGrow` in the official code)."""
+    """Holds the 1×1 kernel that turns one time step into `stride` of them (`TGrow` in the official code)."""
 
     def __init__(self, channels: int, stride: int, operations) -> None:
         super().__init__()
@@ -64,16 +67,15 @@ class TimeGrow(nn.Module):
 class DecoderMemory:
     """What one stream's decoder remembers: the inputs of its nine memory blocks at the previous time step.
 
-    It changes only between two layers, so that a latent that an exception left can be taken up at the layer that
-    failed.
+    It changes only between two layers: after an exception, the next call resumes the latent at the layer that failed.
 
     Attributes:
-        past: block index → NCHW tensor, empty before the first latent.
+        past: block index → NCHW tensor; empty before the first latent.
         kernels: transition index → its phase kernels, derived from the weights once per stream.
-        device: where `past` lies; None: where the decoder computes.
-        waiting: maps of the running latent that are not done, the next one last: (stage, layer of the stage, NCHW).
-        frames: those of the running latent that are done, N3HW.
-        skipped: frames at the start of the stream that are still to be left out.
+        device: where `past` rests; None: where the decoder computes.
+        waiting: maps of the current latent still to be processed, the next one last: (stage, layer of the stage, NCHW).
+        frames: finished frames of the current latent, N3HW.
+        skipped: frames at the start of the stream still to be left out.
     """
 
     past: dict[int, Tensor] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class DecoderMemory:
     skipped: int = 0
 
     def move(self, device: torch.device | None, computing: torch.device) -> None:
-        """Brings `past` to `device` (None: `computing`), one by one, and keeps it there from now on."""
+        """Moves `past` to `device` (None: `computing`), map by map, and keeps it there from now on."""
         self.device = device
         for index, past in self.past.items():
             self.past[index] = past.to(device or computing)
@@ -92,10 +94,8 @@ class DecoderMemory:
 
 def condition_cells(frames: Tensor) -> Tensor:
     """Low-quality frames NTCHW (T a multiple of 4) → cells N,T/4,768,H/8,W/8, channel = ((c·4+t)·8+y)·8+x."""
-    batch, time, channels, height, width = frames.shape
-    ft, fh, fw = CONDITION_CELL
-    cells = frames.reshape(batch, time // ft, ft, channels, height // fh, fh, width // fw, fw)
-    return cells.permute(0, 1, 3, 2, 5, 7, 4, 6).reshape(batch, time // ft, -1, height // fh, width // fw)
+    time, rows, columns = CONDITION_CELL
+    return rearrange(frames, "n (t f) c (h y) (w x) -> n t (c f y x) h w", f=time, y=rows, x=columns)
 
 
 def phase_kernels(grow: Tensor, conv: Tensor, stride: int) -> list[Tensor]:
@@ -109,23 +109,21 @@ def phase_kernels(grow: Tensor, conv: Tensor, stride: int) -> list[Tensor]:
         conv: (O, C, 3, 3).
 
     Returns:
-        For each of the `stride` time steps a tensor (4, O, C, 2, 2) in conv's dtype, folded in fp32; its first axis is
-        (row phase, column phase), row-major.
+        One tensor (4, O, C, 2, 2) per time step, in conv's dtype and folded in fp32; its first axis is (row phase,
+        column phase), row-major.
     """
-    channels = grow.shape[1]
     kernels = []
-    for step in range(stride):
-        mixed = torch.einsum(
-            "omyx,mc->ocyx", conv.float(), grow[step * channels : (step + 1) * channels, :, 0, 0].float()
-        )
-        rows = [torch.stack([mixed[:, :, 0], mixed[:, :, 1] + mixed[:, :, 2]], 2)]
-        rows.append(torch.stack([mixed[:, :, 0] + mixed[:, :, 1], mixed[:, :, 2]], 2))
-        phases = []
-        for taps in rows:
-            phases.append(torch.stack([taps[..., 0], taps[..., 1] + taps[..., 2]], -1))
-            phases.append(torch.stack([taps[..., 0] + taps[..., 1], taps[..., 2]], -1))
+    for mix in grow[:, :, 0, 0].float().chunk(stride):
+        mixed = torch.einsum("omyx,mc->ocyx", conv.float(), mix)
+        phases = [phase for rows in _phases(mixed, 2) for phase in _phases(rows, 3)]
         kernels.append(torch.stack(phases).to(conv.dtype))
     return kernels
+
+
+def _phases(kernel: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The two taps of the even and of the odd outputs along one axis of three taps."""
+    first, middle, last = kernel.unbind(axis)
+    return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
 
 def upsample_phases(padded: Tensor, kernel: Tensor) -> Tensor:
@@ -146,6 +144,7 @@ def upsample_phases(padded: Tensor, kernel: Tensor) -> Tensor:
         for column in range(2):
             window = padded[:, :, row : row + height + 1, column : column + width + 1]
             out[:, :, row, :, column] = F.conv2d(window, kernel[2 * row + column]).permute(0, 2, 3, 1)
+    # Not `rearrange`: for a batch of one it gives strides that no longer say "channels last" to the convolutions.
     return out.view(batch, 2 * height, 2 * width, outputs).permute(0, 3, 1, 2)
 
 
@@ -167,9 +166,8 @@ class TCDecoder(nn.Module):
         super().__init__()
         conv = operations.Conv2d
         c0, c1, c2, c3 = channels
-        condition = 3 * CONDITION_CELL[0] * CONDITION_CELL[1] * CONDITION_CELL[2]
         layers: list[nn.Module] = [nn.Identity() for _ in range(27)]
-        layers[1] = conv(condition + latent_channels, c0, 3, padding=1)
+        layers[1] = conv(CONDITION_CHANNELS + latent_channels, c0, 3, padding=1)
         layers[3] = conv(c0, c0, 3, padding=1, bias=False)
         for width, indices in zip((c0, c1, c2), _WORK_BLOCKS, strict=True):
             for index in indices:
@@ -187,18 +185,18 @@ class TCDecoder(nn.Module):
     def forward(
         self, latents: Tensor, condition: Tensor, memory: DecoderMemory | None = None, strip_pixels: int | None = None
     ) -> tuple[Tensor, DecoderMemory]:
-        """Decodes the next latents of a stream, or the rest of a single one that an exception left.
+        """Decodes the next latents of a stream, or the rest of a single one that an exception interrupted.
 
         Args:
             latents: NTCHW.
             condition: NTCHW low-quality frames in -1..1 at output size: 4T frames, or 4T - 3 at the start of a stream.
                 Not read for the rest of a latent.
-            memory: of the latents before, changed in place; None or an empty one starts a stream.
-            strip_pixels: full-resolution pixels of the strips in which the two largest stages are computed; None: only
+            memory: left by the latents before, changed in place; None or an empty one starts a stream.
+            strip_pixels: full-resolution pixels of the strips in which the two largest stages are computed. None: only
                 the last stage, in strips of the default size.
 
         Returns:
-            Frames NTCHW, nominally 0..1 and not clamped: 4T, or 4T - 3 at the start; and the memory.
+            Frames NTCHW, nominally 0..1 and not clamped, 4T of them or 4T - 3 at the start; and the memory.
 
         Raises:
             ValueError: the condition does not fit the latents.
@@ -237,15 +235,15 @@ class TCDecoder(nn.Module):
     def _enter(self, latent: Tensor, condition: Tensor) -> Tensor:
         """One latent N,16,h,w and its four low-quality frames → N,C,h,w."""
         x = torch.cat([condition_cells(condition)[:, 0], latent], 1)
-        # Convolutions are fastest with channels last, on CPUs and on tensor cores; the layout then stays to the end.
+        # Convolutions are fastest with channels last, on CPUs and tensor cores; every later map inherits the layout.
         x = x.contiguous(memory_format=torch.channels_last)
         x = 3 * torch.tanh(x.div_(3))
         return F.relu_(self.decoder[3](F.relu_(self.decoder[1](x))))
 
     def _advance(self, memory: DecoderMemory, strip_pixels: int | None) -> None:
-        """Takes the next map of the running latent through one layer: a memory block, or one time step of a transition.
+        """Takes the next map of the current latent through one layer: a memory block, or a time step of a transition.
 
-        One map goes down to its frames before the next one is made.
+        Depth first: a map is taken down to its frames before the next one is made.
         """
         stage, layer, x = memory.waiting[-1]
         blocks = _WORK_BLOCKS[stage]
@@ -261,7 +259,7 @@ class TCDecoder(nn.Module):
         if stage < LAST_STAGE:
             made = [(stage + 1, 0, upsample_phases(F.pad(x, (1, 1, 1, 1)), kernels[time]))]
         elif memory.skipped:
-            # The last stage has no memory, so the frames that a fresh stream drops need not be made.
+            # The last stage has no memory, so the frames that a new stream drops need not be computed.
             memory.skipped -= 1
         else:
             memory.frames.append(self._finish(x, kernels[time], strip_pixels))
@@ -296,7 +294,7 @@ class TCDecoder(nn.Module):
         """Last transition and the two 3×3 convolutions, in strips of rows: N,C,h,w → N,3,2h,2w."""
         batch, _, height, width = x.shape
         pixels = CPU_STRIP_PIXELS if x.device.type == "cpu" else STRIP_PIXELS
-        pixels = pixels if strip_pixels is None else min(pixels, strip_pixels)
+        pixels = min(pixels, strip_pixels or pixels)
         rows = max(1, pixels // (4 * width))
         frame = x.new_empty(batch, 3, 2 * height, 2 * width)
         halo = LAST_STAGE_HALO // 2

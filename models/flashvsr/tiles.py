@@ -1,8 +1,8 @@
 """What one spatial tile of the transformer remembers, and how it is cut into smaller tiles in the middle of a run.
 
-A tile can be cut at any moment between two units of work: its caches, its waiting tokens and even the half-done layers
-of a running step are cut along the attention blocks, and each part goes on from there alone. Tokens keep the positions
-that they have in the whole frame, so cached keys stay valid.
+A tile can be cut between any two units of work: its caches, its waiting tokens and even the layers that a step has
+already passed are cut along the attention blocks, and each part goes on from there alone. Tokens keep their positions
+in the whole frame, so cached keys stay valid.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..operations import owned
 from ..tiling import Span, Tile, blend_weights, grid_tiles
 from .config import LATENT_STRIDE, PATCH
 from .lq_projection import LQCache
@@ -19,24 +20,24 @@ from .transformer import LayerCache, TransformerState
 from .windows import BLOCK_TOKENS, WINDOW
 
 BLOCK_CELLS = WINDOW[1] * PATCH
-"""Latent cells of one side of an attention block."""
+"""Latent cells along one side of an attention block."""
 TILE_OVERLAP_PIXELS = 128
 RAM = torch.device("cpu")
 
 
 @dataclass
 class TileState:
-    """One spatial tile between units of work; a run without tiling has one, over the whole padded frame.
+    """One spatial tile between units of work; a run without tiling has one that covers the whole padded frame.
 
     Attributes:
         tile: what it covers, in latent cells of the whole frame.
-        weights: fp32, rows × columns of latent cells: its share in the blended latents.
+        weights: fp32, rows × columns of latent cells: its share of the blended latents.
         transformer: what the transformer remembers.
-        lq_cache: of the LQ projection.
-        tokens: of the running step's clips, each one BLD tensor per layer, in (frame, row, column) order.
-        projected: input frames that the LQ projection has seen.
-        velocity: NCTHW of the running step, until it is in the latents.
-        steps: process steps whose latents are done.
+        lq_cache: what the LQ projection remembers.
+        tokens: of the current step, for each clip one BLD tensor per layer, in (frame, row, column) order.
+        projected: how many input frames the LQ projection has seen.
+        velocity: NCTHW of the current step, until it is added to the latents.
+        steps: how many process steps have their latents.
     """
 
     tile: Tile
@@ -55,14 +56,14 @@ class TileState:
 
 
 def whole_frame(rows: int, columns: int, device: torch.device) -> TileState:
-    """The only tile of a run without tiling, over that many latent cells."""
+    """The only tile of a run without tiling; rows and columns count latent cells."""
     return TileState(Tile(Span(0, rows, 0, 0), Span(0, columns, 0, 0)), torch.ones(rows, columns, device=device))
 
 
 def cut(state: TileState, side: int) -> list[TileState]:
-    """The tile as tiles of at most `side` pixels that overlap; itself alone where it is not larger.
+    """Cuts a tile into overlapping ones of at most `side` pixels; returns it alone if it is no larger.
 
-    The transformer's caches of the parts lie in RAM; those of `state` are used up, layer by layer.
+    The parts keep the transformer's caches in RAM; those of `state` are consumed, layer by layer.
     """
     rows, columns = (span.stop - span.start for span in state.tile)
     parts = grid_tiles(rows, columns, side // LATENT_STRIDE, TILE_OVERLAP_PIXELS // LATENT_STRIDE)
@@ -81,42 +82,33 @@ def cut(state: TileState, side: int) -> list[TileState]:
 
 
 def _part(state: TileState, part: Tile, share: Tensor) -> TileState:
-    """One part of a tile without the layers' caches; `part` counts from the tile's corner."""
+    """One part of a tile, without the layers' caches; `part` counts from the tile's corner."""
     old, tokens, blocks = state.transformer, _grid(state.tile, part, PATCH), _grid(state.tile, part, BLOCK_CELLS)
-    cells = (..., *(slice(span.start, span.stop) for span in part))
     transformer = TransformerState(pairs=old.pairs, slots=old.slots, device=RAM, part=old.part)
     if old.x is not None:
         transformer.x = _inner(old.x.unflatten(1, (-1, BLOCK_TOKENS)), *blocks).flatten(1, 2)
     lq_cache = state.lq_cache
     if lq_cache is not None:
-        lq_cache = LQCache(*(_owned(tensor[(..., *tokens[1:])]) for tensor in vars(lq_cache).values()))
+        lq_cache = LQCache(*(owned(tensor[(..., *tokens[1:])]) for tensor in vars(lq_cache).values()))
     return TileState(
-        Tile(*(_from_corner(span, around.start) for span, around in zip(part, state.tile, strict=True))),
-        state.weights[cells] * share.to(state.weights.device),
+        Tile(*(span.shifted(around.start) for span, around in zip(part, state.tile, strict=True))),
+        part.of(state.weights) * share.to(state.weights.device),
         transformer,
         lq_cache,
         [[_inner(layer, *tokens) for layer in clip] for clip in state.tokens],
         state.projected,
-        None if state.velocity is None else _owned(state.velocity[cells]),
+        None if state.velocity is None else owned(part.of(state.velocity)),
         state.steps,
     )
 
 
 def _grid(tile: Tile, part: Tile, cells: int) -> tuple[tuple[int, int], slice, slice]:
-    """Rows and columns of a tile, and those of a part of it, in units of so many latent cells."""
+    """The size of a tile, and the rows and columns of a part of it, in units of `cells` latent cells."""
     shape = [(span.stop - span.start) // cells for span in tile]
     rows, columns = (slice(span.start // cells, span.stop // cells) for span in part)
     return (shape[0], shape[1]), rows, columns
 
 
 def _inner(tensor: Tensor, shape: tuple[int, int], rows: slice, columns: slice) -> Tensor:
-    """Rows and columns out of axis 1, which runs over (anything, row, column) of that shape."""
-    return _owned(tensor.unflatten(1, (-1, *shape))[:, :, rows, columns]).flatten(1, 3)
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _from_corner(span: Span, corner: int) -> Span:
-    return span._replace(start=span.start + corner, stop=span.stop + corner)
+    """Cuts rows and columns out of axis 1, which runs over (anything, row, column) with this shape."""
+    return owned(tensor.unflatten(1, (-1, *shape))[:, :, rows, columns]).flatten(1, 3)

@@ -1,7 +1,7 @@
 """The streaming one-step transformer: Wan 2.1's blocks with block-sparse self-attention and a key/value cache.
 
-The module holds weights only, under the official keys. What one stream remembers is a `TransformerState` of the
-caller; what depends on the prompt alone is a `Constants` made once by `prepare`. Layout BLD, in window order.
+The module holds weights only, under the official keys. What a stream remembers is a `TransformerState` owned by the
+caller; what depends on the prompt alone is a `Constants`, made once by `prepare`. Layout BLD, in window order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..operations import cast_on_use, rms_gain, to_like, weight_and_bias
@@ -27,9 +28,9 @@ EPS = 1e-6
 TIMESTEP = 1000.0
 """The only noise level: one step from pure noise (sigma = 1)."""
 FEED_FORWARD_TOKENS = 1 << 14
-"""Tokens whose feed-forward activations exist at once; they are nearly six times as wide as a token."""
+"""Tokens whose feed-forward activations exist at once; these are nearly six times as wide as a token."""
 LAYER_PARTS = 3
-"""Of a layer: LQ tokens added, self-attention, the rest. Each is done or not done, never half."""
+"""Adding the LQ tokens, self-attention, the rest. Each part of a layer is done or not done, never half."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class LayerCache:
 
     Attributes:
         keys, values: HBTD with B = slots · blocks.
-        pooled: heads × B × head dim: the mean key of each block, kept so that it is never computed again.
+        pooled: heads × B × head dim: the mean key of each block, computed once.
     """
 
     keys: Tensor
@@ -48,18 +49,18 @@ class LayerCache:
 
 @dataclass
 class TransformerState:
-    """What the transformer remembers of one stream. Frame pair g lies in ring slot g modulo `slots`.
+    """What the transformer remembers of one stream. Frame pair g is in ring slot g modulo `slots`.
 
-    It changes only between the parts of a layer, so that a step that an exception left goes on from the part that
-    failed when `Transformer.forward` is called with the same arguments again.
+    It changes only between the parts of a layer: after an exception, calling `Transformer.forward` again with the same
+    arguments resumes the step at the part that failed.
 
     Attributes:
-        layers: one cache for each transformer layer; empty before the first step.
+        layers: one cache per transformer layer; empty before the first step.
         pairs: frame pairs seen so far.
         slots: frame pairs that the caches hold.
-        device: where the caches lie; None: where the transformer computes.
-        part: how many parts of the running step are done, `LAYER_PARTS` for each layer.
-        x: BLD, what they made; None between two steps.
+        device: where the caches rest; None: where the transformer computes.
+        part: how many parts of the current step are done, `LAYER_PARTS` per layer.
+        x: BLD, their result; None between two steps.
     """
 
     layers: list[LayerCache] = field(default_factory=list)
@@ -74,7 +75,7 @@ class TransformerState:
         return min(self.pairs, self.slots)
 
     def move(self, device: torch.device | None, computing: torch.device) -> None:
-        """Brings the caches to `device` (None: `computing`), layer by layer, and keeps them there from now on."""
+        """Moves the caches to `device` (None: `computing`), layer by layer, and keeps them there from now on."""
         self.device = device
         for index, cache in enumerate(self.layers):
             self.layers[index] = LayerCache(*(tensor.to(device or computing) for tensor in vars(cache).values()))
@@ -83,13 +84,13 @@ class TransformerState:
 
 @dataclass(frozen=True)
 class Constants:
-    """What depends on the prompt and the single noise level alone.
+    """What depends on nothing but the prompt and the single noise level.
 
     Attributes:
         time: 1 × D, embedding of the noise level.
         modulation: 1 × 6 × D.
-        text: BLD prompt. Its keys and values are made anew where a layer needs them: kept, they would take 94 MB of the
-            1.3 B model's card in bf16, and at 768 × 1280 they cost less than 1 % of a step.
+        text: BLD prompt. Each layer computes its keys and values when it needs them: kept, they would take 94 MB of the
+            card for the 1.3 B model in bf16; computed, they cost less than 1 % of a step at 768 × 1280.
     """
 
     time: Tensor
@@ -146,31 +147,31 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
     def attend(self, x: Tensor, step: _Step, constants: Constants, state: TransformerState, layer: int) -> Tensor:
-        """x BLD of one step plus its self-attention; the step's keys and values go into the layer's cache."""
+        """x BLD of one step plus its self-attention; puts the step's keys and values into the layer's cache."""
         shift, scale, gate = self._modulation(x, constants)[:3]
         attended, new = self._attend(_modulate(x, shift, scale), step, state, layer)
         x = x + gate * self.self_attn.o(attended)
-        # At the very end: an exception before this leaves the cache as it was.
+        # Last: an exception before this leaves the cache as it was.
         _remember(state, layer, new, step.grid.blocks)
         return x
 
     def feed(self, x: Tensor, constants: Constants) -> Tensor:
-        """x BLD plus its attention to the prompt, through the feed-forward network."""
+        """x BLD plus its attention to the prompt, then through the feed-forward network."""
         shift, scale, gate = self._modulation(x, constants)[3:]
         x = x + self.cross_attn.o(self._attend_prompt(self.norm3(x), constants.text))
         parts = x.split(FEED_FORWARD_TOKENS, 1)
         return torch.cat([part + gate * self.ffn(_modulate(part, shift, scale)) for part in parts], 1)
 
     def _modulation(self, x: Tensor, constants: Constants) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of the self-attention, then of the feed-forward network."""
+        """Shift, scale and gate of the self-attention, then those of the feed-forward network."""
         return (to_like(self.modulation, x) + constants.modulation).unbind(1)
 
     def _blocks(self, x: Tensor) -> Tensor:
         """L × heads × head dim → HBTD."""
-        return x.unflatten(0, (-1, BLOCK_TOKENS)).permute(2, 0, 1, 3).contiguous()
+        return rearrange(x, "(b t) h d -> h b t d", t=BLOCK_TOKENS).contiguous()
 
     def _attend(self, x: Tensor, step: _Step, state: TransformerState, layer: int) -> tuple[Tensor, LayerCache]:
-        """What x attends to, BLD, and the step's own keys and values."""
+        """The attention's result BLD, and the step's own keys and values."""
         attn, heads = self.self_attn, (self.num_heads, -1)
         queries = self._blocks(rotate(attn.norm_q(attn.q(x))[0].unflatten(-1, heads), step.cos, step.sin))
         keys = self._blocks(rotate(attn.norm_k(attn.k(x))[0].unflatten(-1, heads), step.cos, step.sin))
@@ -181,18 +182,18 @@ class Block(nn.Module):
         if layer == 0 and state.pairs == 0:
             log.info("attention: %s selects %.1f %% of the block pairs", step.backend, 100 * mask.float().mean().item())
         attended = sparse_attention(queries, seen.keys, seen.values, mask, step.backend)
-        return attended.permute(1, 2, 0, 3).reshape(x.shape), new
+        return rearrange(attended, "h b t d -> 1 (b t) (h d)"), new
 
     def prompt_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values BLD of the prompt."""
+        """The prompt's keys and values, BLD."""
         attn = self.cross_attn
         return attn.norm_k(attn.k(text)), attn.v(text)
 
     def _attend_prompt(self, x: Tensor, text: Tensor) -> Tensor:
         attn = self.cross_attn
         parts = (attn.norm_q(attn.q(x)), *self.prompt_keys_values(text))
-        queries, keys, values = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        queries, keys, values = (rearrange(part, "n l (h d) -> n h l d", h=self.num_heads) for part in parts)
+        return rearrange(F.scaled_dot_product_attention(queries, keys, values), "n h l d -> n l (h d)")
 
 
 class Head(nn.Module):
@@ -232,10 +233,10 @@ class Transformer(nn.Module):
         self.head = Head(dim, config.out_dim * PATCH**2, operations)
 
     def prepare(self, context: Tensor) -> Constants:
-        """Computes what every step needs of the prompt and the noise level.
+        """Computes once what every step needs of the prompt and the noise level.
 
         Args:
-            context: BLD prompt embedding with B = 1, D = text_dim; its device and dtype are those of the result.
+            context: BLD prompt embedding, B = 1, D = text_dim. The result takes its device and dtype.
         """
         half = self.config.freq_dim // 2
         angles = TIMESTEP * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -254,22 +255,22 @@ class Transformer(nn.Module):
         constants: Constants,
         corner: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """One process step, or the rest of one that an exception left.
+        """Runs one process step, or the rest of one that an exception interrupted.
 
         Args:
             latent: NCTHW noise of the step, N = 1, T = 6 in step 0 and 2 after that, H and W multiples of 16.
-            lq_tokens: for each of the first layers, BLD in (frame, row, column) order; added before the layer.
-            step: index of the process step; fixes the frames' positions.
+            lq_tokens: one tensor for each of the first layers, BLD in (frame, row, column) order, added before it.
+            step: index of the process step; it fixes the frames' positions.
             state: changed in place.
             options: top-k, local range, cache length and attention backend.
-            constants: of `prepare`, in latent's device and dtype.
+            constants: from `prepare`, on the latent's device and in its dtype.
             corner: row and column, in tokens, of the latent's first token in the whole frame.
 
         Returns:
             The velocity, NCTHW like `latent`.
 
         Raises:
-            ValueError: the latent has another batch, number of frames or size.
+            ValueError: the latent has the wrong batch, number of frames or size.
         """
         batch, _, frames, height, width = latent.shape
         first, last = step_latents(step)
@@ -312,7 +313,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _join(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> LayerCache:
-    """The cached frame pairs in slot order, then the new ones; softmax does not mind the order."""
+    """The cached frame pairs in slot order, then the new ones; attention does not depend on the order of its keys."""
     if state.pairs == 0:
         return new
     old, filled = state.layers[layer], state.cached_pairs * blocks
@@ -326,7 +327,7 @@ def _join(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> 
 
 
 def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> None:
-    """Writes the newest frame pairs over the oldest slots. Drops one pair a step, as the released code does."""
+    """Writes the newest frame pairs over the oldest slots: drops one pair per step, as the released code does."""
     heads, count, tokens, head_dim = new.keys.shape
     if layer == len(state.layers):
         room, where = state.slots * blocks, state.device or new.keys.device
@@ -337,7 +338,7 @@ def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int)
     for pair in range(max(0, pairs - state.slots), pairs):
         slot = (state.pairs + pair) % state.slots * blocks
         span = slice(pair * blocks, (pair + 1) * blocks)
-        # Moved first, written last: only the first can fail.
+        # Move first, write last: only moving can fail.
         moved = {name: tensor[:, span].detach().to(where) for name, tensor in vars(new).items()}
         for name, tensor in moved.items():
             getattr(cache, name)[:, slot : slot + blocks].copy_(tensor)

@@ -1,4 +1,4 @@
-"""Image VAEs of the kind that SD, SDXL, SD3 and Flux have, layer by layer: exact, whatever the tile."""
+"""Image VAEs of the kind that SD, SDXL, SD3 and Flux use, layer by layer: exact, whatever the tile."""
 
 from .chain import decoder_steps, encoder_steps
 from .layered import LayeredJob, Step, map_bytes, predicted_bytes

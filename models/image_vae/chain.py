@@ -1,7 +1,8 @@
-"""The encoder and decoder of an image VAE as a chain of layers, read off the modules themselves.
+"""The encoder and decoder of an image VAE as a chain of layers, read from the modules themselves.
 
-The modules are those of the latent diffusion code (Rombach et al., 2022) that SD, SDXL, SD3 and Flux VAEs use, known by
-their names: `conv_in`, `down` or `up` with `block`s, `mid`, `norm_out`, `conv_out`. What is built otherwise is refused.
+The modules are those of the latent diffusion code (Rombach et al., 2022), which the VAEs of SD, SDXL, SD3 and Flux use.
+They are known by their names: `conv_in`, `down` or `up` with `block`s, `mid`, `norm_out`, `conv_out`. Anything built
+differently is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def decoder_steps(decoder: nn.Module, pixels: int) -> list[Step]:
         pixels: pixels per latent along a side.
 
     Raises:
-        ValueError, AttributeError: it is not built as expected.
+        ValueError, AttributeError: the decoder is not built as expected.
     """
     _expect(not getattr(decoder, "tanh_out", False), "it ends in a tanh")
     _expect(not getattr(decoder, "give_pre_end", False), "it ends before its last layer")
@@ -97,7 +98,7 @@ def _conv(
 
 
 def _resize(name: str, layer: Any, pixels: int, up: int = 1, down: int = 1) -> Step:
-    """Twice as many positions by repetition, or half as many by a stride of 2 after one column and row of zeros."""
+    """Doubles the positions by repetition, or halves them by a stride of 2, after a row and a column of zeros."""
     conv = layer.conv
     _expect(layer.with_conv and isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3), name)
     _expect((conv.stride, conv.padding) == (((1, 1), (1, 1)) if up == 2 else ((2, 2), (0, 0))), name)

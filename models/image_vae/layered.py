@@ -1,11 +1,11 @@
 """An image through a chain of layers, one layer after another, each in tiles.
 
-The image between two layers lies on the CPU as a whole. A layer reads a tile of it with as many positions around it as
-its kernel reaches, so nothing is blended and every position is computed once. A GroupNorm takes its statistics from the
+Between two layers the whole image is on the CPU. A layer reads a tile of it with as many positions around it as its
+kernel reaches, so nothing is blended and every position is computed once. A GroupNorm takes its statistics from the
 whole image, gathered from the tiles of the layer before it. So the result is that of the whole image, up to rounding.
 
-Blended tiles that share statistics, from two sweeps over the tiles or from the image reduced to a tile's area, were
-measured beside this (`python -m steadyvsr.benchmarks.vae_tiles`): they stay 100 dB behind, and may be worse than none.
+Blended tiles that share statistics, from two sweeps over the tiles or from an image reduced to a tile's area, were
+measured against this (`python -m steadyvsr.benchmarks.vae_tiles`): they are 100 dB worse, and may be worse than none.
 """
 
 from __future__ import annotations
@@ -15,34 +15,36 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
+from ..tiling.areas import Area
 from ..tiling.job import NotFinite, OnStep
 
 PIECES = 8
-"""Channels are turned into fp32 in so many pieces, which bounds the memory that takes."""
+"""Channels are converted to fp32 in this many pieces, to bound the memory that takes."""
 ATTENTION_SCORES = 1 << 24
-"""Elements of attention scores at once."""
+"""Attention scores computed at a time."""
 
 Elementwise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One layer, with what lies between it and the layer before.
+    """One layer, with what comes between it and the layer before.
 
     Attributes:
         name: for errors.
-        compute: maps NCHW of an area, with what it reads around it, to the layer's output there.
+        compute: maps an area NCHW, with the positions read around it, to the layer's output there.
         channels: of its input and of its output.
         pixels: pixels of the image along a side of one position of the input.
-        before, after: positions that it reads on the upper and left, and on the lower and right side of an area.
-        up, down: positions of the output for each of the input along a side, and the reverse.
-        norm: a GroupNorm of the input, which a SiLU follows.
-        keeps: its input is kept for a later layer's sum.
-        adds: the kept image is added to its output.
-        shortcut: what maps the kept image for the sum; None adds it as it is.
-        whole: it sees the whole image at once, at the resolution of the latents.
+        before, after: positions read above and to the left of an area, and below and to the right.
+        up, down: positions of the output per position of the input along a side, and the reverse.
+        norm: a GroupNorm of the input, followed by a SiLU.
+        keeps: whether its input is kept for a later layer's sum.
+        adds: whether the kept image is added to its output.
+        shortcut: maps the kept image for the sum; None adds it as it is.
+        whole: whether it sees the whole image at once, at the resolution of the latents.
     """
 
     name: str
@@ -60,49 +62,14 @@ class Step:
     whole: bool = False
 
 
-@dataclass(frozen=True)
-class Box:
-    """Rows `top` … `bottom` and columns `left` … `right` of an image."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def parts(self, side: int, step: int) -> list[Box]:
-        """Boxes of at most `side` along each side and nearly equal size, at multiples of `step`."""
-        rows, columns = (_parts(*edges, side, step) for edges in ((self.top, self.bottom), (self.left, self.right)))
-        return [Box(*row, *column) for row in rows for column in columns]
-
-    def grown(self, before: int, after: int, height: int, width: int) -> Box:
-        return Box(
-            max(0, self.top - before), min(height, self.bottom + after),
-            max(0, self.left - before), min(width, self.right + after),
-        )  # fmt: skip
-
-    def scaled(self, up: int, down: int) -> Box:
-        return Box(*(value * up // down for value in (self.top, self.bottom, self.left, self.right)))
-
-    def shifted(self, other: Box) -> Box:
-        """The same place, counted from the upper left corner of `other`."""
-        rows, columns = other.top, other.left
-        return Box(self.top - rows, self.bottom - rows, self.left - columns, self.right - columns)
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[..., self.top : self.bottom, self.left : self.right]
-
-    def __str__(self) -> str:
-        return f"rows {self.top}–{self.bottom}, columns {self.left}–{self.right}"
-
-
 class LayeredJob:
-    """Encodes or decodes images; see `models.tiling.job.TileJob`. A unit is one tile of one layer.
+    """Encodes or decodes images: a `models.tiling.TileJob` whose units are tiles of single layers.
 
     Args:
-        steps: the chain; made by `encoder_steps` or `decoder_steps`.
+        steps: the chain, made by `encoder_steps` or `decoder_steps`.
         source: NCHW on the CPU; its height and width are multiples of what the chain divides them by.
-        tile: side of the tiles in pixels; at lower resolution tiles have fewer positions.
-        device, dtype: of the computation; the images between the layers are kept in that dtype.
+        tile: side of the tiles in pixels; at lower resolutions they have fewer positions.
+        device, dtype: of the computation; images between the layers are kept in that dtype.
         prepare: applied to each piece of the source in its own dtype, on the device.
         finish: applied to each piece of the result in fp32 (fp64 stays fp64), on the device.
     """
@@ -123,40 +90,35 @@ class LayeredJob:
         self.device, self.dtype, self.tile = device, dtype, tile
         self.result = torch.empty(0)
         self._steps, self._source, self._prepare, self._finish = list(steps), source, prepare, finish
-        self._sample = self._units_done = 0
+        self._sample = self.done = 0
         self._begin_sample()
-
-    @property
-    def done(self) -> int:
-        return self._units_done
 
     @property
     def total(self) -> int:
         left = self._source.shape[0] - self._sample
         if not left:
-            return self._units_done
+            return self.done
         sizes = self._sizes()
-        counts = [len(self._boxes(step, size)) for step, size in zip(self._steps, sizes, strict=True)]
-        return self._units_done + len(self._left) + sum(counts[self._index + 1 :]) + (left - 1) * sum(counts)
+        counts = [len(self._areas(step, size)) for step, size in zip(self._steps, sizes, strict=True)]
+        return self.done + len(self._left) + sum(counts[self._index + 1 :]) + (left - 1) * sum(counts)
 
     def cut(self, tile: int) -> None:
-        """Goes on in tiles of this side; those that are done stay done."""
+        """Goes on in tiles of this side; finished ones are kept."""
         self.tile = tile
         step = self._steps[self._index]
         if not step.whole:
-            self._left = [part for box in self._left for part in box.parts(self._side(step), step.down)]
+            self._left = [part for area in self._left for part in area.parts(self._side(step), step.down)]
 
     @torch.no_grad()
     def advance(self, on_step: OnStep) -> None:
-        """One tile of one layer.
+        """Computes one tile of one layer.
 
         Raises:
-            NotFinite: it came out with NaN or infinity.
+            NotFinite: NaN or infinity came out.
         """
         on_step()
-        step, box = self._steps[self._index], self._left[0]
-        height, width = self._map.shape[-2:]
-        read = box.grown(step.before, step.after, height, width)
+        step, area = self._steps[self._index], self._left[0]
+        read = area.grown(step.before, step.after)
         x = read.of(self._map).to(self.device)
         if self._index == 0:
             x = self._prepare(x.clone())
@@ -165,14 +127,15 @@ class LayeredJob:
             x = F.silu(_normalised(x, step.norm, *self._statistics(step.norm)), inplace=True)
         y = step.compute(x)
         del x
-        out = box.scaled(step.up, step.down)
-        y = out.shifted(read.scaled(step.up, step.down)).of(y)
+        out = area.scaled(step.up, step.down)
+        y = out.inside(y, read.scaled(step.up, step.down))
         if step.adds:
-            kept = box.of(self._kept).to(self.device, self.dtype)
+            kept = area.of(self._kept).to(self.device, self.dtype)
             y = (kept if step.shortcut is None else step.shortcut(kept)) + y
         if not torch.isfinite(y).all():
+            dtype = str(y.dtype).removeprefix("torch.")
             raise NotFinite(
-                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {box}, computed in {y.dtype}."
+                f"layers: expected finite numbers; got NaN or infinity in {step.name}, {area}, computed in {dtype}."
             )
         last = self._index == len(self._steps) - 1
         following = None if last else self._steps[self._index + 1].norm
@@ -181,17 +144,17 @@ class LayeredJob:
         if moments is not None:
             self._moments.append(moments)
         self._left.pop(0)
-        self._units_done += 1
+        self.done += 1
         if not self._left:
             self._next_step(step)
 
-    def _store(self, y: Tensor, step: Step, out: Box) -> None:
+    def _store(self, y: Tensor, step: Step, out: Area) -> None:
         made = self._out
         if made is None:
             height, width = (size * step.up // step.down for size in self._map.shape[-2:])
             made = torch.empty(1, y.shape[1], height, width, dtype=y.dtype)
         elif made.dtype.itemsize < y.dtype.itemsize:
-            # A tile that fits no smaller number format was computed again in fp32.
+            # A tile that overflowed in half precision was computed again in fp32.
             made = made.to(y.dtype)
         out.of(made)[:] = y.cpu()
         self._out = made
@@ -206,7 +169,7 @@ class LayeredJob:
         self._known, self._moments = self._moments, []
         self._index += 1
         if self._index < len(self._steps):
-            self._left = self._boxes(self._steps[self._index], (self._map.shape[-2], self._map.shape[-1]))
+            self._left = self._areas(self._steps[self._index], self._map.shape[-2:])
             return
         if self._sample == 0:
             self.result = torch.empty(self._source.shape[0], *self._map.shape[1:], dtype=self._map.dtype)
@@ -224,7 +187,7 @@ class LayeredJob:
         self._out: Tensor | None = None
         self._known: list[Tensor] = []
         self._moments: list[Tensor] = []
-        self._left = self._boxes(self._steps[0], (self._map.shape[-2], self._map.shape[-1]))
+        self._left = self._areas(self._steps[0], self._map.shape[-2:])
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Height and width of each layer's input."""
@@ -235,8 +198,8 @@ class LayeredJob:
             height, width = height * step.up // step.down, width * step.up // step.down
         return sizes
 
-    def _boxes(self, step: Step, size: tuple[int, int]) -> list[Box]:
-        whole = Box(0, size[0], 0, size[1])
+    def _areas(self, step: Step, size: Sequence[int]) -> list[Area]:
+        whole = Area.whole(*size)
         return [whole] if step.whole else whole.parts(self._side(step), step.down)
 
     def _side(self, step: Step) -> int:
@@ -253,11 +216,7 @@ class LayeredJob:
 
 
 def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, itemsize: int) -> int:
-    """Bytes on the device of the largest unit, beside the weights.
-
-    Args:
-        size: height and width of the image in pixels.
-    """
+    """Bytes that the largest unit takes on the device beside the weights; `size` is (height, width) in pixels."""
     most = 0
     for step in steps:
         height, width = size[0] // step.pixels, size[1] // step.pixels
@@ -265,7 +224,7 @@ def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, ite
         reach = 0 if step.whole else step.before + step.after
         inside = min(height, side + reach) * min(width, side + reach)
         scale = (step.up / step.down) ** 2
-        # Input, what was made of it, output, and what is added; in an attention q, k, v and the scores, twice.
+        # Input, what is made of it, output, and what is added; in an attention also q, k, v and the scores, twice.
         elements = inside * (step.channels[0] * (5 if step.whole else 2) + step.channels[1] * scale * 2)
         elements += 2 * min(ATTENTION_SCORES, inside**2) if step.whole else inside * step.channels[0] * step.up**2
         most = max(most, int(elements * itemsize))
@@ -273,7 +232,7 @@ def predicted_bytes(steps: Sequence[Step], size: tuple[int, int], tile: int, ite
 
 
 def map_bytes(steps: Sequence[Step], size: tuple[int, int], itemsize: int) -> int:
-    """Bytes in RAM of the images between the layers, at most."""
+    """The most bytes in RAM that the images between the layers take; `size` is (height, width) in pixels."""
     most, kept = 0, 0
     for step in steps:
         height, width = size[0] // step.pixels, size[1] // step.pixels
@@ -285,35 +244,28 @@ def map_bytes(steps: Sequence[Step], size: tuple[int, int], itemsize: int) -> in
 
 
 def attend(norm: nn.Module, to_q: nn.Module, to_k: nn.Module, to_v: nn.Module, proj: nn.Module, x: Tensor) -> Tensor:
-    """Self-attention over all positions of NCHW with one head, added to `x`; queries in blocks."""
+    """x NCHW plus its single-head self-attention over all positions, computed for blocks of queries."""
     n, c, h, w = x.shape
     hidden = norm(x)
-    q, k, v = (layer(hidden).view(n, 1, c, h * w).transpose(2, 3) for layer in (to_q, to_k, to_v))
+    q, k, v = (rearrange(layer(hidden), "n c h w -> n 1 (h w) c") for layer in (to_q, to_k, to_v))
     del hidden
     blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(max(1, ATTENTION_SCORES // (h * w)), 2)]
     return x + proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
 
 
-def _parts(start: int, stop: int, side: int, step: int) -> list[tuple[int, int]]:
-    steps = -(-(stop - start) // step)
-    count = -(-steps // max(1, side // step))
-    edges = [start + step * (steps * i // count) for i in range(count)] + [stop]
-    return list(zip(edges, edges[1:], strict=False))
-
-
 def _moments(x: Tensor, groups: int) -> Tensor:
-    """Of each group of NCHW the count, the mean and the sum of squared deviations: 3 × groups, fp64 on the CPU."""
+    """Count, mean and sum of squared deviations of each group of NCHW: 3 × groups, fp64 on the CPU."""
     flat = x.reshape(groups, -1)
     pieces = flat.split(max(1, groups // PIECES))
     found = [torch.var_mean(piece.to(_wide(x.dtype)), dim=1, correction=0) for piece in pieces]
-    # fp64 on the CPU alone: not every accelerator knows it.
+    # fp64 on the CPU only: not every accelerator has it.
     variance, mean = (torch.cat(parts).cpu().double() for parts in zip(*found, strict=True))
     count = torch.full_like(mean, flat.shape[1])
     return torch.stack([count, mean, variance * count])
 
 
 def _normalised(x: Tensor, norm: nn.GroupNorm, mean: Tensor, variance: Tensor) -> Tensor:
-    """GroupNorm of NCHW with these statistics of its groups."""
+    """GroupNorm of NCHW with given statistics of its groups."""
     wide, per_group = _wide(x.dtype), x.shape[1] // norm.num_groups
     scale = torch.rsqrt(variance + norm.eps).repeat_interleave(per_group).to(x.device, wide)
     scale = scale * norm.weight.to(scale)

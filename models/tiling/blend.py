@@ -1,44 +1,58 @@
-"""Encode or decode with any network in tiles that are blended: the way for networks of which nothing is known.
+"""Encoding or decoding in blended tiles, with any network: the way for networks about which nothing is known.
 
-Each tile is seen alone, over all its frames, so what a network does across the frame (attention, normalisation) differs
-from tile to tile; `image_vae` and `wan_vae` are the ways for networks that are known. Time is never split: a causal
-network would start anew at every cut. The result is gathered in fp32 on the CPU; one tile at a time is on the device.
+The network sees each tile alone, over all its frames, so what it does across the frame (attention, normalisation)
+differs from tile to tile; for networks that are known, see `image_vae` and `wan_vae`. Time is never split: a causal
+network would start afresh at every cut. The result is gathered in fp32 on the CPU, with one tile on the device.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .job import NotFinite, OnStep
-from .plan import Span, axis_weights, even_spans
+from .plan import Span, Tile, axis_weights, even_spans
 
 CPU = torch.device("cpu")
 MIN_CELLS = 2
-"""Fewest latent cells along the side of a tile: one could not overlap and still advance."""
+"""Fewest latent cells along the side of a tile: a single one could not overlap and still advance."""
 
 SQUARE = ((1.0, 1.0),)
 THREE_GRIDS = ((1.0, 1.0), (0.5, 2.0), (2.0, 0.5))
 """Height and width of tiles of one area, as shares of their side. A network that looks across its tile errs differently
-in each grid, so their mean errs less, at three times the work; ComfyUI's own tiled nodes do the same for images."""
+in each grid, so their mean errs less, at three times the work. ComfyUI's own tiled nodes do the same for images."""
 
 Network = Callable[[Tensor], Tensor]
-"""Maps one tile, NCHW or NCTHW with N = 1, to its result; the tile's device and dtype say where and how."""
+"""Maps a tile, NCHW or NCTHW with N = 1, to its result, computed on the tile's device and in its dtype."""
 
 
-class _Blend(ABC):
-    """Attributes as of `TileJob`, and:
+class BlendJob:
+    """A `TileJob` that computes overlapping tiles and blends them.
 
-    Attributes:
+    Args:
+        network: maps a tile of the source to its result.
+        source: NCHW or NCTHW, on the CPU; what is encoded has a height and width in multiples of the compression.
+        tile, overlap: in pixels of the frames.
+        compression: pixels per latent along a side.
+        device, dtype: of the computation.
+        prepare: brings a tile into the range that the network expects, on the device, before it is cast.
+        spot: computes one more tile at the end, to compare.
+        shapes: of the tiles of each grid; the result is the mean of all grids.
+
+    Raises:
+        ValueError: one of these does not fit the others.
+
+    Attributes, beside those of `TileJob`:
         overlap: of neighbouring tiles, in pixels; at most half a tile.
         grid: tiles along the height and along the width, of the first grid.
-        spot_db: PSNR of the result against one more tile, laid across the seams in its middle; None before that, or
+        spot_db: PSNR of the result against one more tile, laid across the seams in its middle; None until then, or
             where there are no seams.
     """
+
+    _encodes: bool
 
     def __init__(
         self,
@@ -58,19 +72,20 @@ class _Blend(ABC):
             raise ValueError(f"tiles: expected NCHW or NCTHW without an empty axis; got {tuple(source.shape)}.")
         if not 0 <= overlap <= tile // 2:
             raise ValueError(f"tiles: expected an overlap from 0 to half the tile of {tile}; got {overlap}.")
+        height, width = source.shape[-2:]
+        per_cell = compression if self._encodes else 1
+        if height % per_cell or width % per_cell:
+            raise ValueError(f"tiles: expected a height and width in multiples of {per_cell}; got {height}×{width}.")
         self.device, self.dtype, self.overlap = device, dtype, overlap
         self.result = torch.empty(0)
-        self._network, self._prepare = network, prepare
-        self._source, self._compression = source, compression
-        self._cells = self._count_cells(source.shape[-2], source.shape[-1])
-        self._done, self._spot, self._shapes = 0, spot, shapes
+        self.done = 0
         self.spot_db: float | None = None
+        self._network, self._prepare = network, prepare
+        self._source, self._compression, self._per_cell = source, compression, per_cell
+        self._cells = height // per_cell, width // per_cell
+        self._spot, self._shapes = spot, shapes
         self._grids = self._plan(tile)
         self.tile = tile
-
-    @property
-    def done(self) -> int:
-        return self._done
 
     @property
     def total(self) -> int:
@@ -87,9 +102,9 @@ class _Blend(ABC):
         return sum(len(rows) * len(columns) for rows, columns in self._grids)
 
     def cut(self, tile: int) -> None:
-        """Goes on in tiles of this side, with an overlap of half a tile at most.
+        """Goes on in tiles of this side, with an overlap of at most half a tile.
 
-        Tiles that are done are kept where the new grid is the old one, and computed again where it is not.
+        Finished tiles are kept if the new grid is the old one, and computed again otherwise.
 
         Raises:
             ValueError: the tile is smaller than two latent cells.
@@ -102,7 +117,7 @@ class _Blend(ABC):
             self.overlap = overlap
             raise
         if grids != self._grids:
-            self._grids, self._done, self.result = grids, 0, torch.empty(0)
+            self._grids, self.done, self.result = grids, 0, torch.empty(0)
         self.tile = tile
 
     def advance(self, on_step: OnStep) -> None:
@@ -113,47 +128,44 @@ class _Blend(ABC):
             ValueError: the network's results do not fit together.
         """
         on_step()
-        sample, position = divmod(self._done, self._tiles_of_sample)
+        sample, position = divmod(self.done, self._tiles_of_sample)
         rows, columns = self._grids[0]
         if sample == self._source.shape[0]:
-            self.spot_db = self._check_spot(_across(rows), _across(columns))
-            self._done += 1
+            self.spot_db = self._check_spot(Tile(_across(rows), _across(columns)))
+            self.done += 1
             return
         for rows, columns in self._grids:
             if position < len(rows) * len(columns):
                 break
             position -= len(rows) * len(columns)
-        row, column = rows[position // len(columns)], columns[position % len(columns)]
-        tile = self._compute(self._cut_out(sample, row, column), f"sample {sample}, {self._words(row, column)}")
-        scale = self._scale_of(tile, row, column)
-        if self._done == 0:
+        tile = Tile(rows[position // len(columns)], columns[position % len(columns)])
+        made = self._compute(sample, tile, f"sample {sample}, {tile.scaled(self._compression)}")
+        scale = self._scale_of(made, tile)
+        if self.done == 0:
             height, width = (cells * factor for cells, factor in zip(self._cells, scale, strict=True))
-            self.result = torch.zeros(self._source.shape[0], *tile.shape[1:-2], height, width)
-        elif tile.shape[1:-2] != self.result.shape[1:-2]:
+            self.result = torch.zeros(self._source.shape[0], *made.shape[1:-2], height, width)
+        elif made.shape[1:-2] != self.result.shape[1:-2]:
             raise ValueError(
-                f"tiles: expected results of one shape; got {tuple(tile.shape)} for {self._words(row, column)} after "
-                f"{tuple(self.result.shape)}."
+                f"tiles: expected results of one shape; got {tuple(made.shape)} for {tile.scaled(self._compression)} "
+                f"after {tuple(self.result.shape)}."
             )
-        y, x = row.scaled(scale[0]), column.scaled(scale[1])
-        tile *= self._weights(rows, scale[0], row)[:, None] / len(self._grids)
-        tile *= self._weights(columns, scale[1], column)
-        self.result[sample, ..., y.start : y.stop, x.start : x.stop] += tile[0]
-        self._done += 1
+        made *= self._weights(rows, scale[0], tile.rows)[:, None] / len(self._grids)
+        made *= self._weights(columns, scale[1], tile.columns)
+        tile.scaled(*scale).of(self.result[sample]).add_(made[0])
+        self.done += 1
 
-    def _check_spot(self, row: Span, column: Span) -> float:
+    def _check_spot(self, spot: Tile) -> float:
         """PSNR over the range of values, in the middle half of a tile of the first sample."""
-        tile = self._compute(self._cut_out(0, row, column), f"the spot at {self._words(row, column)}")
-        y, x = (
-            span.scaled(factor) for span, factor in zip((row, column), self._scale_of(tile, row, column), strict=True)
-        )
-        found = self.result[0:1, ..., y.start : y.stop, x.start : x.stop]
-        rows, columns = (slice(length // 4, length - length // 4) for length in tile.shape[-2:])
-        wanted, found = tile[..., rows, columns], found[..., rows, columns]
+        made = self._compute(0, spot, f"the spot at {spot.scaled(self._compression)}")
+        found = spot.scaled(*self._scale_of(made, spot)).of(self.result[0:1])
+        rows, columns = (slice(length // 4, length - length // 4) for length in made.shape[-2:])
+        wanted, found = made[..., rows, columns], found[..., rows, columns]
         spread = float(wanted.max() - wanted.min()) or 1.0
         return -10 * math.log10(max(float((wanted - found).square().mean()) / spread**2, 1e-20))
 
-    def _compute(self, cut: Tensor, name: str) -> Tensor:
+    def _compute(self, sample: int, tile: Tile, name: str) -> Tensor:
         """The network's result for a tile, fp32 on the CPU."""
+        cut = tile.scaled(self._per_cell).of(self._source[sample : sample + 1])
         result = self._network(self._prepare(cut.to(self.device, copy=True)).to(self.dtype))
         result = result.to(device=CPU, dtype=torch.float32, copy=True)
         if not torch.isfinite(result).all():
@@ -163,7 +175,7 @@ class _Blend(ABC):
         return result
 
     def _plan(self, tile: int) -> list[tuple[list[Span], list[Span]]]:
-        """Grids: spans in latent cells along the height and the width; grids that are the same once."""
+        """The different grids: spans in latent cells along the height and along the width."""
         cells, overlap = tile // self._compression, self.overlap // self._compression
         if cells < MIN_CELLS:
             raise ValueError(
@@ -184,87 +196,31 @@ class _Blend(ABC):
     def _weights(self, spans: list[Span], factor: int, span: Span) -> Tensor:
         return axis_weights([item.scaled(factor) for item in spans])[spans.index(span)]
 
-    def _scale_of(self, result: Tensor, row: Span, column: Span) -> tuple[int, int]:
+    def _scale_of(self, result: Tensor, tile: Tile) -> tuple[int, int]:
         """Positions of the result per latent cell along the height and the width, as the network made them."""
+        cells = [span.stop - span.start for span in tile]
         if result.ndim == self._source.ndim and result.shape[0] == 1:
-            scale = []
-            for count, span in zip(result.shape[-2:], (row, column), strict=True):
-                factor, rest = divmod(count, span.stop - span.start)
-                scale.append(0 if rest else factor)
-            if all(scale):
-                return scale[0], scale[1]
-        cells = (row.stop - row.start, column.stop - column.start)
+            scale, rests = zip(*(divmod(*pair) for pair in zip(result.shape[-2:], cells, strict=True)), strict=True)
+            if all(scale) and not any(rests):
+                return scale
         raise ValueError(
             f"tiles: expected a result of a whole number of positions for each of {cells[0]}×{cells[1]} latent cells; "
             f"got {tuple(result.shape)}."
         )
 
-    def _words(self, row: Span, column: Span) -> str:
-        row, column = row.scaled(self._compression), column.scaled(self._compression)
-        return f"rows {row.start}–{row.stop}, columns {column.start}–{column.stop}"
 
-    @abstractmethod
-    def _count_cells(self, height: int, width: int) -> tuple[int, int]: ...
+class BlendEncode(BlendJob):
+    """Encodes frames in blended tiles that begin at multiples of the compression; arguments as of `BlendJob`."""
 
-    @abstractmethod
-    def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor: ...
+    _encodes = True
 
 
-class BlendEncode(_Blend):
-    """Encodes frames in tiles that begin at multiples of the compression.
+class BlendDecode(BlendJob):
+    """Decodes latents in blended tiles; arguments as of `BlendJob`."""
 
-    Args:
-        network: maps a tile of pixels to latents.
-        source: NCHW or NCTHW on the CPU; height and width are multiples of the compression.
-        tile, overlap: in pixels.
-        compression: pixels per latent along a side.
-        device, dtype: of the computation.
-        prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
-        spot: computes one more tile at the end, to compare.
-        shapes: of the tiles of each grid; the result is the mean of all grids.
-
-    Raises:
-        ValueError: one of these.
-    """
-
-    def _count_cells(self, height: int, width: int) -> tuple[int, int]:
-        size = self._compression
-        if height % size or width % size:
-            raise ValueError(f"tiles: expected a height and width in multiples of {size}; got {height}×{width}.")
-        return height // size, width // size
-
-    def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor:
-        row, column = row.scaled(self._compression), column.scaled(self._compression)
-        return self._source[sample : sample + 1, ..., row.start : row.stop, column.start : column.stop]
-
-
-class BlendDecode(_Blend):
-    """Decodes latents in tiles.
-
-    Args:
-        network: maps a tile of latents to pixels.
-        source: NCHW or NCTHW latents.
-        tile, overlap: in output pixels.
-        compression: output pixels per latent along a side.
-        device, dtype: of the computation.
-        prepare: brings a tile to the numbers that the network expects, on the device, before it is cast.
-        spot: computes one more tile at the end, to compare.
-        shapes: of the tiles of each grid; the result is the mean of all grids.
-
-    Raises:
-        ValueError: one of these.
-    """
-
-    def _count_cells(self, height: int, width: int) -> tuple[int, int]:
-        return height, width
-
-    def _cut_out(self, sample: int, row: Span, column: Span) -> Tensor:
-        return self._source[sample : sample + 1, ..., row.start : row.stop, column.start : column.stop]
+    _encodes = False
 
 
 def _across(spans: list[Span]) -> Span:
     """A tile halfway between the first two of an axis."""
-    if len(spans) == 1:
-        return spans[0]
-    shift = (spans[1].start - spans[0].start + 1) // 2
-    return Span(spans[0].start + shift, spans[0].stop + shift, 0, 0)
+    return spans[0].shifted((spans[1].start - spans[0].start + 1) // 2) if len(spans) > 1 else spans[0]

@@ -1,4 +1,4 @@
-"""What a tiled computation offers to whoever runs it: units of work that can be tried again with smaller tiles."""
+"""What a tiled computation offers to its runner: units of work that can be tried again with smaller tiles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 OnStep = Callable[[], None]
-"""Called between two pieces of a unit. What it raises, such as an interrupt, leaves through the job."""
+"""Called between the pieces of a unit. What it raises, such as an interrupt, leaves through the job."""
 
 
 class NotFinite(ValueError):
@@ -17,14 +17,18 @@ class NotFinite(ValueError):
 
 
 class TileJob(Protocol):
-    """An encode or decode in progress. Between two units nothing of it lies on the device.
+    """An encode or decode in progress. Between two units it holds nothing on the device.
 
-    A unit that raised can be tried again: it left no trace. `device`, `dtype` and the tile's size may be changed
-    between two tries; units that are done stay done where the result allows it, and are computed again elsewhere.
+        while job.done < job.total:
+            job.advance(lambda: None)
+        frames = job.result
+
+    A unit that raised left no trace and can be tried again, on another device, in another dtype or with smaller tiles.
+    Finished units are kept if the result allows it, and computed again otherwise.
 
     Attributes:
         device: where the next unit is computed; the weights must be there.
-        dtype: in which.
+        dtype: in which it is computed.
         tile: side of the tiles in pixels.
         result: what has been computed so far, on the CPU; complete when `done == total`.
         done, total: units.

@@ -1,4 +1,4 @@
-"""Decoding and encoding clips with PyAV: frames in, frames out, one at a time; sound copied, timestamps kept."""
+"""Decoding and encoding clips with PyAV: one frame at a time, sound copied, timestamps kept."""
 
 from .images import ImageSequenceWriter, encode_png
 from .pixels import ColourTags

@@ -20,13 +20,13 @@ _CUSTOMARY_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "
 
 
 class AudioCopy:
-    """All audio streams of a clip, on their way into an output container.
+    """Copies all audio streams of a clip into an output container.
 
-    Make it before the container's header is written (it adds the streams); then `advance` as the video's time goes on,
-    so that both lie interleaved in the file. It has its own opened source and its own place in it.
+    Make it before the container's header is written, since it adds the streams; then call `advance` as the video's time
+    goes on, so that sound and picture are interleaved in the file. It opens the source for itself.
 
     Attributes:
-        notes: what a user should be told (a stream that had to be re-encoded)
+        notes: what a user should be told (a stream that had to be re-encoded).
     """
 
     def __init__(self, clip: Clip, output: OutputContainer):
@@ -60,7 +60,7 @@ class AudioCopy:
         return target, encoded
 
     def advance(self, until: Fraction | None) -> None:
-        """Writes the packets that begin before `until` seconds of the window; None: all that is left of it."""
+        """Writes the packets that begin before `until` seconds of the window; None writes all that are left."""
         while not self._done:
             packet = self._waiting or self._next_packet()
             self._waiting = None
@@ -88,7 +88,7 @@ class AudioCopy:
         try:
             return next(self._packets, None)
         except FFmpegError as error:
-            # The reader of the pictures reports a damaged file; here it only means that the sound ends.
+            # The reader of the pictures reports damaged files; here it only means that the sound ends.
             log.warning("%s: the audio ends early: %s", self._clip.name, error.strerror)
             return None
 
@@ -126,7 +126,7 @@ def _layout(stream) -> str:
 
 
 def _container_holds(format_name: str, stream) -> bool:
-    """Whether this container takes the stream as it is: asked by writing a header with it alone."""
+    """Whether a container accepts the stream as it is; found out by writing a header with it alone."""
     try:
         with av.open(io.BytesIO(), "w", format=format_name) as trial:
             trial.add_stream_from_template(stream)

@@ -24,10 +24,13 @@ FRAME_NAME = "frame_{:06d}.png"
 
 
 def list_images(source: Source) -> list[Path] | None:
-    """The images a path means, in order; None if it means no image sequence (a video, an open file).
+    """The images that a path stands for, in order; None if it is no image sequence (a video, an open file).
 
     A folder: its images in natural order (2 before 10). `shot_%04d.png`: by number, without gaps. `*.png`: natural
-    order. One image: itself. Raises VideoError for an empty folder, a pattern without match, or a gap in the numbers.
+    order. One image: itself.
+
+    Raises:
+        VideoError: an empty folder, a pattern that matches nothing, or a gap in the numbers.
     """
     if not isinstance(source, (str, Path)):
         return None
@@ -69,18 +72,18 @@ def _numbered(path: Path) -> list[Path]:
 
 
 def window_of(count: int, frame_rate: Fraction, start: Fraction, window: Fraction | None) -> range:
-    """Indices of the frames whose time k / frame_rate lies in [start, start + window)."""
+    """Indices k of the frames whose time k / frame_rate is in [start, start + window)."""
     first = -(-start * frame_rate // 1)
     last = count if window is None else -(-(start + window) * frame_rate // 1)
     return range(int(first), min(count, int(last)))
 
 
 def decode_image(path: Path) -> av.VideoFrame:
-    """The one picture of an image file. Raises DamagedVideoError, or OSError if it cannot be opened."""
+    """The picture of an image file. Raises DamagedVideoError, or OSError if the file cannot be opened."""
     problem = "no picture in it"
     with open(path, "rb") as file:
         try:
-            # An open file, not a path: FFmpeg would read a % in the name as a pattern.
+            # An open file, not a path: FFmpeg would take a % in the name for a pattern.
             with av.open(file, "r", options={"err_detect": "explode"}) as container:
                 for packet in container.demux(video=0):
                     for frame in packet.decode():
@@ -99,9 +102,15 @@ def read_images(
     window: Fraction | None,
     keep: bool,
 ) -> Iterator[tuple[Tensor, Fraction]]:
-    """(HWC float32 RGB 0..1, seconds from `start`) of each image in the window.
+    """Yields (HWC float32 RGB 0..1, seconds from `start`) for each image in the window.
 
-    size: (height, width) that all must have. keep: leave damaged images out (their time stays empty), do not raise.
+    Args:
+        size: (height, width) that all images must have.
+        keep: skip damaged images, and leave their time empty, instead of raising.
+
+    Raises:
+        VideoError: an image has another size.
+        DamagedVideoError: an image is damaged, without `keep`.
     """
     turn_upright = Uprighter()
     for index in window_of(len(paths), frame_rate, start, window):
@@ -122,17 +131,21 @@ def read_images(
 
 
 def verify_images(paths: tuple[Path, ...]) -> None:
-    """Raises DamagedVideoError for the first image that is an empty file (the others are looked at when decoded)."""
+    """Raises DamagedVideoError for the first empty file; other damage shows when an image is decoded."""
     for path in paths:
         if path.stat().st_size == 0:
             raise DamagedVideoError(f"{path.name}: expected an image; got an empty file (0 bytes). Replace it.")
 
 
 class ImageSequenceWriter:
-    """Writes frames as PNG files into a folder that appears under its name only when all of them are there.
+    """Writes frames as PNG files into a folder that gets its name only when all of them are written.
 
-    The frames go to `FOLDER.part` beside it; leaving the `with` block by an exception removes that and touches nothing
-    else. An existing folder is refused without `force`; with it, files of the same names are replaced and others stay.
+        with ImageSequenceWriter("frames", 1920, 1080) as writer:
+            for frame in frames:
+                writer.write(frame)
+
+    The frames go to `FOLDER.part` beside it; leaving the `with` block by an exception removes that and nothing else. An
+    existing folder is refused without `force`; with it, files of the same names are replaced and others stay.
     """
 
     def __init__(self, folder: str | Path, width: int, height: int, *, sixteen_bit: bool = False, force: bool = False):
@@ -180,7 +193,7 @@ class ImageSequenceWriter:
         self.frames_written += 1
 
     def finish(self, to: str | Path | None = None) -> Path:
-        """Gives the folder its name (`to` replaces the one given at first) and returns it."""
+        """Gives the folder its name (or the name `to`) and returns its path."""
         if to is not None:
             self.path = Path(to)
         if not self.frames_written:

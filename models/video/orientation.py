@@ -1,4 +1,4 @@
-"""The display rotation of a video or photo: phones store the sensor's picture and say how to turn it."""
+"""The display rotation of a video or photo: phones store the sensor's picture and how to turn it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
-    """[[a, b], [c, d]] of the frame's display matrix, rounded to quarter turns and flips; None where it has none.
+    """[[a, b], [c, d]] of the frame's display matrix, rounded to quarter turns and flips; None if it has none.
 
     FFmpeg's libavutil/display.h: x' = a·x + c·y, y' = b·x + d·y with y downwards, stored in 16.16 fixed point.
     """
@@ -22,12 +22,12 @@ def display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
 
 
 def turns_sideways(matrix: np.ndarray | None) -> bool:
-    """Whether width and height change places."""
+    """Whether width and height are swapped."""
     return matrix is not None and matrix[0, 0] == 0
 
 
 def upright(picture: Tensor, matrix: np.ndarray | None) -> Tensor:
-    """HWC turned and mirrored as its display matrix says."""
+    """Turns and mirrors HWC as its display matrix says."""
     if matrix is None:
         return picture
     if turns_sideways(matrix):
@@ -42,8 +42,8 @@ def upright(picture: Tensor, matrix: np.ndarray | None) -> Tensor:
 class Uprighter:
     """Turns the pictures of one clip upright, reading a display matrix only where the rotation changes.
 
-    PyAV ties a frame whose side data was looked at to itself: it then stays until the garbage collector comes. Asking
-    every frame costs 70 MiB at 512×512 before that happens (measured over 400 frames); `rotation` ties nothing.
+    Reading a frame's side data makes PyAV tie the frame into a cycle, so it stays until the garbage collector runs.
+    Reading it for every frame costs 70 MiB at 512×512 (measured over 400 frames); reading `rotation` costs nothing.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A file that appears under its name only when it is complete."""
+"""A file that gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 
 
 class PartFile:
-    """`NAME.part` beside NAME, open for writing; `commit` gives it its name, `discard` removes it.
+    """`NAME.part` beside NAME, open for writing: `commit` renames it to NAME, `discard` removes it.
 
-    A killed process leaves the .part behind and NAME as it was; the next run for the same NAME writes over the .part.
-    Raises FileExistsError for an existing NAME without `force`, and OSError where the folder cannot be written.
+    A killed process leaves the .part behind and NAME as it was; the next run for NAME overwrites the .part.
+
+    Raises:
+        FileExistsError: NAME exists, without `force`.
+        OSError: the folder cannot be written to.
     """
 
     def __init__(self, path: str | Path, force: bool = False):
@@ -28,7 +31,7 @@ class PartFile:
             self.file = open(self.part, "wb")  # noqa: SIM115 - closed by commit and discard
 
     def commit(self, to: str | Path | None = None) -> Path:
-        """Writes everything to the disk and renames; `to` replaces the name given at first. Returns the final path."""
+        """Writes everything to the disk and renames it to NAME, or to the name `to`. Returns the final path."""
         target = self.path if to is None else Path(to)
         with explained(self.path):
             self.file.flush()
@@ -40,8 +43,8 @@ class PartFile:
         return target
 
     def discard(self) -> None:
-        """Removes the .part; NAME stays as it was."""
-        with contextlib.suppress(OSError):  # closing flushes: on a full disk that fails once more
+        """Removes the .part and leaves NAME as it was."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self.file.close()
         self.part.unlink(missing_ok=True)
 
@@ -55,7 +58,7 @@ def refuse_existing(path: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Errors of the file system, with the output's name and what it means for it."""
+    """Raises errors of the file system with the output's name, and says that nothing was changed."""
     try:
         yield
     except OSError as error:

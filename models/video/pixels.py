@@ -1,8 +1,8 @@
-"""Between decoded video frames and RGB tensors, in float32 from the code values on.
+"""Converting between decoded video frames and RGB tensors, in float32 from the code values on.
 
 libswscale only changes the memory layout of a frame (packed to planar, big to little endian). The colour matrix, the
 range and the chroma positions are applied here: swscale's 16-bit RGB is up to one 8-bit level too dark (measured with
-PyAV 18.1: white comes out as 65280 of 65535), and PyAV 14.2 loses the source range on the way.
+PyAV 18.1: white comes out as 65280 of 65535), and PyAV 14.2 loses the source's range.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from av.video.plane import VideoPlane
 from torch import Tensor
 
 # ITU-T H.273 code points, as FFmpeg's AVColorSpace / AVColorPrimaries / AVColorTransferCharacteristic number them.
-MATRIX_RGB, MATRIX_BT709, MATRIX_UNSPECIFIED, MATRIX_BT601, MATRIX_BT2020 = 0, 1, 2, 6, 9
+MATRIX_BT709, MATRIX_BT601, MATRIX_BT2020 = 1, 6, 9
 PRIMARIES_BT709, PRIMARIES_UNSPECIFIED, PRIMARIES_BT2020 = 1, 2, 9
 TRANSFER_BT709, TRANSFER_UNSPECIFIED = 1, 2
 RANGE_LIMITED, RANGE_FULL = 1, 2
@@ -41,7 +41,7 @@ _CHROMA_STEPS = {"444": (1, 1), "440": (1, 2), "422": (2, 1), "420": (2, 2), "41
 
 @dataclass(frozen=True)
 class ColourTags:
-    """How RGB was, or shall be, written as YUV: H.273 code points for matrix, primaries and transfer."""
+    """How RGB was or will be written as YUV: H.273 code points for matrix, primaries and transfer."""
 
     matrix: int = MATRIX_BT709
     primaries: int = PRIMARIES_BT709
@@ -53,8 +53,8 @@ class PixelLayout:
     """A planar pixel format that this module reads and writes plane by plane.
 
     Attributes:
-        planes: the frame's plane of each of (Y, Cb, Cr), of (R, G, B), or of (Y,)
-        x_step, y_step: luma samples per chroma sample
+        planes: index of the frame's plane for each of (Y, Cb, Cr), (R, G, B) or (Y,).
+        x_step, y_step: luma samples per chroma sample.
     """
 
     name: str
@@ -107,7 +107,7 @@ def has_alpha(frame: av.VideoFrame) -> bool:
 
 
 def matrix_of(frame: av.VideoFrame) -> int:
-    """The frame's YUV matrix; where the file does not say: BT.709 from 720 lines on, else BT.601, as players do."""
+    """The frame's YUV matrix; if the file does not say, BT.709 from 720 lines on and else BT.601, as players do."""
     matrix = int(frame.colorspace)
     if matrix in LUMA_WEIGHTS:
         return matrix
@@ -115,7 +115,7 @@ def matrix_of(frame: av.VideoFrame) -> int:
 
 
 def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
-    """A decoded frame as HWC float32 RGB 0..1 on the CPU; alpha is dropped, nothing is rotated."""
+    """Converts a decoded frame to HWC float32 RGB 0..1 on the CPU; alpha is dropped, nothing is rotated."""
     frame, layout = _as_planar(frame)
     if layout is None:
         packed = frame.to_ndarray()
@@ -128,7 +128,7 @@ def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
     luma = _luma_from_codes(planes[0], layout.bits, full_range)
     if layout.kind == "grey":
         return luma.clamp_(0, 1).unsqueeze(-1).repeat(1, 1, 3)
-    # JPEG's chroma samples lie between the luma columns, those of MPEG-2 and everything after it on the even ones.
+    # JPEG's chroma samples lie between luma columns, those of MPEG-2 and everything after it on the even ones.
     centred = layout.name.startswith("yuvj")
     cb, cr = (
         _upsample_chroma(_chroma_from_codes(plane, layout.bits, full_range), layout, luma.shape, centred)
@@ -144,9 +144,10 @@ def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
 
 
 def rgb_to_frame(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> av.VideoFrame:
-    """HWC float RGB 0..1 as a frame of `pixel_format`, each code value rounded to the nearest (limited range for YUV).
+    """Converts HWC float RGB 0..1 to a frame of `pixel_format`, rounding code values (limited range for YUV).
 
-    Raises ValueError for a format that `can_hold` refuses.
+    Raises:
+        ValueError: `can_hold` refuses the format.
     """
     height, width, _ = rgb.shape
     if not can_hold(pixel_format, width, height):
@@ -179,7 +180,7 @@ def rgb_to_frame(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> 
 
 
 def _as_planar(frame: av.VideoFrame) -> tuple[av.VideoFrame, PixelLayout | None]:
-    """The frame in a layout known here, or (packed rgb24 / rgb48le, None): bytes are moved, no matrix is applied."""
+    """The frame in a layout known here, or (packed rgb24 / rgb48le, None); bytes are moved, no matrix is applied."""
     layout = pixel_layout(frame.format.name)
     if layout is not None:
         return frame, layout
@@ -200,7 +201,7 @@ def _as_planar(frame: av.VideoFrame) -> tuple[av.VideoFrame, PixelLayout | None]
 
 
 def _plane_bytes(plane: VideoPlane) -> np.ndarray:
-    """A view of the plane's memory, one row per line and as wide as the line's padding makes it."""
+    """A view of the plane's memory, one row per line, padding included."""
     buffer = np.frombuffer(plane, dtype=np.uint8)  # pyright: ignore  a buffer, which PyAV's stub does not say
     return buffer.reshape(-1, plane.line_size)
 
@@ -256,7 +257,7 @@ def _interpolate(chroma: Tensor, dim: int, step: int, length: int, centred: bool
 
 
 def _downsample_chroma(chroma: Tensor, layout: PixelLayout) -> Tensor:
-    """Mean of the rows, [1 2 1]/4 around the even columns (chroma lies on them); edges repeat."""
+    """Averages rows, and filters columns with [1 2 1]/4 around the even ones, where chroma lies; edges repeat."""
     if layout.y_step > 1:
         chroma = chroma.unflatten(0, (-1, layout.y_step)).mean(dim=1)
     if layout.x_step == 2:

@@ -1,8 +1,7 @@
 """Reading clips: frames come out upright, in RGB float32, one at a time, each with its time.
 
-A `Clip` is a description; it holds no open file. Every call of `frames_with_times` opens the source for itself and
-closes it when it is left, so the memory of a run does not depend on the clip's length and two readers do not disturb
-each other.
+A `Clip` is a description and holds no open file. Every call of `frames_with_times` opens the source for itself and
+closes it at the end, so memory does not depend on the clip's length and two readers do not disturb each other.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from .source import DamagedVideoError, Source, VideoError, open_container, sourc
 log = logging.getLogger("steadyvsr.video")
 
 DEFAULT_FRAME_RATE = Fraction(24)
-# A header's duration is rounded: only a clip that ends more than this many frames before it counts as cut off.
+# A header's duration is rounded: a clip counts as cut off only if it ends more than this many frames earlier.
 END_TOLERANCE_FRAMES = Fraction(5, 2)
 
 
@@ -49,17 +48,17 @@ class Clip:
     """One video stream (and the audio beside it) of a file, an in-memory file or an image sequence.
 
     Attributes:
-        width, height: of the upright frames, after the display rotation
-        frame_rate: the average, frames per second
-        time_base: seconds per tick of the source's timestamps
-        frame_count: the header's claim, within the window; None where it makes none
-        duration: seconds of the window, as the header claims; None where unknown
-        start, window: the part asked for, seconds; window None = to the end
-        sample_aspect_ratio: width / height of one upright pixel
-        rotation: degrees clockwise that the stored frames are turned by to be upright
-        damaged: "raise" or "keep", as given to `open_clip`
-        images: the files of an image sequence; empty for a video
-        notes: what a user should be told (alpha dropped, interlaced, …)
+        width, height: of the upright frames, after the display rotation.
+        frame_rate: the average, frames per second.
+        time_base: seconds per tick of the source's timestamps.
+        frame_count: frames within the window according to the header; None if it does not say.
+        duration: seconds of the window according to the header; None if unknown.
+        start, window: the part asked for, in seconds; window None = to the end.
+        sample_aspect_ratio: width / height of one upright pixel.
+        rotation: degrees clockwise by which the stored frames are turned to be upright.
+        damaged: "raise" or "keep", as given to `open_clip`.
+        images: the files of an image sequence; empty for a video.
+        notes: what a user should be told (alpha dropped, interlaced, …).
     """
 
     source: Source
@@ -82,16 +81,17 @@ class Clip:
     notes: tuple[str, ...] = ()
 
     def frames(self) -> Iterator[Tensor]:
-        """Each frame in order: HWC float32 RGB 0..1. Errors as in `frames_with_times`."""
+        """Yields each frame in order: HWC float32 RGB 0..1. Raises like `frames_with_times`."""
         for frame, _ in self.frames_with_times():
             yield frame
 
     def frames_with_times(self) -> Iterator[tuple[Tensor, Fraction]]:
-        """Each frame with its time in seconds from the start of the window, strictly increasing.
+        """Yields each frame with its time in seconds from the start of the window, strictly increasing.
 
-        Raises DamagedVideoError behind the good frames if the file ends before its header says, or at a frame that
-        cannot be decoded; with damaged="keep" such frames are left out and logged instead. Raises VideoError if the
-        picture size changes on the way.
+        Raises:
+            DamagedVideoError: after the good frames, if the file ends earlier than its header says or a frame cannot be
+                decoded; with damaged="keep" such frames are skipped and logged instead.
+            VideoError: the size of the picture changes.
         """
         if self.images:
             size, keep = (self.height, self.width), self.damaged == "keep"
@@ -101,9 +101,9 @@ class Clip:
             yield from _read(self, container)
 
     def verify(self) -> None:
-        """Reads through the file once without decoding; raises DamagedVideoError if it is cut off or unreadable.
+        """Reads through the file without decoding; raises DamagedVideoError if it is cut off or unreadable.
 
-        Minutes of disk reading at most, against hours of upscaling that would otherwise end in the same message.
+        Takes minutes of disk reading at most, before hours of upscaling that would end in the same message.
         """
         if self.images:
             images.verify_images(self.images)
@@ -131,13 +131,20 @@ def open_clip(
     frame_rate: Fraction | None = None,
     damaged: str = "raise",
 ) -> Clip:
-    """Looks at a video file, a binary file object, an image, a folder of images or a pattern (`s_%04d.png`, `*.png`).
+    """Describes a video file, a binary file object, an image, a folder of images or a pattern (`s_%04d.png`, `*.png`).
 
-    start, duration: the window in seconds (duration None or 0 = to the end). frame_rate: of an image sequence (default
-    24); a video keeps its own. damaged: "raise" or "keep" (deliver what can be decoded, log the rest).
+        clip = open_clip("in.mp4", start=10, duration=5)
+        for frame, time in clip.frames_with_times(): ...
 
-    Raises FileNotFoundError, PermissionError, VideoError (empty, text, audio only, no frames) and ValueError for
-    options out of range; each message names the file.
+    Args:
+        start, duration: the window in seconds; a duration of None or 0 means to the end.
+        frame_rate: of an image sequence (default 24); a video keeps its own.
+        damaged: "raise", or "keep" to deliver what can be decoded and log the rest.
+
+    Raises:
+        FileNotFoundError, PermissionError: the source is not there or cannot be read.
+        VideoError: it is empty, text, audio only or without frames. Every message names the file.
+        ValueError: an option is out of range.
     """
     name = source_name(source)
     if damaged not in ("raise", "keep"):
@@ -205,7 +212,7 @@ def _describe(source, name, container: InputContainer, begin, window, damaged) -
 
 
 def _picture_stream(name: str, container: InputContainer) -> VideoStream:
-    """The first stream of moving pictures: a cover in a music file is a video stream only by name."""
+    """The first stream of moving pictures: the cover of a music file is a video stream in name only."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         kinds = sorted({s.type for s in container.streams}) or ["nothing"]
@@ -237,7 +244,7 @@ def _first_frame(name: str, container: InputContainer, stream) -> av.VideoFrame:
 
 
 def time_origin(container: InputContainer) -> Fraction:
-    """The container's time of 0 s: MPEG-TS starts anywhere; audio priming before 0 is not a shift of the picture."""
+    """The container's time that counts as 0 s: MPEG-TS starts anywhere, and audio priming before 0 shifts nothing."""
     starts = [
         s.start_time * s.time_base
         for s in container.streams
@@ -247,7 +254,7 @@ def time_origin(container: InputContainer) -> Fraction:
 
 
 def _header_end(container: InputContainer, stream) -> Fraction | None:
-    """When the video ends by its header, on the stream's own clock; None where no header says so."""
+    """When the video ends according to its header, on the stream's own clock; None if no header says so."""
     begin = (stream.start_time or 0) * stream.time_base
     if container.format.name == "avi" and stream.frames:
         return begin + stream.frames * stream.time_base  # its duration is re-estimated when the file is short
@@ -263,7 +270,7 @@ def _header_end(container: InputContainer, stream) -> Fraction | None:
 
 
 class _Progress:
-    """How far a pass through the packets has come, against what the header promised."""
+    """How far a pass through the packets has come, compared with what the header promised."""
 
     def __init__(self, clip: Clip, container: InputContainer, stream):
         self.name, self.rate, self.window_end = clip.name, clip.frame_rate, None
@@ -287,7 +294,7 @@ class _Progress:
         if packet.pts is not None:
             step = packet.duration * packet.time_base if packet.duration else 1 / self.rate
             self.end = max(self.end, packet.pts * packet.time_base + step)
-            # Packets come in decoding order: one a second past the window means all of the window was seen.
+            # Packets come in decoding order: one that is a second past the window means that all of it was seen.
             dts = packet.dts if packet.dts is not None else packet.pts
             self.past_window = self.window_end is not None and dts * packet.time_base > self.window_end + 1
 
@@ -351,10 +358,10 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
 
 
 def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) -> Iterator[av.VideoFrame]:
-    """Decoded frames in display order; damage is raised where it shows, or logged where asked to keep.
+    """Yields decoded frames in display order; damage is raised where it shows, or logged with damaged="keep".
 
-    Raising leaves out up to a handful of good frames that the decoder still holds back for reordering: with several
-    decoding threads they can lie behind the damage already.
+    Raising loses up to a handful of good frames that the decoder holds back for reordering: with several decoding
+    threads they may already come from behind the damage.
     """
     packets = container.demux(stream)
     first_problem: str | None = None

@@ -1,4 +1,4 @@
-"""Opening what a user points at: names for messages, and containers that never reach beyond the file itself."""
+"""Opening what a user points at: names for messages, and containers that read nothing beyond the file itself."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _IO_BUFFER_BYTES = 1 << 18
 
 
 class VideoError(ValueError):
-    """A video that cannot be read or written as asked; the message names the file, what was expected and what came."""
+    """A video cannot be read or written as asked; the message names the file, what was expected and what came."""
 
 
 class DamagedVideoError(VideoError):
-    """A video that ends early or holds data that cannot be decoded.
+    """A video ends early or holds data that cannot be decoded.
 
     Attributes:
-        frames_read: good frames delivered before the error; None where nothing was decoded (`Clip.verify`)
+        frames_read: good frames delivered before the error; None where nothing was decoded (`Clip.verify`).
     """
 
     def __init__(self, message: str, frames_read: int | None = None):
@@ -35,7 +35,7 @@ class DamagedVideoError(VideoError):
 
 
 class _SharedFile(io.RawIOBase):
-    """A read position of its own on a file object that others read too; nothing is copied, the file stays open."""
+    """A separate read position on a file object that others also read; nothing is copied, the file stays open."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -66,7 +66,7 @@ class _SharedFile(io.RawIOBase):
 
 
 def source_name(source: Source) -> str:
-    """How messages call the source: its file name, or that it is in memory."""
+    """What messages call the source: its file name, or that it is in memory."""
     if isinstance(source, (str, Path)):
         return Path(source).name
     name = getattr(source, "name", None)
@@ -74,7 +74,7 @@ def source_name(source: Source) -> str:
 
 
 def source_bytes(source: Source) -> int:
-    """Size of the source. Raises FileNotFoundError or VideoError for what is no file."""
+    """Size of the source. Raises FileNotFoundError, or VideoError if it is no file."""
     if not isinstance(source, (str, Path)):
         if not (hasattr(source, "seek") and source.seekable()):
             raise VideoError(
@@ -90,10 +90,12 @@ def source_bytes(source: Source) -> int:
 
 
 def open_container(source: Source) -> InputContainer:
-    """An opened container, at its start. The caller closes it.
+    """Opens a container at its start; the caller closes it.
 
-    Raises FileNotFoundError for a missing file, PermissionError for an unreadable one, VideoError for an empty file or
-    one that is no video.
+    Raises:
+        FileNotFoundError: there is no such file.
+        PermissionError: it cannot be read.
+        VideoError: it is empty, or no video.
     """
     name = source_name(source)
     if source_bytes(source) == 0:
@@ -110,7 +112,7 @@ def open_container(source: Source) -> InputContainer:
 
 
 def _what_it_is(source: Source) -> str:
-    """A guess from the first bytes, for the message only."""
+    """A guess from the first bytes, for messages."""
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             head = file.read(512)

@@ -1,4 +1,4 @@
-"""Sound that is samples, not a file: encoded as AAC beside the pictures."""
+"""Sound given as samples instead of a file: encoded as AAC beside the pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 BITS_PER_SECOND = 192_000
 CHUNK_SAMPLES = 1 << 16
-"""Samples handed to the encoder at a time: bounds what it copies."""
+"""Samples passed to the encoder at a time, which bounds what it copies."""
 
 _LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -30,13 +30,13 @@ class Waveform:
 
 
 class WaveformEncoder:
-    """A waveform on its way into an output container; used like `audio.AudioCopy`.
+    """Encodes a waveform into an output container; used like `audio.AudioCopy`.
 
     Attributes:
         notes: what a user should be told (a rate that AAC does not have).
 
     Raises:
-        ValueError: a number of channels that has no loudspeaker layout.
+        ValueError: there is no loudspeaker layout for the number of channels.
     """
 
     def __init__(self, waveform: Waveform, output: OutputContainer):
@@ -57,7 +57,7 @@ class WaveformEncoder:
         self._done = False
 
     def advance(self, until: Fraction | None) -> None:
-        """Writes the samples before `until` seconds; None: all that is left."""
+        """Writes the samples before `until` seconds; None writes all that are left."""
         end = self._count if until is None else min(self._count, round(until * self._waveform.rate))
         while self._written < end:
             stop = min(end, self._written + CHUNK_SAMPLES)

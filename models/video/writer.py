@@ -24,18 +24,18 @@ from .waveform import Waveform, WaveformEncoder
 CONTAINERS = {
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
 }  # fmt: skip
-# Where compression is hard to see; the scales differ. Codecs that are not listed have no such setting.
+# Where compression is hard to see; the scales differ. Codecs not listed here have no such setting.
 _DEFAULT_CRF = {"libx264": 16, "libx265": 18, "libvpx-vp9": 22, "libsvtav1": 22}
 _CHOICES_8_BIT = ("yuv420p", "yuv422p", "yuv444p")
 _CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
 _LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
-"""By codec: formats for ten bits and for eight, RGB so that nothing at all is lost."""
+"""By codec: formats for ten bits and for eight, in RGB so that nothing is lost."""
 _IO_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the pictures are encoded: the answer of `choose_encoding`."""
+    """How the pictures are encoded, as decided by `choose_encoding`."""
 
     container: str
     codec: str
@@ -53,11 +53,15 @@ def choose_encoding(
     ten_bit: bool = False,
     pixel_format: str | None = None,
 ) -> Encoding:
-    """Container by the file's ending, codec, pixel format (4:2:0; 4:4:4 where the size is odd) and quality.
+    """Chooses container (by the file's ending), codec, pixel format (4:2:0; 4:4:4 for odd sizes) and quality.
 
-    codec None: VP9 for .webm, else H.264 (H.265 for ten bits, which few players show as H.264). crf None: a default.
-    Raises ValueError that names the file for an unknown ending, an absent encoder, or a size the encoder cannot hold
-    (naming the next even size); nothing is ever cropped.
+    Args:
+        codec: None means VP9 for .webm, else H.264 (H.265 for ten bits, which few players show as H.264).
+        crf: None means a default.
+
+    Raises:
+        ValueError: the ending is unknown, there is no such encoder, or it cannot hold the size; nothing is ever
+            cropped. The message names the file, and the next even size where that helps.
     """
     name = Path(path).name
     container = CONTAINERS.get(Path(path).suffix.lower())
@@ -109,31 +113,33 @@ def _pixel_format(codec: str, offered: list[str], width: int, height: int, ten_b
 
 
 class ClipWriter:
-    """Encodes frames into `path`, which appears (or is replaced) only when the clip is complete.
+    """Encodes frames into `path`, which is created or replaced only when the clip is complete.
 
         with ClipWriter("out.mp4", 1920, 1080, clip.frame_rate, audio=clip) as writer:
             for frame, time in frames:
                 writer.write(frame, time)
 
     The file grows as `out.mp4.part`; leaving the block by an exception removes it. Colours are BT.709 (BT.2020 for a
-    source in those primaries), limited range, tagged as such. Sound of `audio` is copied packet by packet, or
-    re-encoded with a note where the container cannot hold it.
+    source in those primaries), limited range, tagged as such. Sound is copied packet by packet, or re-encoded with a
+    note if the container cannot hold it.
 
     Args:
-        frame_rate: frames per second; also the step of frames written without a time
-        time_base: seconds per tick; the source's keeps variable frame rates exact. None: 1 / frame_rate
-        audio: the clip whose sound, within its window, goes along; or samples, which become AAC
-        colour: primaries and transfer to tag, as `Clip.colour` tells them
-        sample_aspect_ratio: width / height of one pixel
-        codec, crf, ten_bit, pixel_format: see `choose_encoding`
+        frame_rate: frames per second; also the step of frames written without a time.
+        time_base: seconds per tick; the source's keeps variable frame rates exact. None: 1 / frame_rate.
+        audio: a clip, whose sound within its window goes along, or samples, which become AAC.
+        colour: primaries and transfer to tag, as in `Clip.colour`.
+        sample_aspect_ratio: width / height of one pixel.
+        codec, crf, ten_bit, pixel_format: see `choose_encoding`.
 
     Attributes:
-        frames_written: so far
-        encoding: what was chosen
-        notes: what a user should be told
+        frames_written: so far.
+        encoding: what was chosen.
+        notes: what a user should be told.
 
-    Raises ValueError for what the container or codec cannot hold, FileExistsError for an existing path without `force`,
-    and OSError with the path and the reason (unwritable folder, full disk); in every case nothing under `path` changes.
+    Raises:
+        ValueError: the container or codec cannot hold this.
+        FileExistsError: `path` exists, without `force`.
+        OSError: an unwritable folder, a full disk, …, with the path and the reason. Nothing under `path` ever changes.
     """
 
     def __init__(
@@ -220,10 +226,13 @@ class ClipWriter:
             self.finish()
 
     def write(self, frame: Tensor, time: Fraction | None = None) -> None:
-        """Encodes one frame, HWC float RGB 0..1 (values beyond are clamped; code values are rounded, not cut off).
+        """Encodes one frame, HWC float RGB 0..1; values beyond are clamped, code values are rounded.
 
-        time: seconds from the start; None: one step of the frame rate after the frame before.
-        Raises ValueError for a wrong shape, NaN, or a time that does not come after the last one.
+        Args:
+            time: seconds from the start; None: one step of the frame rate after the last frame.
+
+        Raises:
+            ValueError: a wrong shape, NaN, or a time that is not after the last one.
         """
         check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
         if time is not None:
@@ -245,7 +254,7 @@ class ClipWriter:
     def finish(self, to: str | Path | None = None) -> Path:
         """Writes what the encoder still holds and the rest of the sound, and gives the file its name.
 
-        to: another name than the one given at first (a damaged source's readable part). Returns the path.
+        With `to` it gets that name instead (for the readable part of a damaged source). Returns the path.
         """
         try:
             if not self.frames_written:
@@ -265,13 +274,13 @@ class ClipWriter:
         return path
 
     def abort(self) -> None:
-        """Removes what was written so far; whatever lies under `path` stays as it was. Harmless after `finish`."""
+        """Removes what was written so far and leaves `path` as it was. Does nothing after `finish`."""
         if self._closed:
             return
         self._closed = True
         if self._audio is not None:
             self._audio.close()
-        # Closing writes the trailer of a file that is removed in the next line.
+        # Closing writes the trailer of a file that the next line removes.
         with contextlib.suppress(FFmpegError, OSError, ValueError):
             self._container.close()
         self._part.discard()

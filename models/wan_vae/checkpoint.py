@@ -1,4 +1,4 @@
-"""Reads a Wan 2.1 VAE from one file."""
+"""Loading a Wan 2.1 VAE from one file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ def load_wan_vae(
     device: str | torch.device = "cpu",
     operations=cast_on_use,
 ) -> WanVAE:
-    """A `WanVAE` with the weights of a .safetensors or .pth file, in `dtype` (None: as stored) on `device`.
+    """Loads a `WanVAE` from a .safetensors or .pth file, in `dtype` (None: as stored) on `device`.
+
+        vae = load_wan_vae("Wan2.1_VAE.pth", torch.bfloat16, "cuda")
 
     Raises:
-        CheckpointError (a ValueError): no such file, not a Wan 2.1 VAE, damaged, holding NaN, or a pickle that holds
-            more than tensors.
+        CheckpointError (a ValueError): there is no such file, it is not a Wan 2.1 VAE, is damaged, holds NaN, or is a
+            pickle of more than tensors.
     """
     file = WeightFile.open(path)
     try:
-        vae = WanVAE.from_state_dict(file.entries, operations)  # names and shapes, before a weight is read
+        vae = WanVAE.from_state_dict(file.entries, operations)  # checks names and shapes before any weight is read
     except ValueError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     sd = strip_prefix(dict(file.read(file.entries, dtype, device)))

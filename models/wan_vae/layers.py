@@ -1,11 +1,11 @@
 """The building blocks of the Wan 2.1 VAE: causal convolutions over time, and the cache they share.
 
-Nothing here remembers a frame. A clip that arrives in chunks carries its past in a `CausalCache`, which the caller
-owns. All tensors are NCTHW.
+Nothing here remembers a frame. A clip that arrives in chunks carries its past in a `CausalCache` owned by the caller.
+All tensors are NCTHW.
 
-Every layer computes one area of its output frame, which may be all of it: it is given the area of its input that
-`reads` names, and crops what the zeros beyond a tile's inner edges have spoiled. A tile computed so is the same part of
-the frame computed whole.
+Every layer computes one area of its output frame, possibly all of it. It is given the area of its input that `reads`
+names, and crops what zero padding at a tile's inner edges has spoiled. So a tile equals the same part of the whole
+frame.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import to_like
-from .areas import Area, Interval
+from ..operations import owned, to_like
+from ..tiling.areas import Area, Interval
 
 ATTENTION_SCORES = 1 << 22
-"""Attention is computed for as many queries at a time: a kernel without a fused path would need tokens² numbers."""
+"""Scores computed at a time: an attention kernel without a fused path would hold tokens² of them."""
 
 PIXEL_FRAMES = 2
-"""Frames at full resolution that are computed at once."""
+"""Frames computed at once at full resolution."""
 
 
 class CausalCache:
     """What the temporal convolutions of one network keep of one clip: the last input frames of each, in calling order.
 
-    `frames` is a queue: in a chunk every convolution takes its past from the front and puts its new past at the end, so
-    that after the chunk the queue stands as before. It changes in place, which lets the old past of a layer be released
-    as soon as that layer has run. Every tensor owns its storage exactly, on `device` (None: where it is made).
+    `frames` is a queue: in each chunk every convolution takes its past from the front and puts its new past at the end,
+    so the order is the same after the chunk. It changes in place, so that a layer's old past is released as soon as the
+    layer has run. Every tensor owns exactly its storage, on `device` (None: where it is made).
 
-    `pixels` is a queue of its own for the layers at full resolution, which see fewer frames at a time than a chunk has.
+    `pixels` is a separate queue for the layers at full resolution, which see fewer frames at a time than a chunk has.
     """
 
     def __init__(self, device: torch.device | None = None, with_pixels: bool = True) -> None:
@@ -47,7 +48,7 @@ class CausalCache:
         self._last = False
 
     def copy(self, device: torch.device | None = None) -> CausalCache:
-        """A cache of its own over the same tensors; with `device`, over tensors that lie there, now and later."""
+        """An independent cache over the same tensors; with `device`, it rests there from now on."""
         copied = CausalCache(device or self.device, with_pixels=False)
         copied.pixels = copied if self.pixels is self else self.pixels.copy(device)
         copied.frames.extend(frames if device is None else frames.to(device) for frames in self.frames)
@@ -56,10 +57,10 @@ class CausalCache:
 
     @contextmanager
     def chunk(self, last: bool = False) -> Iterator[None]:
-        """One pass of the network over one chunk. With `last` nothing is kept of it and the cache is used up.
+        """Surrounds one pass of the network over a chunk. After the `last` one nothing is kept and the cache has ended.
 
         Raises:
-            RuntimeError: the cache was used up, or an exception interrupted its last chunk.
+            RuntimeError: the cache has ended, or an exception interrupted its last chunk.
         """
         if not self._usable:
             raise RuntimeError(
@@ -78,28 +79,28 @@ class CausalCache:
         self.started = True
 
     def pieces(self, x: Tensor) -> Iterator[Tensor]:
-        """The frames of one chunk two by two, each with `pixels` ready for it."""
+        """The frames of one chunk, two at a time, each time with `pixels` ready for them."""
         pieces = x.split(PIXEL_FRAMES, dim=2)
         for i, piece in enumerate(pieces):
             with self.pixels.chunk(last=self._last and i == len(pieces) - 1):
                 yield piece
 
     def take(self) -> Tensor | None:
-        """The past of the convolution that runs now; None in a clip's first chunk."""
+        """The past of the current convolution; None in a clip's first chunk."""
         return self.frames.popleft() if self.started else None
 
     def put(self, past: Tensor, zeros: int = 0) -> None:
-        """Keeps a copy, with so many frames of zeros before it."""
+        """Keeps a copy, preceded by `zeros` frames of zeros."""
         if not self._last:
-            kept = F.pad(past, (0, 0, 0, 0, zeros, 0)) if zeros else past.clone(memory_format=torch.contiguous_format)
+            kept = F.pad(past, (0, 0, 0, 0, zeros, 0)) if zeros else owned(past)
             self.frames.append(kept if self.device is None else kept.to(self.device))
 
 
 def with_past(x: Tensor, cache: CausalCache) -> Tensor:
     """The two frames before `x`, then `x`: the input of a convolution that spans three frames.
 
-    Before a clip there is nothing: `causal` takes the zeros there as read. Callers rebind their own `x` to the result
-    before they convolve: at full resolution every name that outlives its use is hundreds of megabytes.
+    At the start of a clip nothing is prepended: `causal` accounts for the zeros there. Callers rebind their own `x` to
+    the result before they convolve: at full resolution, a name that outlives its use costs hundreds of megabytes.
     """
     past = cache.take()
     if past is None:
@@ -112,9 +113,9 @@ def with_past(x: Tensor, cache: CausalCache) -> Tensor:
 
 
 def causal(conv, x: Tensor, frames: int) -> Tensor:
-    """The last `frames` frames of a convolution over time, of which the first may reach back to before the clip.
+    """Convolves over time and returns `frames` frames, the first of which may reach back to before the clip.
 
-    A clip's first chunk is one frame: the taps of the kernel that would meet zeros are left out.
+    For a first chunk of one frame, the taps of the kernel that would meet zeros are left out.
     """
     if x.shape[2] == frames:
         if frames == 1:
@@ -124,7 +125,7 @@ def causal(conv, x: Tensor, frames: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """Every pixel scaled to root mean square `gamma` over its channels; the norm is taken in fp32 at least."""
+    """Scales each pixel to root mean square `gamma` over its channels; the norm is computed in fp32 at least."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     scale = x.shape[1] ** 0.5 / norm.clamp_min(1e-12)
     scale = scale.clamp_max(torch.finfo(x.dtype).max).to(x.dtype)  # a black pixel stays 0 in fp16: no 0 * inf
@@ -143,7 +144,7 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, operations) -> None:
         super().__init__()
-        # the numbers of the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights
+        # Numbered like the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights.
         self.residual = nn.ModuleDict(
             {
                 "0": RMSNorm(channels_in, 3),
@@ -171,7 +172,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention among the pixels of each frame, which has to be there whole."""
+    """Single-head self-attention among the pixels of each frame, which must be whole."""
 
     def __init__(self, channels: int, operations) -> None:
         super().__init__()
@@ -184,14 +185,15 @@ class AttentionBlock(nn.Module):
 
     def _attend(self, frame: Tensor) -> Tensor:
         n, c, h, w = frame.shape
-        q, k, v = self.to_qkv(self.norm(frame)).view(n, 1, 3 * c, h * w).transpose(2, 3).contiguous().chunk(3, dim=-1)
+        qkv = rearrange(self.to_qkv(self.norm(frame)), "n c h w -> n 1 (h w) c").contiguous()
+        q, k, v = qkv.chunk(3, dim=-1)
         at_once = max(1, ATTENTION_SCORES // (h * w))
         blocks = [F.scaled_dot_product_attention(block, k, v) for block in q.split(at_once, dim=2)]
         return self.proj(torch.cat(blocks, dim=2).transpose(2, 3).reshape(n, c, h, w))
 
 
 class Upsample(nn.Module):
-    """Twice the height and width, half the channels; with `temporal` twice the frames, except the first."""
+    """Doubles height and width and halves the channels; with `temporal`, doubles the frames except the first."""
 
     def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
@@ -207,8 +209,8 @@ class Upsample(nn.Module):
             x = self._double_frames(self.time_conv, x, cache)
         n, c, t, _, _ = x.shape
         out = x.new_empty(n, c // 2, t, *area.shape)
-        enlarged = self.reads(area).doubled()
-        for i in range(t):  # frame by frame: the enlarged input has twice the elements of the output
+        enlarged = self.reads(area).scaled(2)
+        for i in range(t):  # one frame at a time: the enlarged input has twice the elements of the output
             frame = self.resample["1"](F.interpolate(x[:, :, i], scale_factor=2, mode="nearest-exact"))
             out[:, :, i] = area.inside(frame, enlarged)
         return out
@@ -217,16 +219,16 @@ class Upsample(nn.Module):
     def _double_frames(time_conv: nn.Module, x: Tensor, cache: CausalCache) -> Tensor:
         n, c, t, h, w = x.shape
         if not cache.started:
-            # A first latent is one frame and passes undoubled. It is also forgotten: the network was trained with
-            # zeros, not this latent, before the second one (the marker "Rep" in the official cache).
+            # The first latent is one frame and is not doubled. It is also forgotten: in training, zeros came before the
+            # second latent, not the first one (the marker "Rep" in the official cache).
             cache.put(x.new_zeros(n, c, 2, h, w))
             return x
         x = causal(time_conv, with_past(x, cache), t)
-        return x.view(n, 2, c, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(n, c, 2 * t, h, w)
+        return rearrange(x, "n (two c) t h w -> n c (t two) h w", two=2)
 
 
 class Downsample(nn.Module):
-    """Half the height and width; with `temporal` half the frames, except the first."""
+    """Halves height and width; with `temporal`, halves the frames except the first."""
 
     def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
@@ -235,7 +237,7 @@ class Downsample(nn.Module):
 
     @staticmethod
     def reads(area: Area) -> Area:
-        """One pixel more to the right and below, where there is one: the kernel of three steps by two."""
+        """One pixel more to the right and below, if there is one: a kernel of 3 with a stride of 2."""
         return Area(*(Interval(2 * start, min(2 * stop + 1, 2 * n), 2 * n) for start, stop, n in area))
 
     def forward(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:

@@ -1,8 +1,8 @@
 """The Wan 2.1 video VAE: eight pixels and four frames to one latent, causal in time.
 
 The modules hold weights and nothing else, under the official state-dict keys. A clip may come whole or in chunks: both
-run the same passes over one latent frame at a time, so they agree bit for bit and memory does not grow with the clip.
-Device and dtype of the computation are those of the input.
+ways run the same passes, one latent frame at a time, so they agree bit for bit and memory does not grow with the clip.
+Everything is computed on the device and in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..operations import cast_on_use
-from .areas import Area
+from ..tiling.areas import Area
 from .layers import AttentionBlock, CausalCache, Downsample, ResidualBlock, RMSNorm, Upsample, causal, with_past
 from .state_dict import check_keys, read_sizes, strip_prefix
 
@@ -23,9 +23,9 @@ PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
 CHANNEL_MULTIPLES = (1, 2, 4, 4)
 LOCAL_DOWNSAMPLES, GLOBAL_UPSAMPLES = 9, 3
-"""Blocks of the encoder before its features have latent resolution; blocks of the decoder while they still have."""
+"""Blocks of the encoder before its features reach latent resolution, and of the decoder before they leave it."""
 PIXEL_DOWNSAMPLES, PIXEL_UPSAMPLES = 3, 11
-"""Blocks of the encoder that read pixels at full resolution; blocks of the decoder before they make them."""
+"""Blocks of the encoder that read full resolution, and of the decoder before it is reached."""
 
 # Mean and standard deviation of each latent channel over the training data (Wan 2.1, wan/modules/vae.py).
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -45,7 +45,7 @@ def middle_blocks(channels: int, operations) -> nn.ModuleList:
 
 
 def read_through(blocks: Any, area: Area) -> list[Area]:
-    """What each of some blocks (a slice of a ModuleList) reads so that the last one gives `area`; then `area`."""
+    """What each block (of a slice of a ModuleList) must read for the last one to give `area`; then `area` itself."""
     areas = [area]
     for block in reversed(blocks):
         areas.insert(0, block.reads(areas[0]))
@@ -58,7 +58,7 @@ def output_head(channels_in: int, channels_out: int, operations) -> nn.ModuleDic
 
 
 class Encoder(nn.Module):
-    """Frames to the moments of the latent distribution, in two stages: only the second one sees the whole frame."""
+    """Frames to the moments of the latent distribution, in two stages: only the second sees the whole frame."""
 
     def __init__(self, dim: int, moments: int, operations) -> None:
         super().__init__()
@@ -76,14 +76,14 @@ class Encoder(nn.Module):
         self.head = output_head(previous, moments, operations)
 
     def local_areas(self, area: Area) -> list[Area]:
-        """What the convolutions of the local stage read for one area of its features: the area of the frames first."""
+        """What each convolution of the local stage reads for one area of its features; first the area of the frames."""
         areas = read_through(self.downsamples[:LOCAL_DOWNSAMPLES], area)
         return [areas[0].grown(1), *areas]
 
     def local_stage(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
-        """One chunk of frames to an area of the features at latent resolution, by convolutions of limited reach only.
+        """One chunk of frames to an area of the features at latent resolution, by convolutions of limited reach.
 
-        Their reach is 29 pixels to the left and top, 36 to the right and bottom: `x` is `local_areas(area)[0]`.
+        They reach 29 pixels to the left and top, 36 to the right and bottom: `x` holds `local_areas(area)[0]`.
         """
         areas = self.local_areas(area)
         x = torch.cat([self._pixel_stage(piece, cache.pixels, areas) for piece in cache.pieces(x)], dim=2)
@@ -93,7 +93,7 @@ class Encoder(nn.Module):
         return x
 
     def _pixel_stage(self, x: Tensor, cache: CausalCache, areas: list[Area]) -> Tensor:
-        """The layers at full resolution, which hardly shrink and so decide how much memory all this takes."""
+        """The layers at full resolution, which decide how much memory encoding takes."""
         frames = x.shape[2]
         x = with_past(x, cache)
         x = areas[1].inside(causal(self.conv1, x, frames), areas[0])
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         return x
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Features at latent resolution to moments; holds the attention among all pixels of a frame."""
+        """Features at latent resolution to moments; includes the attention among all pixels of a frame."""
         frames, whole = x.shape[2], Area.whole(*x.shape[-2:])
         for block in [*self.downsamples[LOCAL_DOWNSAMPLES:], *self.middle]:
             x = block(x, cache, whole)
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to frames, in two stages: only the first one sees the whole frame."""
+    """Latents to frames, in two stages: only the first sees the whole frame."""
 
     def __init__(self, dim: int, z_dim: int, operations) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self.head = output_head(dim, 3, operations)
 
     def global_stage(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """One latent frame to features of the same size; holds the attention among all pixels of a frame."""
+        """One latent frame to features of the same size; includes the attention among all pixels of a frame."""
         frames, whole = x.shape[2], Area.whole(*x.shape[-2:])
         x = causal(self.conv1, with_past(x, cache), frames)
         for block in [*self.middle, *self.upsamples[:GLOBAL_UPSAMPLES]]:
@@ -142,13 +142,13 @@ class Decoder(nn.Module):
         return x
 
     def local_areas(self, area: Area) -> list[Area]:
-        """What the blocks of the local stage read for one area of the frames: the area of the features first."""
+        """What each block of the local stage reads for one area of the frames; first the area of the features."""
         return read_through(self.upsamples[GLOBAL_UPSAMPLES:], area.grown(1))
 
     def local_stage(self, x: Tensor, cache: CausalCache, area: Area) -> Tensor:
-        """Features to an area of the frames, by convolutions of limited reach only.
+        """Features to an area of the frames, by convolutions of limited reach.
 
-        Their reach is 50 pixels, that is 7 latents, to every side: `x` is `local_areas(area)[0]`.
+        They reach 50 pixels, that is 7 latents, to every side: `x` holds `local_areas(area)[0]`.
         """
         _, *areas = self.local_areas(area)
         inner = PIXEL_UPSAMPLES - GLOBAL_UPSAMPLES
@@ -177,7 +177,7 @@ class WanVAE(nn.Module):
     Args:
         dim: channels at full resolution (96 in the released weights).
         z_dim: latent channels.
-        with_encoder: False for weights that hold the decoder only; `encode` then raises.
+        with_encoder: False for weights of the decoder alone; `encode` then raises.
         latents_mean, latents_std: `z_dim` numbers each; normalised latents are (latents - mean) / std.
         operations: namespace with Conv2d and Conv3d, the latter with `autopad` as in `models.operations`.
 
@@ -212,15 +212,15 @@ class WanVAE(nn.Module):
 
     @classmethod
     def from_state_dict(cls, sd: Mapping[str, Tensor], operations=cast_on_use) -> WanVAE:
-        """A VAE with the tensors of `sd` as its weights (not copied); sizes are read from them.
+        """A VAE whose weights are the tensors of `sd`, not copied; sizes are read from them.
 
         Raises:
-            ValueError: missing, unexpected or misshapen keys (all are listed), or other than 16 latent channels.
+            ValueError: keys are missing, unexpected or misshapen (all are listed), or there are not 16 latent channels.
         """
         sd = strip_prefix(sd)
         dim, z_dim = read_sizes(sd)
         with_encoder = any(key.startswith(("encoder.", "conv1.")) for key in sd)
-        with torch.device("meta"):  # no memory and no initialisation for weights that are replaced at once
+        with torch.device("meta"):  # no memory and no initialisation for weights that are replaced anyway
             vae = cls(dim, z_dim, with_encoder, operations=operations)
         check_keys(vae, sd)
         vae.load_state_dict(sd, strict=True, assign=True)
@@ -228,13 +228,13 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """Whole clip to latents.
+        """Encodes a whole clip.
 
         Args:
             frames: NCTHW, -1..1, T = 4k+1, height and width multiples of 8.
 
         Returns:
-            Latents NCTHW, normalised: the mean of the distribution, (T-1)/4+1 frames, an eighth of the size.
+            Latents NCTHW, normalised: the mean of the distribution, (T-1)/4+1 frames at an eighth of the size.
 
         Raises:
             ValueError: wrong shape, or the weights have no encoder.
@@ -242,22 +242,22 @@ class WanVAE(nn.Module):
         return self._encode(frames, CausalCache(), whole=True)
 
     @torch.no_grad()
-    def encode_stream(self, frames: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
-        """The next frames of a clip to latents.
+    def encode_with_cache(self, frames: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+        """Encodes the next frames of a clip.
 
         Args:
             frames: NCTHW, -1..1; T = 4k+1 in the first call, 4k in later ones.
-            cache: None to begin a clip, then what the last call returned. Changed in place.
+            cache: None to start a clip, then the one returned by the last call. Changed in place.
 
         Returns:
-            Latents NCTHW, normalised, bit-equal to those of `encode` over the whole clip; and the cache.
+            Latents NCTHW, normalised and bit-equal to those of `encode` for the whole clip; and the cache.
         """
         cache = CausalCache() if cache is None else cache
         return self._encode(frames, cache, whole=False), cache
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Whole clip to frames.
+        """Decodes a whole clip.
 
         Args:
             latents: NCTHW, normalised, T ≥ 1.
@@ -271,21 +271,21 @@ class WanVAE(nn.Module):
         return self._decode(latents, CausalCache(), whole=True).clamp_(-1, 1)
 
     @torch.no_grad()
-    def decode_stream(self, latents: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
-        """The next latents of a clip to frames.
+    def decode_with_cache(self, latents: Tensor, cache: CausalCache | None = None) -> tuple[Tensor, CausalCache]:
+        """Decodes the next latents of a clip.
 
         Args:
             latents: NCTHW, normalised, T ≥ 1.
-            cache: None to begin a clip, then what the last call returned. Changed in place.
+            cache: None to start a clip, then the one returned by the last call. Changed in place.
 
         Returns:
-            Frames NCTHW, not clamped, 4T-3 in the first call and 4T in later ones; and the cache.
+            Frames NCTHW, not clamped, 4T-3 of them in the first call and 4T in later ones; and the cache.
         """
         cache = CausalCache() if cache is None else cache
         return self._decode(latents, cache, whole=False), cache
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Latents NCTHW as the encoder gives them, to mean 0 and deviation 1 per channel."""
+        """Brings latents NCTHW, as the encoder gives them, to mean 0 and deviation 1 per channel."""
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -298,20 +298,34 @@ class WanVAE(nn.Module):
         mean = like.new_tensor(self.latents_mean).view(1, -1, 1, 1, 1)
         return mean, like.new_tensor(self.latents_std).view(1, -1, 1, 1, 1)
 
-    def _encode(self, frames: Tensor, cache: CausalCache, whole: bool) -> Tensor:
-        if self.encoder is None or self.conv1 is None:
+    def check_frames(self, frames: Tensor, started: bool = False) -> None:
+        """Raises a ValueError unless these frames can be encoded: as a whole clip, or where a stream has `started`."""
+        if self.encoder is None:
             raise ValueError(
-                "Wan VAE: expected weights with an encoder; got a decoder alone. Load the complete Wan 2.1 VAE."
+                "Wan VAE: expected weights with an encoder; got a decoder alone. Load the whole Wan 2.1 VAE."
             )
         if frames.ndim != 5 or frames.shape[1] != 3:
             raise ValueError(f"Wan VAE: expected frames NCTHW with 3 channels; got shape {tuple(frames.shape)}.")
-        n, _, t, h, w = frames.shape
-        first = 0 if cache.started else 1
-        if t < 1 or (t - first) % FRAMES_PER_LATENT or h % PIXELS_PER_LATENT or w % PIXELS_PER_LATENT:
+        t, h, w = frames.shape[2:]
+        if t < 1 or (t - (not started)) % FRAMES_PER_LATENT or h % PIXELS_PER_LATENT or w % PIXELS_PER_LATENT:
             raise ValueError(
-                f"Wan VAE: expected {'4k+1' if first else '4k'} frames of a height and width that 8 divides; "
+                f"Wan VAE: expected {'4k' if started else '4k+1'} frames of a height and width that 8 divides; "
                 f"got {t} frames of {h}x{w}. Pad or crop the clip."
             )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raises a ValueError unless `decode` can take these latents."""
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
+            raise ValueError(
+                f"Wan VAE: expected latents NCTHW with {self.z_dim} channels and at least one frame; "
+                f"got shape {tuple(latents.shape)}."
+            )
+
+    def _encode(self, frames: Tensor, cache: CausalCache, whole: bool) -> Tensor:
+        self.check_frames(frames, cache.started)
+        assert self.encoder is not None and self.conv1 is not None
+        n, _, t, h, w = frames.shape
+        first = 0 if cache.started else 1
         count = first + (t - first) // FRAMES_PER_LATENT
         latents = frames.new_empty(n, self.z_dim, count, h // PIXELS_PER_LATENT, w // PIXELS_PER_LATENT)
         stop = 0
@@ -323,11 +337,7 @@ class WanVAE(nn.Module):
         return latents
 
     def _decode(self, latents: Tensor, cache: CausalCache, whole: bool) -> Tensor:
-        if latents.ndim != 5 or latents.shape[1] != self.z_dim or latents.shape[2] < 1:
-            raise ValueError(
-                f"Wan VAE: expected latents NCTHW with {self.z_dim} channels and at least one frame; "
-                f"got shape {tuple(latents.shape)}."
-            )
+        self.check_latents(latents)
         n, _, t, h, w = latents.shape
         count = FRAMES_PER_LATENT * t - (0 if cache.started else FRAMES_PER_LATENT - 1)
         frames = latents.new_empty(n, 3, count, h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT)

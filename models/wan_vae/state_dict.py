@@ -1,4 +1,4 @@
-"""State dicts of Wan 2.1 VAEs: where the official keys lie in them, and what is wrong with them."""
+"""State dicts of Wan 2.1 VAEs: finding the official keys in them, and naming what does not fit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-# Spellings under which packs and merged files store the official keys.
+# Under which packs and merged files store the official keys.
 PREFIXES = ("", "vae.", "first_stage_model.", "model.")
 
 
 def strip_prefix(sd: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`sd` under the official keys; a key without the prefix that the others have is left as it is.
+    """`sd` under the official keys; a key that lacks the prefix of the others is left as it is.
 
     Raises:
         ValueError: no Wan 2.1 VAE under any known prefix.
@@ -30,7 +30,7 @@ def read_sizes(sd: Mapping[str, Tensor]) -> tuple[int, int]:
     """(dim, z_dim) of the VAE with these official keys.
 
     Raises:
-        ValueError: the two tensors that tell are not convolutions over time.
+        ValueError: the two tensors that tell them are not convolutions over time.
     """
     head, latent = sd["decoder.head.2.weight"], sd["conv2.weight"]
     if head.ndim != 5 or latent.ndim != 5:

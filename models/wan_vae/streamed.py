@@ -1,4 +1,4 @@
-"""Latents to frames as they come, in tiles: the Wan decoder of FlashVSR's full path."""
+"""Decoding latents as they come, in tiles: the Wan decoder of FlashVSR's full path."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .areas import Area
+from ..tiling.areas import Area
 from .layers import CausalCache
 from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
 
 STREAM_TILE = 512
-"""Side in pixels. Every tile's past is kept from latent to latent, so smaller tiles would save little."""
+"""Side in pixels. Every tile's past is kept between latents, so smaller tiles would save little."""
 
 
 @dataclass
 class StreamCache:
-    """The past of one stream: of whole frames at latent resolution, and of each tile.
+    """The past of one stream: that of whole frames at latent resolution, and that of each tile.
 
     Attributes:
         device: where it rests; None: where it was computed.
@@ -31,17 +31,20 @@ class StreamCache:
         self.frame = CausalCache(self.device)
 
     def copy(self, device: torch.device | None = None) -> StreamCache:
-        """A cache of its own over the same tensors; with `device`, over tensors that lie there, now and later."""
+        """An independent cache over the same tensors; with `device`, it rests there from now on."""
         copied = StreamCache(device or self.device)
         copied.frame, copied.tiles = self.frame.copy(device), [tile.copy(device) for tile in self.tiles]
         return copied
 
 
 class StreamingDecoder:
-    """A Wan 2.1 VAE that decodes one latent after another, each in tiles, exactly as the whole frame.
+    """Decodes one latent after another, each in tiles, with the result of the whole frame.
+
+        decoder = StreamingDecoder(load_wan_vae("Wan2.1_VAE.pth"))
+        frames = upscale_frames(model, clip, vae=decoder)
 
     Args:
-        vae: the weights; they have to be on the device of the latents, or to follow their input.
+        vae: the weights, on the device of the latents or in layers that cast on use.
         tile: largest side of a tile in pixels.
     """
 
@@ -49,11 +52,11 @@ class StreamingDecoder:
         self.vae, self.tile = vae, tile
 
     def new_cache(self, device: torch.device | None = None) -> StreamCache:
-        """Starts a stream. With `device` its past rests there, and each layer brings its part when its turn comes."""
+        """Starts a stream. With `device`, its past rests there, and each layer fetches its part when its turn comes."""
         return StreamCache(device)
 
     def copy_cache(self, cache: StreamCache, device: torch.device | None = None) -> StreamCache:
-        """A cache that `decode_stream` may change in place of this one; with `device` it rests there from now on."""
+        """A copy for `decode_stream` to change instead of `cache`; with `device`, it rests there from now on."""
         return cache.copy(device)
 
     @torch.no_grad()
@@ -61,11 +64,11 @@ class StreamingDecoder:
         """Decodes the next latents of a stream.
 
         Args:
-            latents: NCTHW, normalised as the VAE has it.
-            cache: of the latents before; changed in place, and used up by an exception.
+            latents: NCTHW, normalised as the VAE expects.
+            cache: left by the latents before; changed in place, and no longer usable after an exception.
 
         Returns:
-            Frames NCTHW, nominally -1..1 and not clamped: 4T, or 4T - 3 at the start.
+            Frames NCTHW, nominally -1..1 and not clamped: 4T of them, or 4T - 3 at the start.
         """
         n, _, t, h, w = latents.shape
         height, width = h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT

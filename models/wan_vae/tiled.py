@@ -1,11 +1,11 @@
 """A clip through the Wan 2.1 VAE in tiles, with the result of the whole frame.
 
-Only the attention needs a whole frame, and it works at an eighth of the resolution. The stages at latent resolution
-therefore see whole frames, one latent at a time; the others see one tile at a time, with as many pixels around it as
-their convolutions reach, and carry the past of that tile from chunk to chunk. What lies between the stages waits on
-the CPU. Nothing is blended: each pixel is computed once, as in the whole frame.
+Only the attention needs a whole frame, and it works at an eighth of the resolution. So the stages at latent resolution
+see whole frames, one latent at a time. The others see one tile at a time, with as many pixels around it as their
+convolutions reach, and carry the past of that tile from chunk to chunk. What passes between the stages waits on the
+CPU. Nothing is blended: each pixel is computed once, as in the whole frame.
 
-Between two units nothing of a job lies on the device, and a unit that raised can be tried again.
+Between two units a job holds nothing on the device, and a unit that raised can be tried again.
 """
 
 from __future__ import annotations
@@ -14,68 +14,89 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from ..tiling.areas import Area
 from ..tiling.job import NotFinite, OnStep
-from .areas import Area
-from .layers import ATTENTION_SCORES, CausalCache
+from .layers import CausalCache
 from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
 
-PerChunk = Callable[[Tensor], Tensor]
-"""NCTHW to NCTHW, element by element; for what lies between a caller's numbers and the network's."""
+Elementwise = Callable[[Tensor], Tensor]
+"""NCTHW to NCTHW, element by element: between a caller's range of values and the network's."""
 
 RAM = torch.device("cpu")
-RELEASED_DIM = 96
 FRAME_CACHE_TILES = 16
-"""Frames of more pixels than so many tiles have keep their past in RAM: 33 kB for 64 pixels, which they would otherwise
-need on the device for as long as the clip lasts."""
-
-# Numbers alive at once at the released size (dim 96), counted on the meta device: `benchmarks.wan_tiles`.
-DECODE_TILE = ((0, 455), (73_800, 2525), (81_100, 3141))
-"""Of tiles of a clip of 1, 2, more latents: per pixel of the side, and of the area, of what is read."""
-ENCODE_TILE = ((0, 292), (0, 2060), (0, 2060))
-DECODE_FRAME, ENCODE_FRAME = (2720, 9632, 10432), (2688, 8896, 9664)
-"""Of the stages that see whole frames, per latent pixel; the first also where their past lies in RAM."""
+"""Frames larger than this many tiles keep their past in RAM: 33 kB per 64 pixels that would otherwise stay on the
+device for as long as the clip lasts."""
 
 
-def peak_bytes(vae: WanVAE, *, encodes: bool, latents: int, size: tuple[int, int], tile: int, itemsize: int) -> int:
-    """Bytes that a job will need on its device at most, beside the weights.
-
-    Args:
-        latents: of the clip, in time.
-        size: height and width of the frames in pixels.
-        itemsize: bytes of one number.
-    """
-    length = min(latents, 3) - 1
-    at_side, at_area = (ENCODE_TILE if encodes else DECODE_TILE)[length]
-    around = 65 if encodes else 14
-    height, width = (min(tile, side) + around for side in size)
-    of_tile = at_area * height * width + at_side * (height + width) // 2
-    in_ram = _is_large(size, tile)
-    per_latent = (ENCODE_FRAME if encodes else DECODE_FRAME)[0 if in_ram else length]
-    tokens = (size[0] // PIXELS_PER_LATENT) * (size[1] // PIXELS_PER_LATENT)
-    unfused = 3 * min(ATTENTION_SCORES, tokens**2)  # of attention by a kernel that writes its scores down
-    return (max(of_tile, per_latent * tokens) * vae.dim // RELEASED_DIM + unfused) * itemsize
-
-
-def _is_large(size: tuple[int, int], tile: int) -> bool:
+def is_large(size: tuple[int, int], tile: int) -> bool:
+    """Whether a job with tiles of this side keeps the past of frames of this height and width in RAM."""
     return size[0] * size[1] > FRAME_CACHE_TILES * tile**2
 
 
+def encode_tiled(vae: WanVAE, frames: Tensor, tile: int = 256) -> Tensor:
+    """Encodes a clip in tiles: what `WanVAE.encode` returns, up to rounding, in the memory of one tile.
+
+        latents = encode_tiled(vae, frames, tile=256)
+
+    Args:
+        vae: the weights, on the device of the frames or in layers that cast on use.
+        frames: NCTHW in -1..1, T = 4k+1, height and width multiples of 8; computed on their device, in their dtype.
+        tile: largest side of a tile in pixels; what the network reads around it is not counted.
+
+    Returns:
+        Latents NCTHW on the CPU, normalised, in fp32 at least.
+
+    Raises:
+        ValueError: wrong shape, or the weights have no encoder.
+        NotFinite: NaN or infinity came out. It names the tile.
+    """
+    vae.check_frames(frames)
+    return _result(TiledEncode(vae, frames, tile, device=frames.device, dtype=frames.dtype))
+
+
+def decode_tiled(vae: WanVAE, latents: Tensor, tile: int = 256) -> Tensor:
+    """Decodes latents in tiles: what `WanVAE.decode` returns, up to rounding, in the memory of one tile.
+
+        frames = decode_tiled(vae, latents, tile=256)
+
+    Args:
+        vae: the weights, on the device of the latents or in layers that cast on use.
+        latents: NCTHW, normalised; computed on their device, in their dtype.
+        tile: largest side of a tile in output pixels; what the network reads around it is not counted.
+
+    Returns:
+        Frames NCTHW on the CPU, clamped to -1..1, in fp32 at least, 4T - 3 of them.
+
+    Raises:
+        ValueError: wrong shape.
+        NotFinite: NaN or infinity came out. It names the tile.
+    """
+    vae.check_latents(latents)
+    return _result(TiledDecode(vae, latents, tile, device=latents.device, dtype=latents.dtype))
+
+
+def _result(job: TiledJob) -> Tensor:
+    while job.done < job.total:
+        job.advance(lambda: None)
+    return job.result
+
+
 def frame_chunks(latents: int) -> Iterator[tuple[int, int]]:
-    """First and last frame (exclusive) of each latent: one frame, then four by four."""
+    """Frames [first, last) of each latent: one frame, then four at a time."""
     yield 0, 1
     for i in range(1, latents):
         yield FRAMES_PER_LATENT * i - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT * i + 1
 
 
 class TiledJob(ABC):
-    """What encode and decode have in common; see `models.tiling.job.TileJob`.
+    """What encoding and decoding have in common: a `models.tiling.TileJob` whose units are tiles and whole frames.
 
     Attributes:
-        device, dtype: of the next unit.
-        tile: largest side of a tile in pixels; what the network reads around it is not counted.
-        result: NCTHW on the CPU.
+        tile: largest side of a tile in pixels of the frames; what the network reads around it is not counted.
+        result: NCTHW on the CPU, in fp32 at least.
     """
 
     result: Tensor
@@ -94,35 +115,31 @@ class TiledJob(ABC):
         self.device, self.dtype = torch.device(device), dtype
         self._clips, self._plane = clips, Area.whole(*size)
         self._wide = torch.promote_types(dtype, torch.float32)
-        self._clip = self._units_done = 0
+        self._clip = self.done = 0
         self._tiles = self._cut(self._plane)
         self._features: list[Tensor] = []
         self._whole_frames_done = False
 
     @property
-    def done(self) -> int:
-        return self._units_done
-
-    @property
     def total(self) -> int:
         left = len(self._clips) - self._clip
         if not left:
-            return self._units_done
+            return self.done
         others = (left - 1) * (len(self._cut(self._plane)) + 1)
-        return self._units_done + len(self._tiles) + (not self._whole_frames_done) + others
+        return self.done + len(self._tiles) + (not self._whole_frames_done) + others
 
     def cut(self, tile: int) -> None:
-        """Goes on in tiles of at most this side; those that are done stay done."""
+        """Goes on in tiles of at most this side; finished ones are kept."""
         self.tile = tile
         self._tiles = [part for area in self._tiles for part in self._cut(area)]
 
     @torch.no_grad()
     def advance(self, on_step: OnStep) -> None:
-        """One tile, or the stages that see the whole frame.
+        """Computes one tile, or the stages that see the whole frame.
 
         Raises:
-            NotFinite: the unit gave NaN or infinity.
-            RuntimeError: everything is done.
+            NotFinite: NaN or infinity came out.
+            RuntimeError: the job is done.
         """
         if self._clip == len(self._clips):
             raise RuntimeError("Tiled VAE: expected units left to compute; got a job that is done.")
@@ -132,7 +149,7 @@ class TiledJob(ABC):
         else:
             self._global(on_step)
             self._whole_frames_done = True
-        self._units_done += 1
+        self.done += 1
         if self._whole_frames_done and not self._tiles:
             self._clip, self._whole_frames_done = self._clip + 1, False
             self._features, self._tiles = [], self._cut(self._plane)
@@ -150,33 +167,27 @@ class TiledJob(ABC):
 
     def _finite(self, x: Tensor, where: str) -> Tensor:
         if not torch.isfinite(x).all():
-            raise NotFinite(
-                f"Tiled VAE: expected finite numbers; got NaN or infinity in {where}, computed in {x.dtype}."
-            )
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise NotFinite(f"Tiled VAE: expected finite numbers; got NaN or infinity in {where}, computed in {dtype}.")
         return x
 
     def _frame_cache(self) -> CausalCache:
-        """The past of whole frames, at latent resolution; of large ones it would outweigh everything else."""
-        return CausalCache(RAM if _is_large(self._plane.shape, self.tile) else None)
-
-    def _to_ram(self, x: Tensor) -> Tensor:
-        return x.cpu()
+        """The past of whole frames at latent resolution; that of large ones would outweigh everything else."""
+        return CausalCache(RAM if is_large(self._plane.shape, self.tile) else None)
 
     def _to_device(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype, memory_format=torch.contiguous_format)
 
 
 class TiledDecode(TiledJob):
-    """Latents to frames.
+    """Decodes latents to frames. In memory the result is NTHWC, as it is mostly wanted.
 
     Args:
         vae: the weights, on `device`.
-        latents: NCTHW, normalised as `vae` has it.
-        tile: side of the tiles in pixels of the frames.
+        latents: NCTHW, normalised as `vae` expects.
+        tile: largest side of a tile in pixels of the frames.
         device, dtype: of the computation.
         finish: applied to each piece of the result in fp32, on the device; None clamps to -1..1.
-
-    The result is NCTHW fp32, in memory NTHWC.
     """
 
     whole_frames_first = True
@@ -189,7 +200,7 @@ class TiledDecode(TiledJob):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        finish: PerChunk | None = None,
+        finish: Elementwise | None = None,
     ) -> None:
         n, _, t, h, w = latents.shape
         height, width = h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT
@@ -197,7 +208,7 @@ class TiledDecode(TiledJob):
         self._finish = finish or (lambda frames: frames.clamp_(-1, 1))
         frames = FRAMES_PER_LATENT * (t - 1) + 1
         result = torch.empty(n, frames, height, width, 3, dtype=self._wide)
-        self.result = result.permute(0, 4, 1, 2, 3)
+        self.result = rearrange(result, "n t h w c -> n c t h w")
 
     def _global(self, on_step: OnStep) -> None:
         cache, features = self._frame_cache(), []
@@ -206,7 +217,7 @@ class TiledDecode(TiledJob):
             with cache.chunk(last=i == latents.shape[2] - 1):
                 x = self.vae.denormalise(latents[:, :, i : i + 1].to(self.device, self._wide))
                 x = self.vae.decoder.global_stage(self.vae.conv2(self._to_device(x)), cache)
-                features.append(self._to_ram(self._finite(x, f"the stage of the whole frame, latent {i}")))
+                features.append(self._finite(x, f"the stage of the whole frame, latent {i}").cpu())
             on_step()
         self._features = features
 
@@ -217,23 +228,21 @@ class TiledDecode(TiledJob):
         for (start, stop), features in zip(frame_chunks(len(self._features)), self._features, strict=True):
             with cache.chunk(last=stop == result.shape[2]):
                 frames = decoder.local_stage(self._to_device(read.of(features)), cache, area)
-            frames = self._finish(self._finite(frames, f"{area}, frames {start}…{stop}").to(self._wide))
-            result[:, :, start:stop] = self._to_ram(frames)
+            frames = self._finish(self._finite(frames, f"{area}, frames {start}–{stop}").to(self._wide))
+            result[:, :, start:stop] = frames.cpu()
             del frames
             on_step()
 
 
 class TiledEncode(TiledJob):
-    """Frames to latents, the mean of the distribution.
+    """Encodes frames to latents: the mean of the distribution, normalised as `vae` expects.
 
     Args:
         vae: the weights, on `device`.
         frames: NCTHW on the CPU, T = 4k+1, height and width multiples of 8.
-        tile: side of the tiles in pixels of the frames.
+        tile: largest side of a tile in pixels of the frames.
         device, dtype: of the computation.
         prepare: brings a piece of `frames` to -1..1, on the device; None takes them as they are.
-
-    The result is NCTHW fp32, normalised as `vae` has it.
     """
 
     whole_frames_first = False
@@ -246,7 +255,7 @@ class TiledEncode(TiledJob):
         *,
         device: torch.device | str,
         dtype: torch.dtype,
-        prepare: PerChunk | None = None,
+        prepare: Elementwise | None = None,
     ) -> None:
         n, _, t, height, width = frames.shape
         super().__init__(vae, frames, (height, width), tile, device, dtype)
@@ -265,14 +274,14 @@ class TiledEncode(TiledJob):
             x = self._prepare(read.of(frames[:, :, start:stop]).to(self.device, copy=True))
             with cache.chunk(last=stop == frames.shape[2]):
                 x = encoder.local_stage(self._to_device(x), cache, at_latents)
-            x = self._finite(x, f"{area}, frames {start}…{stop}")
+            x = self._finite(x, f"{area}, frames {start}–{stop}")
             if len(self._features) <= i:
                 whole = self.result.shape[-2:]
                 self._features.append(torch.empty(*x.shape[:3], *whole, dtype=x.dtype))
             if self._features[i].dtype.itemsize < x.dtype.itemsize:
-                # A tile that fits no smaller number format was computed again in fp32.
+                # A tile that overflowed in half precision was computed again in fp32.
                 self._features[i] = self._features[i].to(x.dtype)
-            at_latents.of(self._features[i])[:] = self._to_ram(x)
+            at_latents.of(self._features[i])[:] = x.cpu()
             del x
             on_step()
 
@@ -284,5 +293,5 @@ class TiledEncode(TiledJob):
                 moments = self.vae.conv1(encoder.global_stage(self._to_device(features), cache))
             moments = self._finite(moments, f"the stage of the whole frame, latent {i}")
             mean = self.vae.normalise(moments[:, : self.vae.z_dim].to(self._wide))
-            self.result[self._clip : self._clip + 1, :, i : i + 1] = self._to_ram(mean)
+            self.result[self._clip : self._clip + 1, :, i : i + 1] = mean.cpu()
             on_step()

@@ -1,1 +1,1 @@
-"""The FlashVSR nodes: load, upscale an IMAGE batch, upscale a VIDEO from file to file."""
+"""The FlashVSR nodes: load a model, upscale an IMAGE batch, upscale a VIDEO from file to file."""

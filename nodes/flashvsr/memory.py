@@ -1,7 +1,7 @@
-"""The memory of one FlashVSR run in ComfyUI: predicted before, watched during, summed up after.
+"""The memory of one FlashVSR run in ComfyUI: predicted before, watched during, reported after.
 
-A plan is chosen that fits; when the device still runs out, other models are unloaded, then the run goes down the
-engine's ladder (`models.flashvsr.memory_plan`), and at its bottom the error holds the table of attempts.
+A plan that fits is chosen. When the device runs out all the same, other models are unloaded first; then the run goes
+down the engine's ladder (`models.flashvsr.memory_plan`), and at the bottom the error shows the table of attempts.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "
 
 @dataclass(frozen=True)
 class RunLimits:
-    """What the user allows a run.
+    """What a run is allowed.
 
     Attributes:
         budget_gb: GiB on the device, the model's own weights included; 0: what is free.
         tile: side of spatial tiles in output pixels; 0: whole frames as long as they fit.
-        clean: pressure | never | every step: when the allocator's pool is emptied between two process steps.
-        log_steps: one ledger line for each process step.
+        clean: when to empty the allocator's pool between two process steps: pressure | never | every step.
+        log_steps: one line in the log for each process step.
     """
 
     budget_gb: float = 0.0
@@ -49,11 +49,11 @@ class RunLimits:
 
 @dataclass
 class RunMemory:
-    """One run's memory. Its methods are called in the order in which they stand here.
+    """One run's memory. Call the methods in this order.
 
     Attributes:
         node: display name, which errors begin with.
-        patchers: of every network that the run uses.
+        patchers: of all networks in the run.
         vae: replaces the model's own decoder, or None.
         size: width and height of the output.
     """
@@ -98,8 +98,7 @@ class RunMemory:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The ledger's phase around the run; the weights are on the device inside it, and the report is complete
-        after it."""
+        """The ledger's phase around the run, with the weights on the device. After it the report is complete."""
         before = self._read(settled=True)
         with ledger.current().phase(PHASE):
             self._choose(before)
@@ -110,7 +109,7 @@ class RunMemory:
         self._sum_up(before, loaded, held)
 
     def on_step(self, phase: str, done: int, total: int | None) -> None:
-        """For the engine's `on_step`: what belongs between two process steps."""
+        """For the engine's `on_step`: logging and cleaning between two process steps."""
         border, self._phase, self._done = phase == "project" and self._phase != "project", phase, done
         if not border:
             return
@@ -124,7 +123,7 @@ class RunMemory:
         self._steps += 1
 
     def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
-        """For the engine: makes room, or gives the next plan.
+        """For the engine: makes room, or returns the next plan (None: the error is not about memory).
 
         Raises:
             mm.OOM_EXCEPTION: nothing is left to try; the message holds the table of attempts.
@@ -151,7 +150,7 @@ class RunMemory:
         return node_line(self._report["predicted"]["bytes"], known, budget_bytes, self.attempts)
 
     def report(self) -> dict[str, Any]:
-        """What was predicted, what was read, and what became of the plan; bytes with their sources."""
+        """What was predicted, what was read, and how the plan changed; bytes with their sources."""
         return self._report
 
     def _choose(self, before: Reading) -> None:
@@ -175,7 +174,7 @@ class RunMemory:
                     f"{self.node}: expected a budget_gb in which a plan fits; got {size_text(allowed)}. "
                     "Predicted:\n" + "\n".join(lines) + "\nRaise budget_gb, or choose a smaller scale."
                 )
-            # By prediction alone no frame is made worse: tiles wait for a real error, or for a budget.
+            # A prediction alone makes no frame worse: tiles wait for a real error or for a budget.
             self.plan = (found.setting or settings[-1])[1]
         need = self.need(self.plan)
         self._report |= {
@@ -184,11 +183,11 @@ class RunMemory:
         }
 
     def _available(self, before: Reading, weights: int) -> int | None:
-        """Bytes that the run can have: what is free, and what ComfyUI would move away for it."""
+        """Bytes that the run can have: what is free, and what ComfyUI would move away for it; None where unknown."""
         if before.free is None:
             return None
         if self.model.device.type == "cpu":
-            # There the weights are in RAM already, and nothing can be moved away.
+            # The weights are in RAM already, and nothing can be moved away.
             return before.free + weights
         return before.free + sum(item.bytes for item in residents(self.model.device) if not item.dead)
 
@@ -219,7 +218,7 @@ class RunMemory:
             },
         }  # fmt: skip
         if peak.allocated.bytes is not None and loaded.allocated.bytes is not None and not self.attempts:
-            # What others have on the device is no part of the prediction.
+            # What others hold on the device is not part of the prediction.
             measured = peak.allocated.bytes - (loaded.allocated.bytes - held)
             predicted = held + self._report["predicted"]["activations_bytes"]
             self._report["predicted"]["error"] = round((predicted - measured) / max(measured, 1), 4)

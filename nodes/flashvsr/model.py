@@ -1,4 +1,4 @@
-"""A FlashVSR model in ComfyUI's hands: one patcher for each network, so that ComfyUI moves and counts the weights."""
+"""A FlashVSR model as ComfyUI holds it: one patcher per network, so that ComfyUI moves and counts the weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
-from ...patches.versions import patcher_class, torch_devices
-
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from ...models.flashvsr.config import PRECISIONS
+from ...patches.versions import patcher_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class LoadedFlashVSR:
         version: v1 | v1.1.
         family: of the checkpoint.
         device, dtype: where and in what to compute.
-        attention: auto | gather | flex.
+        attention: auto, or the name of a backend.
     """
 
     name: str
@@ -48,11 +47,11 @@ class LoadedFlashVSR:
         return self.transformer.model.config
 
     def patchers(self, decoder: bool = True) -> list[Any]:
-        """The patchers that a run needs; without the tiny decoder where a VAE decodes."""
+        """The patchers that a run needs; not the tiny decoder where a VAE decodes."""
         return [self.transformer, self.lq_projection, *([self.decoder] if decoder else [])]
 
     def networks(self) -> FlashVSR:
-        """The networks as the engine takes them. Keep it only as long as a run: it refers to the weights."""
+        """The networks as the engine takes them. Do not keep it beyond a run: it holds the weights."""
         return FlashVSR(
             transformer=self.transformer.model,
             lq_projection=self.lq_projection.model,
@@ -63,16 +62,10 @@ class LoadedFlashVSR:
         )
 
 
-def device_choices() -> list[str]:
-    """auto, every accelerator of ComfyUI, cpu."""
-    return ["auto", *dict.fromkeys([*map(str, torch_devices()), "cpu"])]
-
-
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The compute dtype; auto takes bf16 where the device is good at it, else fp16, else fp32 (the CPU)."""
-    dtype = PRECISIONS[precision]
-    if dtype is not None:
-        return dtype
+    if precision != "auto":
+        return PRECISIONS[precision]
     if mm.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if mm.should_use_fp16(device) else torch.float32
@@ -85,7 +78,7 @@ def load(
     load_device = mm.get_torch_device() if device == "auto" else torch.device(device)
     offload_device = torch.device("cpu") if load_device.type == "cpu" else mm.unet_offload_device()
     dtype = choose_dtype(precision, load_device)
-    # manual_cast brings weights to the input's device and dtype at use: what partial loading on a small card needs.
+    # manual_cast brings weights to the input's device and dtype at use, which partial loading on a small card needs.
     model = load_flashvsr(
         path,
         version=version,

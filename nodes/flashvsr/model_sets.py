@@ -1,4 +1,4 @@
-"""The checkpoints a user can choose: the embedded network, what lies in `models/flashvsr`, the official releases."""
+"""The checkpoints a user can choose: the embedded network, those in `models/flashvsr`, the official releases."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import comfy.model_management as mm
 import comfy.utils
 import folder_paths
 
+from ...models.flashvsr.checkpoint import NANO_FILE
 from ...models.flashvsr.checkpoint.download import PROMPT, WEIGHTS, download_flashvsr
 from ...models.weight_file import SUFFIXES
 
 MODEL_FOLDER = "flashvsr"
 NANO = "nano (embedded)"
-NANO_FILE = Path(__file__).resolve().parents[2] / "assets" / "nano.safetensors"
 OFFICIAL = {"FlashVSR-v1.1": "v1.1", "FlashVSR": "v1"}
-"""Folder names of the official releases, called like their repositories: a choice stays valid after its download."""
+"""Folder names of the official releases, named like their repositories: a choice stays valid after its download."""
 OFFICIAL_GB = 6.4
 
 
@@ -27,10 +27,10 @@ def register_model_folder() -> None:
 
 
 def found_sets() -> dict[str, Path]:
-    """Name → path of what lies in the registered folders: sub-folders with weights, files, and the folder itself.
+    """Name → path of every set in the registered folders: sub-folders with weights, files, and the folder itself.
 
-    A folder counts as a set of its own, called like itself with a slash, where it holds several files of weights. Of
-    equal names the first folder's counts.
+    A registered folder with several weight files is a set of its own, named after the folder with a slash. Of equal
+    names, the first one counts.
     """
     found: dict[str, Path] = {}
     for root in map(Path, folder_paths.get_folder_paths(MODEL_FOLDER)):
@@ -56,12 +56,12 @@ def choices() -> list[str]:
 
 
 def resolve(name: str, download: bool, node: str, node_id: str | None) -> Path:
-    """The folder or file behind a choice; an official release that is not there is fetched if `download` says so.
+    """The folder or file behind a choice; with `download`, an official release that is missing is fetched.
 
-    The name comes from a workflow: it is looked up, never joined to a path.
+    The name comes from a workflow, so it is looked up and never joined to a path.
 
     Raises:
-        ValueError: nothing of that name is there.
+        ValueError: there is no set of that name.
         DownloadError: the release could not be fetched.
     """
     if name == NANO:
@@ -86,7 +86,7 @@ def resolve(name: str, download: bool, node: str, node_id: str | None) -> Path:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of weights of a set, which is a folder or one merged file."""
+    """The weight files of a set, which is a folder or one merged file."""
     return [path] if path.is_file() else _weights(path)
 
 

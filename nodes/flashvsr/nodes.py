@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import comfy.model_management as mm
 import torch
-from comfy_api.v0_0_2 import Input, InputImpl, io, ui
+from comfy_api.v0_0_2 import Input, InputImpl, io
 
 from ...models.flashvsr import StreamOptions
+from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
-from ...models.flashvsr.config import BACKENDS, COLOURS, LQ_CACHE_ORDERS
-from ...patches.kept import EJECTABLE, POLICIES, Key, registry
+from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
+from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, report_output, with_report
 from . import model_sets
 from .memory import CLEAN, RunLimits
-from .model import PRECISIONS, LoadedFlashVSR, device_choices, load
+from .model import LoadedFlashVSR, load
 from .run import Run, checked_frames, upscale_video
 from .wan_decoder import StreamingWanVAE
 
@@ -25,8 +27,6 @@ CATEGORY = "SteadyVSR/FlashVSR"
 LOAD, UPSCALE, UPSCALE_VIDEO = "Load FlashVSR", "FlashVSR Upscale", "FlashVSR Upscale Video"
 ALIASES = ["flashvsr", "video upscale", "super resolution"]
 SEED_MAX = 2**63 - 1
-
-FlashVSRType = io.Custom("FLASHVSR")
 
 
 class LoadFlashVSR(io.ComfyNode):
@@ -43,8 +43,9 @@ class LoadFlashVSR(io.ComfyNode):
                     "model_set",
                     options=model_sets.choices(),
                     default=model_sets.NANO,
-                    tooltip="A folder or merged file in models/flashvsr, in any layout in use (official, Kijai, "
-                    "1038lab, Wan2GP). nano is a tiny network that comes with the pack: to try out, not for quality.",
+                    tooltip="A folder or merged file in models/flashvsr, in any known layout (official, Kijai, "
+                    "1038lab, Wan2GP). nano is a tiny network that comes with the pack: for trying things out, not for "
+                    "quality.",
                 ),
                 io.Combo.Input(
                     "version",
@@ -55,23 +56,18 @@ class LoadFlashVSR(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(PRECISIONS),
+                    options=["auto", *PRECISIONS],
                     default="auto",
                     tooltip="Number format of weights and computation. auto: bf16 where the device is good at it, else "
                     "fp16; fp32 on the CPU.",
                 ),
-                io.Combo.Input(
-                    "device",
-                    options=device_choices(),
-                    default="auto",
-                    tooltip="Where to compute. auto is ComfyUI's own device.",
-                ),
+                device_input(["auto"], "Where to compute. auto is ComfyUI's own device."),
                 io.Combo.Input(
                     "attention",
-                    options=list(BACKENDS),
+                    options=list(backend_choices()),
                     default="auto",
-                    tooltip="How block-sparse attention is computed; the result is the same. auto takes flex on a GPU "
-                    "where it passes a self-check, else gather. It never becomes dense.",
+                    tooltip="How block-sparse attention is computed; the result is the same. auto takes the "
+                    "fastest backend that passes a self-check on this device. It never becomes dense.",
                 ),
                 io.Combo.Input(
                     "lq_cache_order",
@@ -121,189 +117,151 @@ class LoadFlashVSR(io.ComfyNode):
             patchers_of,
             model_set,
         )
-        # The backend is a property of the run, not of the weights.
+        # The attention backend belongs to the run, not to the weights.
         return io.NodeOutput(model if model.attention == attention else replace(model, attention=attention))
 
 
-KEEP_TOOLTIP = (
-    "Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. keep: it stays "
-    "in RAM and is not read again; it makes room on the card when another model needs it. pin: it stays on the card "
-    "too, even if another model then does not fit."
-)
-
-
-def keep_loaded_input(tooltip: str = KEEP_TOOLTIP) -> io.Input:
-    return io.Combo.Input(
-        "keep_loaded",
-        options=list(POLICIES),
-        default=EJECTABLE,
-        optional=True,
-        tooltip=tooltip,
+def upscale_schema(node_id: str, name: str, description: str, source: io.Input, result: io.Output) -> io.Schema:
+    """What the two upscale nodes have in common."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=name,
+        category=CATEGORY,
+        description=description,
+        inputs=[
+            FlashVSRType.Input("flashvsr", tooltip="From Load FlashVSR."),
+            source,
+            io.Float.Input(
+                "scale",
+                default=4.0,
+                min=1.0,
+                max=8.0,
+                step=0.05,
+                tooltip="Output size over input size: each side is round(side × scale). The model was trained for 4.",
+            ),
+            io.Int.Input(
+                "seed",
+                default=0,
+                min=0,
+                max=SEED_MAX,
+                control_after_generate=True,
+                tooltip="Seed of the latent noise. The same seed gives the same frames on every device, up to "
+                "rounding.",
+            ),
+            io.Float.Input(
+                "sparse_ratio",
+                default=2.0,
+                min=0.5,
+                max=8.0,
+                step=0.1,
+                tooltip="How much each block of the picture attends to, in units of 60 blocks: 1.5 is faster, "
+                "2 steadier.",
+                **ADVANCED,
+            ),
+            io.Float.Input(
+                "kv_ratio",
+                default=3.0,
+                min=2.0,
+                max=16.0,
+                step=1.0,
+                tooltip="How far the model looks back, in steps of 8 frames. Memory grows with it.",
+                **ADVANCED,
+            ),
+            io.Int.Input(
+                "local_range",
+                default=11,
+                min=1,
+                max=31,
+                step=2,
+                tooltip="Side of the neighbourhood that a block may attend to, in blocks of 128 pixels: 9 is sharper, "
+                "11 steadier.",
+                **ADVANCED,
+            ),
+            io.Combo.Input(
+                "colour",
+                options=list(COLOURS),
+                default=COLOURS[0],
+                tooltip="Takes the colours from the input. adain: mean and contrast of each frame; wavelet: the coarse "
+                "layers; none: as the network makes them.",
+            ),
+            io.Combo.Input(
+                "decoder",
+                options=["tc", "vae"],
+                default="tc",
+                tooltip="tc: the small decoder that comes with the model. vae: the Wan 2.1 VAE connected to vae; "
+                "slower.",
+            ),
+            io.Vae.Input("vae", optional=True, tooltip="A Wan 2.1 VAE; read only with decoder vae."),
+            io.Float.Input(
+                "budget_gb",
+                default=0.0,
+                min=0.0,
+                max=1024.0,
+                step=0.5,
+                optional=True,
+                tooltip="GiB that the run may take on the device, its weights included: the first plan predicted to "
+                "fit is taken, tiles last. 0: what is free. Too little for every plan is an error before the run.",
+                **ADVANCED,
+            ),
+            io.Int.Input(
+                "tile",
+                default=0,
+                min=0,
+                max=4096,
+                step=128,
+                optional=True,
+                tooltip="Side of spatial tiles in output pixels, at least 256. 0: whole frames; tiles only as the last "
+                "resort where memory runs out. Tiles need less memory and show at their borders.",
+                **ADVANCED,
+            ),
+            io.Combo.Input(
+                "clean",
+                options=list(CLEAN),
+                default=CLEAN[0],
+                optional=True,
+                tooltip="When to give back memory that torch keeps for reuse, between two steps of 8 frames. "
+                "pressure: only on a card that is nearly full; never; every step: slower, for a card shared with other "
+                "programs.",
+                **ADVANCED,
+            ),
+            io.Boolean.Input(
+                "log_steps",
+                default=False,
+                optional=True,
+                tooltip="One line about memory in the log for each step of 8 frames. The report always holds the "
+                "summary.",
+                **ADVANCED,
+            ),
+        ],
+        outputs=[result, report_output("What was done and measured, as JSON.")],
+        hidden=[io.Hidden.unique_id],
+        **supported(io.Schema, search_aliases=ALIASES),
     )
 
 
-def stream_inputs() -> list[io.Input]:
-    """The inputs that both upscale nodes share, after the model and the picture."""
-    advanced = supported(io.Float.Input, advanced=True)
-    return [
-        io.Float.Input(
-            "scale",
-            default=4.0,
-            min=1.0,
-            max=8.0,
-            step=0.05,
-            tooltip="Output size over input size: each side is round(side × scale). The model was trained for 4.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=SEED_MAX,
-            control_after_generate=True,
-            tooltip="Of the latent noise. The same seed gives the same frames on every device, up to rounding.",
-        ),
-        io.Float.Input(
-            "sparse_ratio",
-            default=2.0,
-            min=0.5,
-            max=8.0,
-            step=0.1,
-            tooltip="How much each block of the picture attends to, in units of 60 blocks: 1.5 is faster, 2 steadier.",
-            **advanced,
-        ),
-        io.Float.Input(
-            "kv_ratio",
-            default=3.0,
-            min=2.0,
-            max=16.0,
-            step=1.0,
-            tooltip="How far the model looks back, in steps of 8 frames. Memory grows with it.",
-            **advanced,
-        ),
-        io.Int.Input(
-            "local_range",
-            default=11,
-            min=1,
-            max=31,
-            step=2,
-            tooltip="Side of the neighbourhood that a block may attend to, in blocks of 128 pixels: 9 is sharper, "
-            "11 steadier.",
-            **advanced,
-        ),
-        io.Combo.Input(
-            "colour",
-            options=list(COLOURS),
-            default=COLOURS[0],
-            tooltip="Takes the colours from the input. adain: mean and contrast of each frame; wavelet: the coarse "
-            "layers; none: as the network makes them.",
-        ),
-        io.Combo.Input(
-            "decoder",
-            options=["tc", "vae"],
-            default="tc",
-            tooltip="tc: the small decoder that comes with the model. vae: the Wan 2.1 VAE connected to vae; slower.",
-        ),
-        io.Vae.Input("vae", optional=True, tooltip="A Wan 2.1 VAE; read only with decoder vae."),
-        io.Float.Input(
-            "budget_gb",
-            default=0.0,
-            min=0.0,
-            max=1024.0,
-            step=0.5,
-            optional=True,
-            tooltip="GiB that the run may take on the device, its weights included: the first plan predicted to fit is "
-            "taken, tiles last. 0: what is free. Too little for every plan is an error before the run.",
-            **advanced,
-        ),
-        io.Int.Input(
-            "tile",
-            default=0,
-            min=0,
-            max=4096,
-            step=128,
-            optional=True,
-            tooltip="Side of spatial tiles in output pixels, at least 256. 0: whole frames; tiles only as the last "
-            "resort where memory runs out. Tiles need less memory and show at their borders.",
-            **advanced,
-        ),
-        io.Combo.Input(
-            "clean",
-            options=list(CLEAN),
-            default=CLEAN[0],
-            optional=True,
-            tooltip="When memory that torch keeps for reuse is given back, between two steps of 8 frames. pressure: "
-            "only on a card that is nearly full; never; every step: slower, for a card shared with other programs.",
-            **advanced,
-        ),
-        io.Boolean.Input(
-            "log_steps",
-            default=False,
-            optional=True,
-            tooltip="One line about memory in the log for each step of 8 frames. The report always holds the summary.",
-            **advanced,
-        ),
-    ]
-
-
-def report_output() -> io.Output:
-    return io.String.Output("report", display_name="report", tooltip="What was done and measured, as JSON.")
-
-
-def prepared_run(
-    node: str,
-    node_id: str | None,
-    flashvsr: LoadedFlashVSR,
-    scale: float,
-    seed: int,
-    sparse_ratio: float,
-    kv_ratio: float,
-    local_range: int,
-    colour: str,
-    decoder: str,
-    vae: object,
-    limits: RunLimits,
-) -> Run:
-    """The run that the shared inputs describe.
+def chosen_decoder(decoder: str, vae: object, node: str) -> StreamingWanVAE | None:
+    """What replaces the model's own decoder; None for tc.
 
     Raises:
-        ValueError: an option out of range, or no Wan 2.1 VAE for the decoder vae.
+        ValueError: no Wan 2.1 VAE for the decoder vae.
     """
-    options = StreamOptions(
-        scale=scale,
-        seed=seed,
-        sparse_ratio=sparse_ratio,
-        kv_ratio=kv_ratio,
-        local_range=local_range,
-        colour=colour,
-        attention=flashvsr.attention,
-    )
     if decoder == "tc":
-        return Run(node, flashvsr, options, None, node_id, limits)
+        return None
     if vae is None:
         raise ValueError(f"{node}: expected a Wan 2.1 VAE on vae for the decoder vae; got none. Connect Load VAE.")
-    return Run(node, flashvsr, options, StreamingWanVAE(vae, node), node_id, limits)
+    return StreamingWanVAE(vae, node)
 
 
 class Upscale(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SteadyVSR_Upscale",
-            display_name=UPSCALE,
-            category=CATEGORY,
-            description="Upscales a batch of frames with FlashVSR: every frame comes back, at exactly size × scale. "
+        return upscale_schema(
+            "SteadyVSR_Upscale",
+            UPSCALE,
+            "Upscales a batch of frames with FlashVSR: every frame comes back, at exactly size × scale. "
             "Memory beside the input and output batches does not depend on the number of frames.",
-            inputs=[
-                FlashVSRType.Input("flashvsr", tooltip="From Load FlashVSR."),
-                io.Image.Input("image", tooltip="The frames of one clip, in order. An alpha channel is dropped."),
-                *stream_inputs(),
-            ],
-            outputs=[
-                io.Image.Output("upscaled_image", display_name="IMAGE", tooltip="As many frames as went in."),
-                report_output(),
-            ],
-            hidden=[io.Hidden.unique_id],
-            **supported(io.Schema, search_aliases=ALIASES),
+            io.Image.Input("image", tooltip="The frames of one clip, in order. An alpha channel is dropped."),
+            io.Image.Output("upscaled_image", display_name="IMAGE", tooltip="As many frames as went in."),
         )
 
     @classmethod
@@ -329,11 +287,12 @@ class Upscale(io.ComfyNode):
             raise ValueError(f"{UPSCALE}: expected at least 1 frame; got an empty batch. Check the node before it.")
         if channels not in (1, 3, 4):
             raise ValueError(f"{UPSCALE}: expected 1, 3 or 4 channels; got {channels}. Convert the image to RGB.")
-        node_id = unique_id(cls)
-        run = prepared_run(
-            UPSCALE, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
-            RunLimits(budget_gb, tile, clean, log_steps),
+        options = StreamOptions(
+            scale=scale, seed=seed, sparse_ratio=sparse_ratio, kv_ratio=kv_ratio, local_range=local_range,
+            colour=colour, attention=flashvsr.attention,
         )  # fmt: skip
+        limits = RunLimits(budget_gb, tile, clean, log_steps)
+        run = Run(UPSCALE, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE), unique_id(cls), limits)
         if channels == 4:
             run.note("The alpha channel was dropped.")
         elif channels == 1:
@@ -343,32 +302,21 @@ class Upscale(io.ComfyNode):
         with closing(run.upscale(checked_frames(image, UPSCALE), width, height, count)) as frames:
             for index, frame in enumerate(frames):
                 upscaled[index] = frame
-        report = run.report()
-        return io.NodeOutput(upscaled, report, ui=ui.PreviewText(report))
+        return with_report(upscaled, report=run.report())
 
 
 class UpscaleVideo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SteadyVSR_UpscaleVideo",
-            display_name=UPSCALE_VIDEO,
-            category=CATEGORY,
-            description="Upscales a video of any length from file to file with FlashVSR: every frame, at exactly "
+        return upscale_schema(
+            "SteadyVSR_UpscaleVideo",
+            UPSCALE_VIDEO,
+            "Upscales a video of any length from file to file with FlashVSR: every frame, at exactly "
             "size × scale, sound and timing kept. Only a window of frames is in memory.",
-            inputs=[
-                FlashVSRType.Input("flashvsr", tooltip="From Load FlashVSR."),
-                io.Video.Input("video", tooltip="The clip. A file is streamed, never loaded whole."),
-                *stream_inputs(),
-            ],
-            outputs=[
-                io.Video.Output(
-                    "upscaled_video", display_name="VIDEO", tooltip="A file in the temp folder: see Save Video."
-                ),
-                report_output(),
-            ],
-            hidden=[io.Hidden.unique_id],
-            **supported(io.Schema, search_aliases=ALIASES),
+            io.Video.Input("video", tooltip="The clip. A file is streamed, never loaded whole."),
+            io.Video.Output(
+                "upscaled_video", display_name="VIDEO", tooltip="A file in the temp folder: see Save Video."
+            ),
         )
 
     @classmethod
@@ -389,11 +337,11 @@ class UpscaleVideo(io.ComfyNode):
         clean: str = CLEAN[0],
         log_steps: bool = False,
     ) -> io.NodeOutput:
-        node_id = unique_id(cls)
-        run = prepared_run(
-            UPSCALE_VIDEO, node_id, flashvsr, scale, seed, sparse_ratio, kv_ratio, local_range, colour, decoder, vae,
-            RunLimits(budget_gb, tile, clean, log_steps),
+        options = StreamOptions(
+            scale=scale, seed=seed, sparse_ratio=sparse_ratio, kv_ratio=kv_ratio, local_range=local_range,
+            colour=colour, attention=flashvsr.attention,
         )  # fmt: skip
-        path = upscale_video(run, video)
-        report = run.report()
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), report, ui=ui.PreviewText(report))
+        limits = RunLimits(budget_gb, tile, clean, log_steps)
+        run = Run(UPSCALE_VIDEO, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE_VIDEO), unique_id(cls), limits)
+        upscaled = InputImpl.VideoFromFile(str(upscale_video(run, video)))
+        return with_report(upscaled, report=run.report())

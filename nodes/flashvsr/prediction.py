@@ -1,4 +1,4 @@
-"""What a FlashVSR run will need, before it runs: for the line on its node."""
+"""What a FlashVSR run will need: shown on its node before it runs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 
 from ...memory import budget
 from ...models.flashvsr import FlashVSRConfig, output_size
-from ...models.flashvsr.checkpoint import load_flashvsr
+from ...models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
+from ...models.flashvsr.config import PRECISIONS
 from ...models.flashvsr.footprint import activation_bytes
 from ...patches.kept import registry
 from ...patches.residency import patchers_of
 from . import model_sets
-from .model import PRECISIONS, LoadedFlashVSR
+from .model import LoadedFlashVSR
 
 ADVICE = "lower scale, kv_ratio or precision, or set tile"
 
 
 @dataclass(frozen=True)
 class Network:
-    """What a prediction needs to know of a model: its sizes, and its weights in numbers and in bytes of one."""
+    """What a prediction needs to know about a model: its sizes, its number of weights, and the bytes of each."""
 
     config: FlashVSRConfig
     parameters: int
@@ -32,25 +33,24 @@ class Network:
 def predict(
     model_set: str, precision: str, width: int, height: int, scale: float, kv_ratio: float, budget_gb: float
 ) -> dict[str, int | str | None]:
-    """Bytes for the plan that changes nothing, and what to change if they are more than the budget.
+    """Bytes of a run without tiles or other savings, and what to change if the budget is smaller.
 
     Returns:
-        predicted: None for a model that was not loaded yet, whose sizes are unknown without reading it.
+        predicted: None for a model that has not been loaded yet: its sizes are unknown until it is read.
         budget: None without one.
-        advice: words, or "".
+        advice: "" where nothing has to change.
 
     Raises:
         ValueError: a size or number that no run would take.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision[:20]!r}.")
+    if precision not in ("auto", *PRECISIONS):
+        raise ValueError(f"precision: expected one of auto, {', '.join(PRECISIONS)}; got {precision[:20]!r}.")
     size = output_size(width, height, scale)
     allowed = budget.gib(budget_gb) if budget_gb > 0 else None
     network = _network(model_set)
     if network is None:
         return {"predicted": None, "budget": allowed, "advice": ""}
-    chosen = PRECISIONS[precision]
-    itemsize = network.itemsize if chosen is None else chosen.itemsize
+    itemsize = network.itemsize if precision == "auto" else PRECISIONS[precision].itemsize
     needed = network.parameters * itemsize + activation_bytes(
         network.config, size, kv_ratio, itemsize, prompt_tokens=network.prompt_tokens
     )
@@ -69,7 +69,7 @@ def _network(model_set: str) -> Network | None:
 
 @cache
 def _nano() -> Network:
-    model = load_flashvsr(model_sets.NANO_FILE, dtype=torch.float32, device="cpu")
+    model = load_flashvsr(NANO_FILE, dtype=torch.float32, device="cpu")
     parts = (model.transformer, model.lq_projection, model.decoder)
     parameters = sum(x.numel() for part in parts for x in part.parameters())
     return Network(model.transformer.config, parameters, torch.float32.itemsize, model.prompt.shape[1])

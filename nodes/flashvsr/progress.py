@@ -14,13 +14,13 @@ from .. import node_status
 PREVIEW_PIXELS = 512
 """Longest side of the live preview."""
 STATUS_SECONDS = 0.5
-"""Shortest time between two status lines on the node."""
+"""Shortest time between two updates of the status line on the node."""
 
 
 class RunProgress:
-    """The `on_step` of one run: asks ComfyUI for an interrupt, then moves the bar.
+    """The `on_step` of one run: checks whether ComfyUI was interrupted, then moves the bar.
 
-    The bar counts output frames, the one unit that the user knows; `total` may be an estimate.
+    The bar counts output frames, the unit that the user knows; `total` may be an estimate.
     """
 
     def __init__(self, total: int, node_id: str | None) -> None:
@@ -43,7 +43,7 @@ class RunProgress:
             self._say(phase)
 
     def frame(self, frame: Tensor) -> None:
-        """Counts one finished frame, HWC 0..1, and keeps it for the next preview."""
+        """Counts a finished frame, HWC 0..1, and keeps it for the next preview."""
         self.frames += 1
         self._newest = frame
 
@@ -61,6 +61,6 @@ class RunProgress:
 
 
 def preview_image(frame: Tensor) -> Image.Image:
-    """A thumbnail of a frame HWC 0..1, by taking every n-th pixel: it is made many times and seen for a second."""
+    """A thumbnail of a frame HWC 0..1: every n-th pixel, because many are made and each is seen for a second."""
     step = max(1, -(-max(frame.shape[:2]) // PREVIEW_PIXELS))
     return Image.fromarray((frame[::step, ::step] * 255).round().byte().cpu().numpy())

@@ -1,24 +1,25 @@
-"""One run of the engine inside ComfyUI: weights loaded, frames streamed, progress shown, a report at the end."""
+"""One run of the engine inside ComfyUI: loads the weights, streams frames, shows progress and reports at the end."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import Input, InputImpl
 from torch import Tensor
 
+from ...app.clip import Footage, OutputOptions, footage_of, open_video, write_footage
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
-from ...models.video import Clip, ClipWriter, Waveform, open_clip
+from ...models.video import DamagedVideoError, Waveform, open_clip
 from ...patches.versions import memory_errors, trim_window
 from .. import node_status
 from .memory import RunLimits, RunMemory
@@ -37,7 +38,7 @@ class Run:
         options: of the engine.
         vae: replaces the model's own decoder; None keeps it.
         node_id: of the node in the graph, for the progress bar.
-        limits: what it may do with memory.
+        limits: what the user allows it in memory.
     """
 
     node: str
@@ -49,7 +50,7 @@ class Run:
     _report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
-        """Something the user should know, shown in the report."""
+        """Adds something the user should know to the report."""
         self._report["notes"].append(text)
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
@@ -66,11 +67,11 @@ class Run:
     def upscale(self, frames: Iterable[Tensor], width: int, height: int, count: int) -> Generator[Tensor, None, None]:
         """Yields HWC fp32 frames in 0..1 on the CPU.
 
-        Close it to end a run early: everything that the run holds is released then.
+        Close the generator to end a run early; that releases everything the run holds.
 
         Args:
             frames: HWC 0..1, all of width × height.
-            count: how many there are, as far as is known; for the progress bar.
+            count: how many there are, or a guess; for the progress bar.
         """
         model, size = self.flashvsr, self.output_size(width, height)
         patchers = model.patchers(decoder=self.vae is None)
@@ -122,15 +123,15 @@ class Run:
         }
         node_status.send(self.node_id, memory=memory.summary())
 
-    def report(self) -> str:
-        return json.dumps(self._report, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        return self._report
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
     """The frames of an IMAGE batch, THWC with 1, 3 or 4 channels, as RGB views.
 
     Raises:
-        ValueError: a frame holds NaN or infinity; the message names it.
+        ValueError: a frame with NaN or infinity; the message names it.
     """
     for index, frame in enumerate(images):
         if not torch.isfinite(frame).all():
@@ -140,79 +141,53 @@ def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
         yield frame.expand(-1, -1, 3) if frame.shape[2] == 1 else frame[..., :3]
 
 
-@dataclass(frozen=True)
-class _Footage:
-    """A VIDEO as the writer needs it: frames with their times, and what else goes into the output file."""
-
-    frames: Iterator[tuple[Tensor, Fraction]]
-    width: int
-    height: int
-    count: int
-    frame_rate: Fraction
-    time_base: Fraction
-    clip: Clip | None
-    sound: Clip | Waveform | None
-
-
 def upscale_video(run: Run, video: Input.Video) -> Path:
     """Streams a VIDEO through the engine into a new file in ComfyUI's temp folder and returns its path.
 
     A run that is interrupted or fails leaves no file.
+
+    Raises:
+        DamagedVideoError: the file is damaged. Where that shows only on the way, the message names the file with the
+            frames before it.
     """
     footage = _footage(video, run)
     width, height = run.output_size(footage.width, footage.height)
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"steadyvsr_{uuid.uuid4().hex}.mp4"
-    extra = {} if footage.clip is None else {
-        "colour": footage.clip.colour, "sample_aspect_ratio": footage.clip.sample_aspect_ratio,
-    }  # fmt: skip
-    times: deque[Fraction] = deque()
-    with ClipWriter(
-        path, width, height, footage.frame_rate, time_base=footage.time_base, audio=footage.sound, **extra
-    ) as writer:
-        with (
-            closing(_remember_times(footage.frames, times)) as pulled,
-            closing(run.upscale(pulled, footage.width, footage.height, footage.count)) as frames,
-        ):
-            for frame in frames:
-                writer.write(frame, times.popleft())
-        for text in writer.notes:
-            run.note(text)
-        if writer.encoding.pixel_format != "yuv420p":
-            run.note(f"{width}x{height} is written as {writer.encoding.pixel_format}: an odd size has no 4:2:0 form.")
+    writer = open_video(footage, folder / f"steadyvsr_{uuid.uuid4().hex}.mp4", run.options.scale, OutputOptions())
+    upscale = partial(run.upscale, width=footage.width, height=footage.height, count=footage.count or 1)
+    path, damage = write_footage(footage, upscale, writer)
+    if damage is not None:
+        raise DamagedVideoError(
+            f"{run.node}: {damage} The frames before that, upscaled, are in {path}: copy it before ComfyUI restarts, "
+            "which empties that folder.",
+            damage.frames_read,
+        ) from damage
+    for text in (*footage.notes, *writer.notes):
+        run.note(text)
+    if writer.encoding.pixel_format != "yuv420p":
+        run.note(f"{width}x{height} is written as {writer.encoding.pixel_format}: an odd size has no 4:2:0 form.")
     return path
 
 
-def _remember_times(frames: Iterator[tuple[Tensor, Fraction]], times: deque[Fraction]) -> Generator[Tensor, None, None]:
-    for frame, moment in frames:
-        times.append(moment)
-        yield frame
-
-
-def _footage(video: Input.Video, run: Run) -> _Footage:
+def _footage(video: Input.Video, run: Run) -> Footage:
     if isinstance(video, InputImpl.VideoFromFile):
         start, duration = trim_window(video)
-        clip = open_clip(video.get_stream_source(), start=start, duration=duration)
-        # Minutes of reading at most, before hours of work that would end in the same message.
-        clip.verify()
-        for text in clip.notes:
-            run.note(text)
-        return _Footage(
-            clip.frames_with_times(), clip.width, clip.height, clip.frame_count or 1, clip.frame_rate, clip.time_base,
-            clip, clip,
-        )  # fmt: skip
+        return footage_of(open_clip(video.get_stream_source(), start=start, duration=duration))
     components = video.get_components()
     count, height, width, channels = components.images.shape
     if count == 0:
         raise ValueError(f"{run.node}: expected at least 1 frame; got an empty video. Check the node before it.")
-    if channels == 4:
-        run.note("The alpha channel was dropped.")
+    notes = ("The alpha channel was dropped.",) if channels == 4 else ()
     step = 1 / Fraction(components.frame_rate)
-    frames = ((frame, index * step) for index, frame in enumerate(checked_frames(components.images, run.node)))
+
+    def frames() -> Iterator[tuple[Tensor, Fraction]]:
+        for index, frame in enumerate(checked_frames(components.images, run.node)):
+            yield frame, index * step
+
     sound = None
     if components.audio:
         # The picture may end before the sound: both end with the picture, as in ComfyUI's own Create Video.
         rate = int(components.audio["sample_rate"])
         sound = Waveform(components.audio["waveform"][0, :, : round(count * step * rate)], rate)
-    return _Footage(frames, width, height, count, Fraction(components.frame_rate), step, None, sound)
+    return Footage(frames, width, height, count, Fraction(components.frame_rate), step, sound, notes=notes)

@@ -7,8 +7,7 @@ import comfy.ldm.wan.vae
 import torch
 from torch import Tensor
 
-from ...models.flashvsr.footprint import WanCosts
-from ...models.wan_vae import StreamingDecoder
+from ...models.wan_vae import StreamingDecoder, WanCosts
 from ...models.wan_vae.streamed import StreamCache
 from ..vae.wan import adopted
 
@@ -18,11 +17,11 @@ LATENT_CHANNELS = 16
 class StreamingWanVAE:
     """Decodes one latent after another, in tiles, with a cache that the caller owns.
 
-    ComfyUI's own `decode` takes a whole clip and makes its cache anew each time; this drives the same layers.
+    ComfyUI's own `decode` takes a whole clip and starts a new cache each time; this class drives the same layers.
 
     Args:
         vae: a ComfyUI VAE object. Its weights must be loaded (`vae.patcher`) while `decode_stream` runs.
-        node: the display name that an error begins with.
+        node: display name, which errors begin with.
 
     Raises:
         ValueError: it is not a Wan 2.1 VAE with RGB output.
@@ -59,13 +58,13 @@ class StreamingWanVAE:
 
         Args:
             latents: NCTHW, normalised (Wan's per-channel mean and deviation removed).
-            cache: of the latents before, changed in place.
+            cache: left by the latents before; changed in place.
 
         Returns:
             Frames NCTHW, nominally -1..1 and not clamped: 4T, or 4T - 3 at the start.
 
         Raises:
-            ValueError: the network does not compute what Wan 2.1 computes.
+            ValueError: the network does not compute what Wan 2.1 does.
         """
         if self._decoder is None:
             found = adopted(self.patcher.model, self.device, self.dtype)
@@ -79,5 +78,5 @@ class StreamingWanVAE:
         return self._decoder.decode_stream(raw, cache).to(latents.device)
 
     def costs(self) -> WanCosts:
-        """What it needs beside its weights, in a run that can be taken up again."""
+        """Its memory beside the weights, in a run that can be taken up again after an error."""
         return WanCosts(copies=2, itemsize=self.dtype.itemsize)

@@ -1,1 +1,1 @@
-"""ComfyUI's own loaders with `keep_loaded`, a choice of device, and an offload that is verified."""
+"""ComfyUI's own loaders with `keep_loaded`, a choice of device, and a verified offload."""

@@ -1,4 +1,4 @@
-"""Apply LoRA: on a clone of the model, its file read once, an error where it fits nothing."""
+"""Apply LoRA: works on a clone of the model, reads its file once, and refuses a LoRA that fits nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ...memory.tracker import tensor_bytes
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
-from ..flashvsr.nodes import keep_loaded_input
-from .loading import CATEGORY, Loading, file_in, fingerprint, offload_input, report_output
+from ..sockets import keep_loaded_input, offload_input, report_output
+from .loading import CATEGORY, REPORT_TOOLTIP, Loading, Wish, file_in, fingerprint
 
 NODE = "Apply LoRA (Verified)"
 RECENT_FILES = 2
-"""LoRA files that stay in RAM though nobody keeps them: a workflow is run again with another strength."""
+"""How many LoRA files stay in RAM although nobody keeps them: workflows are run again with another strength."""
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
 
@@ -45,7 +45,7 @@ class ApplyLoRA(io.ComfyNode):
             display_name=NODE,
             category=CATEGORY,
             description="Applies a LoRA like Load LoRA, to a diffusion model and optionally its text encoder. A LoRA "
-            "that fits neither is an error; both end off their device, by measurement.",
+            "that fits neither is an error; both are left off their device, verified by measurement.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
                 io.Combo.Input(
@@ -73,7 +73,7 @@ class ApplyLoRA(io.ComfyNode):
             outputs=[
                 io.Model.Output("patched_model", display_name="MODEL", tooltip="The model with the LoRA."),
                 io.Clip.Output("patched_clip", display_name="CLIP", tooltip="The text encoder with the LoRA, if any."),
-                report_output(),
+                report_output(REPORT_TOOLTIP),
             ],
             **supported(io.Schema, search_aliases=["load lora", "lora loader"]),
         )
@@ -94,7 +94,7 @@ class ApplyLoRA(io.ComfyNode):
         offload_after_load: bool = True,
     ) -> io.NodeOutput:
         path = file_in("loras", lora_name, NODE)
-        loading = Loading(NODE, unique_id(cls), lora_name)
+        loading = Loading(NODE, unique_id(cls), lora_name, Wish(keep_loaded, offload_after_load))
         reads: list[int] = []
 
         def load() -> LoraFile:
@@ -126,11 +126,9 @@ class ApplyLoRA(io.ComfyNode):
                 "fits. Choose a LoRA that was made for this model."
             )
         loading.note(source="disk" if reads else "memory: nothing was read", patches=counts, file_bytes=file.size)
-        if offload_after_load:
-            loading.offload([patched, *([patched_clip] if clip is not None else [])])
         return loading.output(patched, patched_clip)
 
 
 def patches(patcher: Any) -> int:
-    """How many changes of weights a patcher carries."""
+    """How many weight patches a patcher carries."""
     return sum(len(changes) for changes in patcher.patches.values())

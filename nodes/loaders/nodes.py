@@ -1,4 +1,4 @@
-"""The loader nodes: ComfyUI's own loaders, with an owner for what is to be kept and a measured end off the device."""
+"""The loader nodes: ComfyUI's own loaders, with an owner for kept models and a measured offload at the end."""
 
 from __future__ import annotations
 
@@ -6,29 +6,16 @@ from typing import Any
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.v0_0_2 import io
 
 import nodes
 
-from ...patches.kept import EJECTABLE, Key
+from ...patches.kept import EJECTABLE
 from ...patches.residency import patchers_of
-from ...patches.versions import supported, unique_id
-from ..flashvsr.nodes import keep_loaded_input
-from . import weight_bytes as weights
-from .loading import (
-    CATEGORY,
-    CPU,
-    DEFAULT,
-    Loading,
-    choose_place,
-    clone_of,
-    device_inputs,
-    file_in,
-    fingerprint,
-    offload_input,
-    put,
-    report_output,
-)
+from ...patches.versions import unique_id
+from . import weight_bytes
+from .loading import CPU, DEFAULT, Loading, ModelFiles, Wish, file_in, fingerprint, loader_schema, put
 
 comfyui_nodes: Any = nodes
 """ComfyUI's own module: this package is never on `sys.path`, where its `nodes` would be found first."""
@@ -42,13 +29,12 @@ CLIP_FILES = 4
 class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SteadyVSR_LoadDiffusionModel",
-            display_name=MODEL_NODE,
-            category=CATEGORY,
-            description="Loads a diffusion model like Load Diffusion Model. It can be kept through the free-memory "
-            "buttons, and it ends off its device, by measurement.",
-            inputs=[
+        return loader_schema(
+            "SteadyVSR_LoadDiffusionModel",
+            MODEL_NODE,
+            "Loads a diffusion model like Load Diffusion Model. It can outlive the free-memory buttons, and it is left "
+            "off its device, verified by measurement.",
+            [
                 io.Combo.Input(
                     "unet_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
@@ -59,13 +45,9 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=comfyui_nodes.UNETLoader.INPUT_TYPES()["required"]["weight_dtype"][0],
                     tooltip="Number format of the weights. default: as ComfyUI chooses for the device.",
                 ),
-                keep_loaded_input(),
-                offload_input(),
-                *device_inputs(),
             ],
-            hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", display_name="MODEL", tooltip="The model."), report_output()],
-            **supported(io.Schema, search_aliases=["load unet", "keep loaded"]),
+            [io.Model.Output("model", display_name="MODEL", tooltip="The model.")],
+            ["load unet", "keep loaded"],
         )
 
     @classmethod
@@ -82,36 +64,30 @@ class LoadDiffusionModel(io.ComfyNode):
         device: str = DEFAULT,
         allow_cpu: bool = False,
     ) -> io.NodeOutput:
-        path = file_in("diffusion_models", unet_name, MODEL_NODE)
+        paths = [file_in("diffusion_models", unet_name, MODEL_NODE)]
+        needed = weight_bytes.of_diffusion_model(paths, weight_dtype)
 
-        def key_of(where: str) -> Key:
-            return Key.of("diffusion model", [path], {"weight_dtype": weight_dtype, "device": where})
-
-        needed = weights.of_diffusion_model([path], weight_dtype)
-        place = choose_place(device, allow_cpu, key_of, needed, MODEL_NODE)
-
-        def load() -> Any:
+        def load(place: torch.device | None) -> Any:
             (model,) = comfyui_nodes.UNETLoader().load_unet(unet_name, weight_dtype)
-            return put(model, place.device)
+            return put(model, place)
 
-        loading = Loading(MODEL_NODE, unique_id(cls), unet_name)
-        model = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed))
-        if offload_after_load:
-            loading.offload([model])
-        return loading.output(model)
+        loading = Loading(
+            MODEL_NODE, unique_id(cls), unet_name, Wish(keep_loaded, offload_after_load, device, allow_cpu)
+        )
+        files = ModelFiles("diffusion model", paths, {"weight_dtype": weight_dtype}, needed)
+        return loading.hand_out(loading.obtain(files, load))
 
 
 class LoadCLIP(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = folder_paths.get_filename_list("text_encoders")
-        return io.Schema(
-            node_id="SteadyVSR_LoadCLIP",
-            display_name=CLIP_NODE,
-            category=CATEGORY,
-            description="Loads a text encoder from one to four files, like Load CLIP, DualCLIPLoader and their kin. It "
-            "can be kept through the free-memory buttons, and it ends off its device, by measurement.",
-            inputs=[
+        return loader_schema(
+            "SteadyVSR_LoadCLIP",
+            CLIP_NODE,
+            "Loads a text encoder from one to four files, like Load CLIP, DualCLIPLoader and their kin. It can "
+            "outlive the free-memory buttons, and it is left off its device, verified by measurement.",
+            [
                 io.Combo.Input("clip_name1", options=files, tooltip="The first or only file of models/text_encoders."),
                 io.Combo.Input(
                     "type",
@@ -124,17 +100,13 @@ class LoadCLIP(io.ComfyNode):
                         options=[NONE, *files],
                         default=NONE,
                         optional=True,
-                        tooltip="Another file, for models with several text encoders; none: no further one.",
+                        tooltip="Another file, for models with several text encoders; none: no other file.",
                     )
                     for number in range(2, CLIP_FILES + 1)
                 ),
-                keep_loaded_input(),
-                offload_input(),
-                *device_inputs(),
             ],
-            hidden=[io.Hidden.unique_id],
-            outputs=[io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder."), report_output()],
-            **supported(io.Schema, search_aliases=["dual clip", "text encoder", "keep loaded"]),
+            [io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder.")],
+            ["dual clip", "text encoder", "keep loaded"],
         )
 
     @classmethod
@@ -159,27 +131,19 @@ class LoadCLIP(io.ComfyNode):
         names = chosen(clip_name1, clip_name2, clip_name3, clip_name4)
         paths = [file_in("text_encoders", name, CLIP_NODE) for name in names]
 
-        def key_of(where: str) -> Key:
-            return Key.of("clip", paths, {"type": type, "device": where})
-
-        needed = weights.of_text_encoder(paths)
-        place = choose_place(device, allow_cpu, key_of, needed, CLIP_NODE)
-        options: dict[str, Any] = {}
-        if place.device is not None:
-            options = {"load_device": place.device, "offload_device": CPU}
-
-        def load() -> Any:
-            clip_type = getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-            folders = folder_paths.get_folder_paths("embeddings")
+        def load(place: torch.device | None) -> Any:
             return comfy.sd.load_clip(
-                ckpt_paths=paths, embedding_directory=folders, clip_type=clip_type, model_options=options
+                ckpt_paths=paths,
+                embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                clip_type=getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
+                model_options={} if place is None else {"load_device": place, "offload_device": CPU},
             )
 
-        loading = Loading(CLIP_NODE, unique_id(cls), " + ".join(names))
-        clip = clone_of(loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed))
-        if offload_after_load:
-            loading.offload([clip])
-        return loading.output(clip)
+        loading = Loading(
+            CLIP_NODE, unique_id(cls), " + ".join(names), Wish(keep_loaded, offload_after_load, device, allow_cpu)
+        )
+        files = ModelFiles("clip", paths, {"type": type}, weight_bytes.of_text_encoder(paths))
+        return loading.hand_out(loading.obtain(files, load))
 
 
 def clip_types() -> list[str]:
@@ -195,25 +159,20 @@ def chosen(*names: str | None) -> list[str]:
 class LoadVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SteadyVSR_LoadVAE",
-            display_name=VAE_NODE,
-            category=CATEGORY,
-            description="Loads a VAE like Load VAE. It can be kept through the free-memory buttons, and it ends off "
-            "its device, by measurement.",
-            inputs=[
+        return loader_schema(
+            "SteadyVSR_LoadVAE",
+            VAE_NODE,
+            "Loads a VAE like Load VAE. It can outlive the free-memory buttons, and it is left off its device, "
+            "verified by measurement.",
+            [
                 io.Combo.Input(
                     "vae_name",
                     options=comfyui_nodes.VAELoader.INPUT_TYPES()["required"]["vae_name"][0],
                     tooltip="A file of models/vae, or a pair of small files of models/vae_approx.",
-                ),
-                keep_loaded_input(),
-                offload_input(),
-                *device_inputs(),
+                )
             ],
-            hidden=[io.Hidden.unique_id],
-            outputs=[io.Vae.Output("vae", display_name="VAE", tooltip="The VAE."), report_output()],
-            **supported(io.Schema, search_aliases=["keep loaded"]),
+            [io.Vae.Output("vae", display_name="VAE", tooltip="The VAE.")],
+            ["keep loaded"],
         )
 
     @classmethod
@@ -234,34 +193,26 @@ class LoadVAE(io.ComfyNode):
         if not small and vae_name != "pixel_space":
             paths = [file_in("vae", vae_name, VAE_NODE)]
 
-        def key_of(where: str) -> Key:
-            return Key.of("vae", paths, {"name": vae_name, "device": where})
-
-        needed = weights.of_vae(paths)
-        place = choose_place(device, allow_cpu, key_of, needed, VAE_NODE)
-
-        def load() -> Any:
+        def load(place: torch.device | None) -> Any:
             (vae,) = comfyui_nodes.VAELoader().load_vae(vae_name)
-            return put_vae(vae, place.device)
+            return put_vae(vae, place)
 
-        loading = Loading(VAE_NODE, unique_id(cls), vae_name)
-        vae = loading.obtain(key_of(place.option), keep_loaded, load, patchers_of, place, needed)
-        if offload_after_load:
-            loading.offload([vae])
-        return loading.output(vae)
+        loading = Loading(VAE_NODE, unique_id(cls), vae_name, Wish(keep_loaded, offload_after_load, device, allow_cpu))
+        files = ModelFiles("vae", paths, {"name": vae_name}, weight_bytes.of_vae(paths))
+        return loading.hand_out(loading.obtain(files, load))
 
 
 def small_files(name: str) -> list[str]:
-    """Files of models/vae_approx that ComfyUI puts together under a name such as taesd, or the file of that name."""
+    """Files of models/vae_approx that ComfyUI combines under a name such as taesd, or the file of that name."""
     if folder_paths.get_full_path("vae", name) is not None:
         return []
     starts = (f"{name}_encoder.", f"{name}_decoder.")
     return [file for file in folder_paths.get_filename_list("vae_approx") if file == name or file.startswith(starts)]
 
 
-def put_vae(vae: Any, device: Any) -> Any:
+def put_vae(vae: Any, device: torch.device | None) -> Any:
     vae.patcher = put(vae.patcher, device)
-    # A VAE sends its inputs to this device by itself.
+    # A VAE moves its inputs to this device itself.
     vae.device = vae.patcher.load_device
     return vae
 
@@ -269,30 +220,24 @@ def put_vae(vae: Any, device: Any) -> Any:
 class LoadCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SteadyVSR_LoadCheckpoint",
-            display_name=CHECKPOINT_NODE,
-            category=CATEGORY,
-            description="Loads model, text encoder and VAE of one file like Load Checkpoint. They can be kept through "
-            "the free-memory buttons, and they end off their device, by measurement.",
-            inputs=[
+        return loader_schema(
+            "SteadyVSR_LoadCheckpoint",
+            CHECKPOINT_NODE,
+            "Loads model, text encoder and VAE of one file like Load Checkpoint. They can outlive the "
+            "free-memory buttons, and they are left off their device, verified by measurement.",
+            [
                 io.Combo.Input(
                     "ckpt_name",
                     options=folder_paths.get_filename_list("checkpoints"),
                     tooltip="A file of models/checkpoints.",
-                ),
-                keep_loaded_input(),
-                offload_input(),
-                *device_inputs(),
+                )
             ],
-            hidden=[io.Hidden.unique_id],
-            outputs=[
+            [
                 io.Model.Output("model", display_name="MODEL", tooltip="The diffusion model."),
                 io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder, where the file has one."),
                 io.Vae.Output("vae", display_name="VAE", tooltip="The VAE, where the file has one."),
-                report_output(),
             ],
-            **supported(io.Schema, search_aliases=["keep loaded"]),
+            ["keep loaded"],
         )
 
     @classmethod
@@ -310,29 +255,18 @@ class LoadCheckpoint(io.ComfyNode):
     ) -> io.NodeOutput:
         path = file_in("checkpoints", ckpt_name, CHECKPOINT_NODE)
 
-        def key_of(where: str) -> Key:
-            return Key.of("checkpoint", [path], {"device": where})
-
-        needed = weights.of_checkpoint(path)
-        place = choose_place(device, allow_cpu, key_of, needed, CHECKPOINT_NODE)
-
-        def load() -> tuple[Any, Any, Any]:
+        def load(place: torch.device | None) -> tuple[Any, Any, Any]:
             model, clip, vae = comfyui_nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)
             if clip is not None:
-                clip.patcher = put(clip.patcher, place.device)
-            return put(model, place.device), clip, vae and put_vae(vae, place.device)
+                clip.patcher = put(clip.patcher, place)
+            return put(model, place), clip, vae and put_vae(vae, place)
 
-        loading = Loading(CHECKPOINT_NODE, unique_id(cls), ckpt_name)
-        parts = loading.obtain(key_of(place.option), keep_loaded, load, patchers_in, place, needed)
-        model, clip, vae = (part and clone_of(part) for part in parts)
-        if offload_after_load:
-            loading.offload(present(parts))
-        return loading.output(model, clip, vae)
-
-
-def present(parts: tuple[Any, ...]) -> list[Any]:
-    return [part for part in parts if part is not None]
+        loading = Loading(
+            CHECKPOINT_NODE, unique_id(cls), ckpt_name, Wish(keep_loaded, offload_after_load, device, allow_cpu)
+        )
+        files = ModelFiles("checkpoint", [path], {}, weight_bytes.of_checkpoint(path))
+        return loading.hand_out(*loading.obtain(files, load, patchers_in))
 
 
 def patchers_in(parts: tuple[Any, ...]) -> list[Any]:
-    return [patcher for part in present(parts) for patcher in patchers_of(part)]
+    return [patcher for part in parts if part is not None for patcher in patchers_of(part)]

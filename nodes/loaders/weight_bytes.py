@@ -1,4 +1,4 @@
-"""How many bytes the weights of a file will take once loaded: counted from its header, before it is read."""
+"""How many bytes the weights of a file will take once loaded, counted from its header before the file is read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import comfy.model_management as mm
 import torch
 
-# Names as the safetensors format spells them. What is not here (whole numbers, packed formats) is kept as it lies.
+# As the safetensors format spells them. Other formats (integers, packed ones) are kept as stored.
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -21,13 +21,13 @@ FLOATS = {
 HEADER_LIMIT = 100_000_000
 """Bytes; the limit of the safetensors library itself."""
 QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
-"""Ends of keys by which ComfyUI knows weights that it leaves in the file's own format."""
+"""Ends of keys by which ComfyUI recognises weights that it keeps in the file's own format."""
 DIFFUSION_MODEL, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 """Prefixes in a checkpoint; the rest is the text encoder."""
 
 
 @dataclass(frozen=True)
-class Tensor:
+class HeaderEntry:
     """One entry of a header."""
 
     key: str
@@ -36,8 +36,8 @@ class Tensor:
     bytes: int
 
 
-def header(path: str | Path) -> list[Tensor] | None:
-    """The tensors of a safetensors file; None for another format, or a file that is damaged."""
+def header(path: str | Path) -> list[HeaderEntry] | None:
+    """The tensors of a safetensors file; None for another format or a damaged file."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -45,7 +45,7 @@ def header(path: str | Path) -> list[Tensor] | None:
                 return None
             entries = json.loads(file.read(length))
             return [
-                Tensor(key, item["dtype"], prod(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
+                HeaderEntry(key, item["dtype"], prod(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
                 for key, item in entries.items()
                 if key != "__metadata__"
             ]
@@ -54,7 +54,7 @@ def header(path: str | Path) -> list[Tensor] | None:
 
 
 def of_diffusion_model(paths: Iterable[str | Path], weight_dtype: str = "default") -> int:
-    """Bytes of the weights as UNETLoader will hold them. Files without a header count with their size."""
+    """Bytes of the weights as UNETLoader will hold them; files without a header count as large as they are."""
     forced = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
     dtype = forced.get(weight_dtype.removesuffix("_fast"))
     return sum(_size(path, lambda tensors: _diffusion_model(tensors, dtype)) for path in paths)
@@ -62,7 +62,7 @@ def of_diffusion_model(paths: Iterable[str | Path], weight_dtype: str = "default
 
 def of_text_encoder(paths: Iterable[str | Path]) -> int:
     """Bytes of the weights of text encoders: ComfyUI leaves the large ones in the file's format."""
-    return sum(_size(path, _as_they_lie) for path in paths)
+    return sum(_size(path, _as_stored) for path in paths)
 
 
 def of_vae(paths: Iterable[str | Path]) -> int:
@@ -72,11 +72,11 @@ def of_vae(paths: Iterable[str | Path]) -> int:
 def of_checkpoint(path: str | Path) -> int:
     """Bytes of diffusion model, VAE and text encoder together."""
 
-    def count(tensors: list[Tensor]) -> int:
+    def count(tensors: list[HeaderEntry]) -> int:
         model = [tensor for tensor in tensors if tensor.key.startswith(DIFFUSION_MODEL)]
         vae = [tensor for tensor in tensors if tensor.key.startswith(VAE)]
         rest = [tensor for tensor in tensors if not tensor.key.startswith((DIFFUSION_MODEL, *VAE))]
-        return _diffusion_model(model, None) + _vae(vae) + _as_they_lie(rest)
+        return _diffusion_model(model, None) + _vae(vae) + _as_stored(rest)
 
     return _size(path, count)
 
@@ -86,28 +86,28 @@ def _size(path: str | Path, count) -> int:
     return Path(path).stat().st_size if tensors is None else count(tensors)
 
 
-def _diffusion_model(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+def _diffusion_model(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
     if any(tensor.key.endswith(QUANTISED) for tensor in tensors):
-        return _as_they_lie(tensors)
+        return _as_stored(tensors)
     if dtype is None:
         numbers = Counter[str]()
         for tensor in tensors:
             numbers[tensor.dtype] += tensor.numbers
         most = FLOATS.get(max(numbers, key=numbers.__getitem__, default=""))
-        # Without a device, as ComfyUI asks when it loads: its own choice, wherever the model goes then.
+        # Without a device, as ComfyUI asks when it loads: the choice does not depend on where the model then goes.
         dtype = mm.unet_dtype(model_params=numbers.total(), weight_dtype=most)
     return _converted(tensors, dtype)
 
 
-def _vae(tensors: list[Tensor]) -> int:
+def _vae(tensors: list[HeaderEntry]) -> int:
     return _converted(tensors, mm.vae_dtype(mm.vae_device(), [torch.bfloat16, torch.float32]))
 
 
-def _converted(tensors: list[Tensor], dtype: torch.dtype | None) -> int:
+def _converted(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
     if dtype is None:
-        return _as_they_lie(tensors)
+        return _as_stored(tensors)
     return sum(t.numbers * dtype.itemsize if t.dtype in FLOATS else t.bytes for t in tensors)
 
 
-def _as_they_lie(tensors: list[Tensor]) -> int:
+def _as_stored(tensors: list[HeaderEntry]) -> int:
     return sum(tensor.bytes for tensor in tensors)

@@ -1,1 +1,1 @@
-"""The tiled VAE nodes: exact where the layers of the VAE are known, blended elsewhere, measured in both cases."""
+"""The tiled VAE nodes: exact where the layers of a VAE are known, blended otherwise, always measured."""

@@ -1,4 +1,4 @@
-"""A network's weights on another device or in another number format, for as long as something is computed."""
+"""Computing with a network whose weights ComfyUI holds on another device or in another dtype."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class CastWeights(nn.Module):
-    """Where ComfyUI has the weights otherwise, copies stand in their place for as long as `run` runs; its own stay.
+    """Temporarily swaps in copies of the weights on another device or in another dtype; ComfyUI's own are untouched.
 
     Args:
-        network: whose weights.
-        device, dtype: in which ComfyUI has them.
+        network: whose weights are swapped.
+        device, dtype: where and in what ComfyUI holds them.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -23,7 +23,7 @@ class CastWeights(nn.Module):
         self._copies: dict[str, Tensor] = {}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Makes them ready for a computation of that kind."""
+        """Makes the copies, or none where ComfyUI's own weights will do."""
         self._copies = {}
         if (device, dtype) != self._own:
             self._copies = {
@@ -32,6 +32,7 @@ class CastWeights(nn.Module):
             }
 
     def run(self, compute: Callable[[], None]) -> None:
+        """Calls `compute` with the copies in place."""
         if self._copies:
             torch.func.functional_call(self, self._copies, (compute,))
         else:

@@ -1,7 +1,7 @@
-"""ComfyUI's image VAEs of the kind of SD and Flux as a chain of layers that can be computed in tiles, exactly.
+"""ComfyUI's image VAEs of the SD and Flux kind, as a chain of layers that can be computed exactly in tiles.
 
-The layers are ComfyUI's own and stay where they are. What its `decode` does before the decoder, and its `encode` after
-the encoder, is left to it: both lie at the resolution of the latents.
+The layers are ComfyUI's own and stay in place. What its `decode` does before the decoder, and its `encode` after the
+encoder, is left to ComfyUI: both work at the resolution of the latents.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PROBE_LATENTS = 2
 
 
 class _Reached(Exception):  # noqa: N818
-    """Ends a call at the place that was asked for."""
+    """Ends a call where it has computed what was wanted."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
 
 def chain_of(vae: Any, encodes: bool, pixels: int) -> tuple[list[Step], str]:
-    """The chain of a VAE's encoder or decoder; empty with the reason if it has none, or computes something else.
+    """Returns the layers of a VAE's encoder or decoder, or none and the reason.
 
-    Its structure is looked at, and once for each network a small image goes both ways.
+    The structure must be a known one, and once for each network a small image is computed both ways and compared.
 
     Args:
-        vae: a ComfyUI VAE object, its weights on its device.
+        vae: a ComfyUI VAE object whose weights are on its device.
         pixels: per latent along a side.
     """
     network, name = vae.first_stage_model, "encoder" if encodes else "decoder"
@@ -59,10 +59,10 @@ def _steps(
 ) -> list[Step]:
     """
     Raises:
-        ValueError, AttributeError: it is not built as expected.
+        ValueError, AttributeError: the network is not built as expected.
     """
     if encodes:
-        # What follows the encoder may put several of its positions into one latent.
+        # What follows the encoder may fold several of its positions into one latent.
         inner = 2 ** (len(network.encoder.down) - 1)
         steps = encoder_steps(network.encoder, inner)
         wide = steps[-1].channels[1]
@@ -76,7 +76,7 @@ def _steps(
 
 
 class _Head:
-    """What `decode` makes of latents before the decoder sees them."""
+    """What `decode` does to latents before its decoder."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
@@ -94,7 +94,7 @@ class _Head:
 
 
 class _Tail:
-    """What `encode` makes of what the encoder gives."""
+    """What `encode` does to the output of its encoder."""
 
     def __init__(self, network: Any, image_channels: int, pixels: int) -> None:
         self._network, self._channels, self._side = network, image_channels, pixels * PROBE_LATENTS
@@ -124,7 +124,7 @@ def _trial(
     device: torch.device,
     dtype: torch.dtype,
 ) -> str:
-    """Empty, or how the two ways differ on a small image."""
+    """Empty, or how the two ways of computing a small image differ."""
     height, width = TRIAL_LATENTS
     generator = torch.Generator().manual_seed(0)
     if encodes:

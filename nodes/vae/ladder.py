@@ -1,4 +1,4 @@
-"""What to try when a tile does not fit: the rungs, and the table of what was tried."""
+"""What to try when a tile does not fit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SHARES = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8)
 
 
 def smaller_tiles(tile: int, longest: int, floor: int) -> list[int]:
-    """Sides below `tile`, larger first: ×0.75, ×0.5, … in steps of 32 pixels down to the floor.
+    """Sides below `tile`, largest first: ×0.75, ×0.5, … in steps of 32 pixels, down to `floor`.
 
     Args:
-        longest: side of the image; a tile that holds all of it is no smaller than another that does.
+        longest: the longer side of the image; no tile needs to be larger.
     """
     start = min(tile, -(-longest // TILE_STEP) * TILE_STEP)
     sides = dict.fromkeys([*(int(start * share) // TILE_STEP * TILE_STEP for share in SHARES), floor])
@@ -33,18 +33,18 @@ def smaller_tiles(tile: int, longest: int, floor: int) -> list[int]:
 
 @dataclass
 class TileLadder:
-    """Carries a job to its end, one rung down for each time that memory runs out.
+    """Computes the tiles of a job and takes one rung down each time memory runs out.
 
     Attributes:
         node: display name, which errors begin with.
-        job: tiles left to compute.
+        job: the tiles.
         around: runs a computation with the weights that it needs.
-        tiles: sides to go down to, larger first.
-        dtype: to go down to after the last of them, or None.
-        allow_cpu: whether the CPU stands at the end.
-        shrink: False ends at the first failure.
-        unload_others: makes room; says whether there was any to make.
-        prepare: has the weights made ready for a device and dtype.
+        tiles: smaller sides to try, largest first.
+        dtype: to try after the last of them, or None.
+        allow_cpu: whether the CPU is the last rung.
+        shrink: False: the first failure is the end.
+        unload_others: makes room; returns whether it could.
+        prepare: gets the weights ready for a device and dtype.
         free: bytes that are free on the device, or None.
     """
 
@@ -64,7 +64,7 @@ class TileLadder:
         self.attempts = Attempts(self.node, ATTEMPT_COLUMNS)
 
     def advance(self, on_step: Callable[[], None]) -> None:
-        """Computes one tile, however far down that takes it.
+        """Computes one tile, as far down the ladder as that takes.
 
         Raises:
             mm.OOM_EXCEPTION: nothing is left to try; the message holds the table of attempts.
@@ -76,7 +76,7 @@ class TileLadder:
             except memory_errors() as error:
                 if not is_out_of_memory(error):
                     raise
-                # Only the words: the error's traceback holds every tensor of the tile that failed.
+                # Only the words: the traceback holds every tensor of the failed tile.
                 words = str(error)
             if words is None:
                 return

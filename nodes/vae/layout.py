@@ -1,6 +1,6 @@
-"""What a ComfyUI VAE object takes and gives: sizes, layouts, channels and frames, the same in every version.
+"""What a ComfyUI VAE object takes and returns: sizes, layouts, channels and frames, alike in every version.
 
-Nothing here moves or computes; the functions ask the object itself, so they know no kind of VAE by name.
+Nothing here moves or computes. The functions ask the object itself, so they need not know any kind of VAE by name.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ CROP, PAD = "crop", "pad"
 def checked_vae(vae: Any, node: str) -> bool:
     """Whether a VAE can be computed tile by tile here.
 
-    False where it can only be asked as a whole: it tiles by itself, or it is an object of another pack that has no
-    network and no patcher of ComfyUI's kind.
+    False where it can only be called as a whole: it tiles by itself, or it is another pack's object without a network
+    and a patcher of ComfyUI's kind.
 
     Raises:
-        ValueError: it holds no weights, or it is for sound or shapes.
+        ValueError: it has no weights, or it is for sound or shapes.
     """
     if getattr(vae, "first_stage_model", vae) is None:
         raise ValueError(
-            f"{node}: expected a VAE with weights; got an empty one. The checkpoint that it comes from contains none: "
+            f"{node}: expected a VAE with weights; got an empty one. The checkpoint it comes from has none: "
             "load a VAE file with Load VAE."
         )
     if not hasattr(vae, "first_stage_model") or not hasattr(vae, "patcher"):
@@ -44,9 +44,10 @@ def compression(ratio: Any) -> int:
 
 
 def pixels_for(vae: Any, pixels: Tensor, odd_size: str, node: str) -> tuple[Tensor, list[str]]:
-    """An IMAGE, BHWC or BTHWC in 0..1, as the network takes it: NCHW, or NCTHW for a video VAE; and what was changed.
+    """Returns an IMAGE, BHWC or BTHWC in 0..1, as the network takes it (NCHW, or NCTHW for a video VAE), and notes on
+    the changes.
 
-    A video VAE takes the images of a batch as frames of one clip, as ComfyUI does, unless it is for single images.
+    As in ComfyUI, a video VAE takes a batch of images as the frames of one clip, unless it is for single images.
 
     Raises:
         ValueError: an empty batch, an image smaller than one latent, too few channels, video for an image VAE.
@@ -76,10 +77,10 @@ def pixels_for(vae: Any, pixels: Tensor, odd_size: str, node: str) -> tuple[Tens
 
 
 def latents_for(vae: Any, samples: dict[str, Any], node: str) -> tuple[Tensor, list[str]]:
-    """A LATENT's tensor as the network takes it: NCHW, or NCTHW for a video VAE; and what was changed.
+    """Returns a LATENT's tensor as the network takes it (NCHW, or NCTHW for a video VAE), and notes on the changes.
 
     Raises:
-        ValueError: no tensor in it, or of a shape that no image or video has.
+        ValueError: it is empty, or has a shape that no image or video has.
     """
     notes: list[str] = []
     latents = samples["samples"]
@@ -128,7 +129,7 @@ def _fit_channels(vae: Any, pixels: Tensor, node: str, notes: list[str]) -> Tens
 
 
 def _fit_size(pixels: Tensor, step: int, odd_size: str, node: str, notes: list[str]) -> Tensor:
-    """Height and width as multiples of `step`: cut at the centre as ComfyUI does, or continued at the edges."""
+    """Makes height and width multiples of `step`: cropped around the centre as in ComfyUI, or padded by repetition."""
     height, width = pixels.shape[-3:-1]
     if odd_size == PAD:
         below, right = -height % step, -width % step

@@ -1,4 +1,4 @@
-"""The memory of one tiled VAE run: predicted for a tile, measured at the first one, summed up at the end."""
+"""The memory of one tiled VAE run: predicted for a tile, measured on the first one, reported at the end."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ...patches.residency import handle_of, residents
 from ..attempts import Attempts, figures, node_line, peak_figures
 
 MARGIN = 1.2
-"""Times a tile's bytes, for the allocator's rounding."""
+"""Factor on a tile's bytes, for the allocator's rounding."""
 WORKSPACE_BYTES = 256 * MIB
-"""Kept free beside a tile on an accelerator: convolutions take workspace that no shape tells."""
+"""Left free beside a tile on an accelerator: convolutions take workspace that no shape reveals."""
 SLACK_BYTES = 16 * MIB
-"""Growth over a run that is no leak."""
+"""Growth over a run that does not count as a leak."""
 
 
 @dataclass
 class TileMemory:
-    """Its methods are called in the order in which they stand here.
+    """Call the methods in this order.
 
     Attributes:
         vae: a ComfyUI VAE object.
@@ -52,7 +52,7 @@ class TileMemory:
         return probe.read(self.vae.device, settled=settled)
 
     def largest_tile(self, sides: Sequence[int]) -> int:
-        """The first of these sides, larger first, that is predicted to fit; the last where none is."""
+        """The first of these sides (largest first) that is predicted to fit, else the last."""
         return next((side for side in sides if self._fits(self.predicted(side))), sides[-1])
 
     @contextmanager
@@ -66,9 +66,9 @@ class TileMemory:
         self._moved = self._books() - before
 
     def load(self, tile: int) -> None:
-        """Has ComfyUI put the weights on the device and make room for a tile of that side.
+        """Has ComfyUI put the weights on the device and make room for one tile of that side.
 
-        It asks for the tile's need alone: more would move other models away for nothing.
+        Asking for more than one tile needs would move other models away for nothing.
         """
         self._tile = tile
         mm.load_models_gpu(
@@ -84,7 +84,7 @@ class TileMemory:
 
     @contextmanager
     def measuring_tile(self) -> Iterator[None]:
-        """Counts what one tile takes at most, where the device counts that."""
+        """Measures the peak of one tile, where the device has a counter for it."""
         self._note_peak()
         first = self._begin_peak()
         yield
@@ -93,7 +93,7 @@ class TileMemory:
             self.measured_tile = max(0, last.peak.bytes - first.allocated.bytes)
 
     def fitting_tile(self, tile: int, sides: Sequence[int]) -> int | None:
-        """The first of these sides, larger first, that fits by what a tile of side `tile` was measured to take; None
+        """The first of these sides (largest first) that fits by what a tile of side `tile` was measured to take. None
         where nothing was measured or none fits."""
         measured = self.measured_tile
         if measured is None:
@@ -121,7 +121,7 @@ class TileMemory:
         }
 
     def verdict(self, kept: int) -> dict[str, Any]:
-        """Whether the peak stayed within the budget and the memory came back, by measurement; and in words."""
+        """Whether, by measurement, the peak stayed within the budget and the memory came back; with the reason."""
         peak, grown, limit = self._run_peak(), self._grown(), self._limit
         if peak is None or grown is None:
             note = self._loaded.peak.note or self._loaded.allocated.note or "this device has no peak counter"
@@ -146,7 +146,7 @@ class TileMemory:
         """Bytes that weights and tiles may take together; None where nothing says so."""
         free = self.read().free
         if free is not None:
-            # What ComfyUI would move away for a tile; on the CPU the weights lie in RAM already.
+            # Plus what ComfyUI would move away for a tile; on the CPU, the weights are in RAM already.
             free += self.vae.patcher.model_size() if self._on_cpu else self._books()
         return min((limit for limit in (free, self._limit) if limit is not None), default=None)
 
@@ -164,13 +164,13 @@ class TileMemory:
         return min(side, height) * min(side, width)
 
     def _books(self) -> int:
-        """Bytes of weights on the device, by ComfyUI's list."""
+        """Bytes of weights on the device by ComfyUI's books."""
         return sum(item.bytes for item in residents(self.vae.device))
 
     def _begin_peak(self) -> Reading:
         reading = self.read()
         if reading.peak.bytes is not None:
-            ledger.current().mark("tile", quiet=True)  # whoever watches counts the peak so far, before it starts anew
+            ledger.current().mark("tile", quiet=True)  # the ledger notes the peak so far before the counter restarts
             probe.current().reset_peak(self.vae.device)
         return reading
 
@@ -180,7 +180,7 @@ class TileMemory:
         return reading
 
     def _run_peak(self) -> int | None:
-        """Most bytes of this VAE's weights and tiles, without what others have on the device."""
+        """Peak bytes of this VAE's weights and tiles, without what others hold on the device."""
         peak, loaded = self._peak.allocated.bytes, self._loaded.allocated.bytes
         if peak is None or loaded is None or self._loaded.peak.bytes is None:
             return None
@@ -188,7 +188,7 @@ class TileMemory:
         return peak - loaded + self._held
 
     def _grown(self) -> int | None:
-        """Bytes that are on the device after the run and were not before, weights left out."""
+        """Bytes that are on the device after the run and were not before, weights excluded."""
         before, after = self._before.allocated.bytes, self._after.allocated.bytes
         if before is None or after is None:
             return None

@@ -1,9 +1,8 @@
-"""One encode or decode of a VAE in tiles inside ComfyUI: planned by measurement, carried down a ladder, reported."""
+"""One tiled encode or decode inside ComfyUI: planned by measurement, made smaller when memory runs out, reported."""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -30,9 +29,9 @@ AUTO, EXACT, BLEND = "auto", "exact", "blend"
 SHRINK, ERROR = "shrink", "error"
 MAX_TILE = 512
 SIDES = range(MAX_TILE, 0, -MIN_TILE)
-"""Tiles to choose from where the user chose none."""
+"""Sides to choose from where the user chose none."""
 NAMED_TILES = 3
-"""So many tiles that were not finite are named in the report; the others are counted."""
+"""How many tiles that were not finite the report names; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class TileOptions:
         mode: auto | exact | blend.
         budget_gb: GiB on the device, the VAE's weights included; 0: what is free.
         on_oom: shrink | error.
-        allow_cpu: go to the CPU when everything else failed.
-        spot: compare one more tile with a blended result.
+        allow_cpu: go to the CPU when everything else has failed.
+        spot: compare a blended result with one more tile.
     """
 
     tile: int = 256
@@ -64,8 +63,8 @@ class TiledRun:
 
     Attributes:
         node: display name, which errors begin with.
-        vae: a ComfyUI VAE object that `vae_layout.checked_vae` has accepted.
-        encodes: whether it encodes; otherwise it decodes.
+        vae: a ComfyUI VAE object that `layout.checked_vae` has accepted.
+        encodes: whether to encode or to decode.
         node_id: of the node in the graph, for the progress bar.
     """
 
@@ -101,7 +100,7 @@ class TiledRun:
             try:
                 self._carry_out(ladder, weights, memory, source)
             except RuntimeError as error:
-                # Torch's own complaint, or one of a VAE that checks; only a mismatch of channels is known here.
+                # From torch, or from a VAE that checks its input; the one cause known here is a mismatch of channels.
                 self._explain_channels(source, error)
                 raise
             self._note_again()
@@ -118,10 +117,14 @@ class TiledRun:
         node_status.send(self.node_id, memory=memory.summary(self._report["attempts"]))
         return result
 
-    def report(self) -> str:
-        """What was done and measured, as JSON."""
-        ordered = {"node": self.node, "vae": type(self.vae.first_stage_model).__name__, **self._report}
-        return json.dumps({**ordered, "notes": self.notes}, indent=2, ensure_ascii=False)
+    def report(self) -> dict[str, Any]:
+        """What was done and measured, as plain values."""
+        return {
+            "node": self.node,
+            "vae": type(self.vae.first_stage_model).__name__,
+            **self._report,
+            "notes": self.notes,
+        }
 
     @property
     def _compression(self) -> int:
@@ -133,7 +136,7 @@ class TiledRun:
         return source.shape[-2] * factor, source.shape[-1] * factor
 
     def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
-        """Side and overlap to begin with."""
+        """Side and overlap to start with."""
         tile = min(self.options.tile, MAX_TILE) or memory.largest_tile(SIDES)
         if tile < self.options.tile:
             self.notes.append(f"tile_size {self.options.tile} was lowered to {tile}, the largest.")
@@ -148,8 +151,8 @@ class TiledRun:
         return tile, overlap
 
     def _predicted(self, source: Tensor, tile: int) -> int:
-        """Bytes that one tile of that side needs beside the weights: by the exact path's own count, or by ComfyUI's
-        estimate for the tile's shape."""
+        """Bytes that a tile of that side needs beside the weights: counted by the exact path, or estimated by ComfyUI
+        for the tile's shape."""
         if self._exact is not None:
             return self._exact.predicted(tile)
         cut = tile if self.encodes else -(-tile // self._compression)
@@ -158,7 +161,7 @@ class TiledRun:
         return int(estimate(shape, self.vae.vae_dtype))
 
     def _exact_path(self, source: Tensor) -> ExactPath | None:
-        """The exact path, if it is wanted and possible.
+        """The exact path, where it is wanted and possible.
 
         Raises:
             ValueError: mode exact, and it is not possible.
@@ -176,7 +179,7 @@ class TiledRun:
         return found
 
     def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
-        """As `exact_path`; where memory runs out in its trial, once more without the other models on the device."""
+        """As `exact_path`, tried again without the other models on the device if memory runs out in its trial."""
         frames = source.shape[2] if source.ndim == 5 else 1
         while True:
             try:
@@ -184,7 +187,7 @@ class TiledRun:
             except memory_errors() as error:
                 if self.options.on_oom != SHRINK or not is_out_of_memory(error):
                     raise
-            # Out of the handler: the error's traceback holds the tensors of the trial.
+            # Outside the handler: the traceback holds the tensors of the trial.
             gc.collect()
             mm.soft_empty_cache()
             if not residency.unload_others(self.vae.device, [self.vae.patcher]):
@@ -195,7 +198,7 @@ class TiledRun:
             return self._exact.job(source, tile)
         network, size = self.vae.first_stage_model, self._compression
         place: dict[str, Any] = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
-        # A norm over groups of channels takes its statistics from all that it sees.
+        # A norm over groups of channels takes its statistics from everything it sees.
         if source.ndim == 4 and any(isinstance(layer, nn.GroupNorm) for layer in network.modules()):
             place["shapes"] = THREE_GRIDS
         if self.encodes:
@@ -231,7 +234,7 @@ class TiledRun:
             bar.update_absolute(job.done, job.total)
 
     def _advance(self, ladder: TileLadder, weights: CastWeights) -> None:
-        """One tile; once more in fp32 if it is not finite."""
+        """Computes one tile, again in fp32 if it is not finite."""
         job, on_step = ladder.job, mm.throw_exception_if_processing_interrupted
         try:
             return ladder.advance(on_step)
@@ -259,7 +262,7 @@ class TiledRun:
             self.notes.append(f"Computed again in float32: {more} more tiles.")
 
     def _recalibrate(self, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
-        """Takes the side of tile that fits by what the first tile was measured to need."""
+        """Changes to the side that fits by what the first tile was measured to take."""
         job = ladder.job
         if ladder.attempts or self.options.on_oom != SHRINK:
             return
@@ -275,7 +278,7 @@ class TiledRun:
         return smaller_tiles(tile, max(self._pixels(source)), max(MIN_TILE, 2 * self._compression))
 
     def _move(self, weights: CastWeights, device: torch.device, dtype: torch.dtype) -> None:
-        """Other weights in place of ComfyUI's, which leave the device first."""
+        """Swaps in copies of the weights; ComfyUI's own leave the device first."""
         residency.offload_model(self.vae)
         weights.prepare(device, dtype)
 

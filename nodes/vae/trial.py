@@ -44,7 +44,8 @@ def differs(
         device, dtype: of these weights.
     """
     weights, results = CastWeights(network, device, dtype), []
-    for tried in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
+    widest = torch.promote_types(dtype, torch.float32)
+    for tried in dict.fromkeys((dtype, widest)):
         weights.prepare(device, tried)
         try:
             weights.run(lambda tried=tried: results.extend(both(tried)))
@@ -55,7 +56,7 @@ def differs(
             return f"{what} has shape {tuple(ours.shape)}, not {tuple(native.shape)}"
         error = float((ours - native).norm() / native.norm())
         return "" if error <= tolerance(device, tried) else f"{what} differs by {error:.1e} in {tried}"
-    return f"{what} is not finite in {tried}"
+    return f"{what} is not finite in {widest}"
 
 
 def tolerance(device: torch.device, dtype: torch.dtype) -> float:

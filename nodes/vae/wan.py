@@ -1,7 +1,7 @@
-"""ComfyUI's Wan 2.1 VAE under the interface of our own: its layers and weights, our order of computing.
+"""ComfyUI's Wan 2.1 VAE behind our own interface: its layers and weights, our order of computing.
 
-ComfyUI's own `encode` and `decode` take whole frames of a whole clip. Its layers do not mind who calls them, so they
-are put into a `models.wan_vae.WanVAE`, which can compute tiles and chunks. Nothing is copied or changed.
+ComfyUI's `encode` and `decode` take whole frames of a whole clip. Its layers do not mind who calls them, so a
+`models.wan_vae.WanVAE`, which can compute tiles and chunks, borrows them. Nothing is copied or changed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH, TRIAL_TILE = 2, 2, 3, 16
 class Adoption(NamedTuple):
     """
     Attributes:
-        vae: the network under our interface; latents as the network has them, not normalised. None where it is another.
-        why_not: in words; empty where there is a VAE.
+        vae: the network behind our interface, with the network's own latents, not normalised; None where it is refused.
+        why_not: the reason; empty where there is a VAE.
     """
 
     vae: WanVAE | None
@@ -35,12 +35,12 @@ class Adoption(NamedTuple):
 
 
 class _Conv3d(nn.Module):
-    """One of ComfyUI's causal convolutions without the frames that it would put before its input."""
+    """One of ComfyUI's causal convolutions, without the frames that it would put before its input."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
-        # 0.3.64 pads frames, rows and columns in the method that is passed over here.
+        # 0.3.64 pads frames, rows and columns in the method that is bypassed here.
         self.pads_itself = isinstance(layer._padding, tuple)
 
     def forward(self, x: Tensor, autopad: str | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class _Conv3d(nn.Module):
 
 
 class _Norm(nn.Module):
-    """ComfyUI's norm, computed with fewer copies; its weight is looked up at each use, as ComfyUI may replace it."""
+    """ComfyUI's norm with fewer copies. The weight is looked up at each use, because ComfyUI may replace it."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ class _Norm(nn.Module):
 
 
 def adopted(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Adoption:
-    """The network under our interface, if it is a Wan 2.1 VAE and computes what ours does.
+    """The network behind our interface, if it is a Wan 2.1 VAE and computes what ours does.
 
-    Its structure is compared layer by layer. Then, once for each network, a small clip goes both ways through both.
+    The structure is compared layer by layer. Then, once for each network, both encode and decode a small clip.
 
     Args:
-        network: `first_stage_model` of a ComfyUI VAE; its weights on `device`.
+        network: `first_stage_model` of a ComfyUI VAE whose weights are on `device`.
         device, dtype: of the trial.
     """
     if (type(network).__module__, type(network).__name__) != (comfy.ldm.wan.vae.__name__, "WanVAE"):
@@ -119,7 +119,7 @@ def _borrowed(name: str, layer: nn.Module, theirs: Any) -> nn.Module:
 
 
 def _trial(network: Any, vae: WanVAE, device: torch.device, dtype: torch.dtype) -> str:
-    """Empty, or how the two differ on a clip of two latents."""
+    """Empty, or how the two differ on a clip of two latent frames."""
     generator = torch.Generator().manual_seed(0)
     size = TRIAL_LATENTS, TRIAL_HEIGHT, TRIAL_WIDTH
     latents = torch.randn(1, vae.z_dim, *size, generator=generator)

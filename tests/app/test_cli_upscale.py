@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from steadyvsr import cli
@@ -264,18 +265,46 @@ def test_a_cut_off_video_is_refused_before_the_work_and_kept_on_request(tmp_path
     assert 10 < len(list(open_clip(tmp_path / "out.mp4").frames())) < 30
 
 
+def spoil(path: Path, index: int) -> Path:
+    """Writes zeros over one packet: the file stays whole, so that only decoding finds the damage."""
+    with av.open(str(path)) as container:
+        packet = bytes([packet for packet in container.demux(video=0) if packet.size][index])
+    path.write_bytes(path.read_bytes().replace(packet, bytes(len(packet))))
+    return path
+
+
 def test_damage_met_on_the_way_stores_what_was_read(tmp_path, capsys, engine):
-    source = make_clip(tmp_path / "in.mkv", 20, noise=0.1)
-    with av.open(str(source)) as container:
-        packet = [p for p in container.demux(video=0) if p.size][10]
-    data = bytearray(source.read_bytes())
-    start = data.index(bytes(packet))
-    data[start : start + packet.size] = bytes(packet.size)
-    source.write_bytes(data)
+    source = spoil(make_clip(tmp_path / "in.mkv", 20, noise=0.1), 10)
     assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == 2
     assert "out.partial.mp4" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mkv", "out.partial.mp4"]
     assert 5 <= len(list(open_clip(tmp_path / "out.partial.mp4").frames())) <= 10
+
+
+def test_damage_before_the_first_frame_is_what_the_error_says(tmp_path, capsys):
+    source = spoil(make_clip(tmp_path / "in.mkv", 5, noise=0.1), 0)
+    assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == 2
+    assert "in.mkv: expected 5 frames; got 0 frames" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_freed_heap_pages_go_back_to_the_system_once_in_eight_frames(tmp_path, monkeypatch):
+    trims = []
+    monkeypatch.setattr(upscale, "trim", lambda: trims.append(1))
+    footage = upscale.footage_of(open_clip(make_clip(tmp_path / "in.mp4", 20)))
+    writer = upscale.open_writer(footage, tmp_path / "out.mp4", 1.0, upscale.OutputOptions())
+    assert upscale.write_footage(footage, lambda frames: frames, writer) == (tmp_path / "out.mp4", None)
+    assert len(trims) == 3 and open_clip(tmp_path / "out.mp4").frame_count == 20
+
+
+def test_a_run_that_fails_closes_its_source_while_the_error_is_still_held(tmp_path):
+    source = make_clip(tmp_path / "in.mp4", 20)
+    footage = upscale.footage_of(open_clip(source))
+    writer = upscale.open_writer(footage, tmp_path / "out.mp4", 2.0, upscale.OutputOptions())
+    with pytest.raises(ValueError, match="expected frame 0") as caught:
+        upscale.write_footage(footage, lambda frames: frames, writer)
+    assert caught.value.__traceback__ is not None
+    assert str(source) not in [file.path for file in psutil.Process().open_files()]
 
 
 def test_images_go_in_and_come_out(tmp_path, engine):
@@ -313,9 +342,10 @@ def test_a_report_is_plain_data(tmp_path, engine):
     clip = open_clip(make_clip(tmp_path / "in.mp4", 2))
     with contextlib.closing(open_clip(tmp_path / "in.mp4").frames()) as frames:
         assert next(frames).shape == (HEIGHT, WIDTH, 3)
-    writer = upscale.open_writer(clip, tmp_path / "out.mp4", 2.0, upscale.OutputOptions())
+    footage = upscale.footage_of(clip)
+    writer = upscale.open_writer(footage, tmp_path / "out.mp4", 2.0, upscale.OutputOptions())
     assert isinstance(writer, ClipWriter)
     report = upscale.upscale_clip(
-        None, clip, writer, StreamOptions(scale=2.0), device=torch.device("cpu"), dtype=torch.float32
+        None, footage, writer, StreamOptions(scale=2.0), device=torch.device("cpu"), dtype=torch.float32
     )
     assert json.loads(json.dumps(dataclasses.asdict(report)))["frames"] == 2

@@ -50,10 +50,10 @@ class Load:
         path = FILES / name
         if not path.exists():
             path.touch()
-        retention, wrappers = of_the_pack("patches.kept"), of_the_pack("patches.hooks")
-        wrappers.install()
-        key = retention.Key.of("test", [path])
-        found = retention.registry().obtain(key, keep, lambda: read(name, mib), lambda patcher: [patcher], name)
+        kept, hooks = of_the_pack("patches.kept"), of_the_pack("patches.hooks")
+        hooks.install()
+        key = kept.Key.of("test", [path])
+        found = kept.registry().obtain(key, keep, lambda: read(name, mib), lambda patcher: [patcher], name)
         return (found.clone(),)
 
 

@@ -3,7 +3,7 @@
     python guidance_session.py PACK_FOLDER BASE_FOLDER
 
 Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
-test_comfy_guidance.py.
+test_guidance.py.
 """
 
 from __future__ import annotations

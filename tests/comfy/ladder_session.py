@@ -3,7 +3,7 @@
     python ladder_session.py PACK_FOLDER BASE_FOLDER
 
 The card is scripted: an operator that makes a new storage fails while a unit of work runs with a plan that is too large
-for it. Prints one JSON object on the last line; the assertions are in test_comfy_ladder.py.
+for it. Prints one JSON object on the last line; the assertions are in test_ladder.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python loaders_session.py PACK_FOLDER BASE_FOLDER
 
 Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
-test_comfy_loaders.py.
+test_loaders.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python loading_session.py PACK_FOLDER BASE_FOLDER
 
 Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
-test_comfy_loading.py.
+test_loading.py.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 PACK, CHECKOUT, ORDER = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-sys.path.insert(0, str(PACK / "tests" / "patches"))
-importlib.import_module("books_double").prepare("comfyui", PACK)
+sys.path[:0] = [str(PACK / "tests" / name) for name in ("patches", "session")]
+importlib.import_module("comfyui_place").prepare("comfyui", PACK)
 
-from free_worlds import ERRORS, EVERYTHING, SCENARIOS, A, B, C, Queue, World, mm, wrappers  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, SCENARIOS, A, B, C, Queue, World, hooks, mm  # noqa: E402
 
 SERVER: Any = types.ModuleType("server")
 SERVER.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=Queue()))
@@ -38,7 +38,7 @@ class Beside(World):
         vars(sys.modules["steadyvsr_state"])["wrappers"].ram_armed = True
 
     def load(self, *arguments: Any, **options: Any) -> Any:
-        wrappers.install()
+        hooks.install()
         return super().load(*arguments, **options)
 
 
@@ -88,21 +88,21 @@ def run(column: str) -> dict[str, dict]:
 
 def main() -> dict[str, Any]:
     if ORDER == "after":
-        wrappers.install()
+        hooks.install()
     refused = import_multigpu()
     if refused:
         return {"refused": refused}
-    theirs = {name: getattr(mm, name).__module__.startswith("multigpu") for name in wrappers.NAMES}
+    theirs = {name: getattr(mm, name).__module__.startswith("multigpu") for name in hooks.NAMES}
     if ORDER == "before":
-        wrappers.install()
-    found: dict[str, Any] = {"refused": "", "theirs": theirs, "status": {"start": wrappers.status()}}
+        hooks.install()
+    found: dict[str, Any] = {"refused": "", "theirs": theirs, "status": {"start": hooks.status()}}
     gc.collect()
     gc.freeze()
     gc.disable()
     found |= {column: run(column) for column in ("keep", "pin")}
-    found["status"]["end"] = wrappers.status()
-    wrappers.uninstall()
-    found["status"]["uninstalled"] = wrappers.status()
+    found["status"]["end"] = hooks.status()
+    hooks.uninstall()
+    found["status"]["uninstalled"] = hooks.status()
     return found
 
 

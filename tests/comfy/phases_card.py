@@ -24,6 +24,7 @@ import safetensors
 import torch
 from comfy.ldm.wan.model import WanModel
 from safetensors.torch import save_file
+from small_vaes import WAN_VAE_SIZES
 
 FILES = {
     "diffusion_model": "tiny_wan.safetensors",
@@ -33,10 +34,6 @@ FILES = {
 }
 FOLDERS = {"diffusion_model": "diffusion_models", "lora": "loras", "clip": "text_encoders", "vae": "vae"}
 TEXT_OPTIONS = "model_options"
-WAN_VAE_SIZES = {
-    "dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-}  # fmt: skip
 
 
 class SimulatedCard:

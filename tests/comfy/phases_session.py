@@ -3,7 +3,7 @@
     python phases_session.py PACK_FOLDER BASE_FOLDER [SCENARIO…]
 
 Prompts go through ComfyUI's own executor. Prints one JSON object on the last line: scenario → what was observed, or
-{"error": traceback}. The assertions are in test_comfy_phases.py; benchmarks/seven_phases.py prints the table.
+{"error": traceback}. The assertions are in test_phases.py; benchmarks/seven_phases.py prints the table.
 """
 
 from __future__ import annotations

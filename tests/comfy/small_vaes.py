@@ -1,5 +1,6 @@
-"""Small random VAEs that a real ComfyUI computes with: Wan 2.1, SD (4 channels) and Flux (16), for scripts run by
-ComfyUI's Python."""
+"""Small random VAEs that ComfyUI computes with: Wan 2.1, SD (4 channels) and Flux (16), for scripts that have found it.
+
+The double has the first two."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ import inspect
 
 import comfy.ldm.wan.vae as wan
 import comfy.sd
-import phases_card
 import torch
 import torch.nn.functional as F
-from comfy.ldm.models.autoencoder import AutoencoderKL, AutoencodingEngine
-from comfy.taesd.taesd import TAESD
+from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor, nn
 
+WAN_VAE_SIZES = {
+    "dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}  # fmt: skip
 SD_SIZES = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
@@ -33,7 +36,7 @@ def random_weights(network: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def wan_vae(seed: int = 0) -> comfy.sd.VAE:
     whole = wan.WanVAE
-    sd = random_weights(whole(**phases_card.WAN_VAE_SIZES), seed)
+    sd = random_weights(whole(**WAN_VAE_SIZES), seed)
     if "image_channels" not in inspect.signature(whole.__init__).parameters:  # 0.3.64 knows one width alone
         wan.WanVAE = lambda **keywords: whole(**{**keywords, "dim": 8})
     try:
@@ -49,6 +52,8 @@ def sd_vae(seed: int = 0) -> comfy.sd.VAE:
 
 def flux_vae(seed: int = 0) -> comfy.sd.VAE:
     """Built by hand: ComfyUI's own detection takes files of the full width alone."""
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
     sizes = {**SD_SIZES, "z_channels": 16}
     model = "comfy.ldm.modules.diffusionmodules.model"
     network = AutoencodingEngine(
@@ -77,6 +82,8 @@ def flux2_vae(seed: int = 0) -> comfy.sd.VAE | None:
 
 def taesd_vae(seed: int = 0) -> comfy.sd.VAE:
     """A network of another kind, without a norm."""
+    from comfy.taesd.taesd import TAESD
+
     fixed = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     return comfy.sd.VAE(sd=random_weights(TAESD(latent_channels=4), seed) | fixed)
 

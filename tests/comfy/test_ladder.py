@@ -1,58 +1,21 @@
 """The upscale node in a real ComfyUI on a card that runs out of memory: what it tries, what it keeps, what it says.
 
-See test_comfy_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by ladder_session.py.
+See test_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by ladder_session.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from steadyvsr.tests.session.observed import scenario
 
 pytestmark = pytest.mark.comfy
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
-SESSION_SECONDS = 900
-SESSIONS: dict[Path, dict] = {}
+SESSIONS = ("ladder_session.py",)
 RUNGS = ["KV cache in RAM", "decoder in smaller chunks", "decoder strips", "spatial tiles"]
 HELPS = {
     "project": [RUNGS[0], RUNGS[1], RUNGS[3]], "transform": [RUNGS[0], RUNGS[1], RUNGS[3]], "decode": RUNGS[:3],
 }  # fmt: skip
 CASES = [(phase, rung) for phase, rungs in HELPS.items() for rung in rungs]
-
-
-@pytest.fixture
-def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    if comfyui_path not in SESSIONS:
-        base = tmp_path_factory.mktemp("comfyui")
-        (base / "custom_nodes").mkdir()
-        (base / "input").mkdir()
-        (base / "custom_nodes" / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
-        result = subprocess.run(
-            [
-                PYTHON,
-                str(ROOT / "tests" / "comfy" / "ladder_session.py"),
-                str(base / "custom_nodes" / "steadyvsr"),
-                base,
-            ],
-            cwd=comfyui_path,
-            capture_output=True,
-            text=True,
-            timeout=SESSION_SECONDS,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
-
-
-def scenario(observed: dict, name: str) -> dict:
-    assert "error" not in observed[name], observed[name]["error"]
-    return observed[name]
 
 
 def test_every_run_sums_up_its_memory_with_the_source_of_each_number(observed):

@@ -5,37 +5,14 @@ The states are observed by loaders_session.py, which runs in ComfyUI's own proce
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON, ROOT, base_folder
+from steadyvsr.tests.session.observed import scenario
 
 pytestmark = pytest.mark.comfy
 
-SESSION_SECONDS = 300
 LOADERS = ["LoadDiffusionModel", "LoadCLIP", "LoadVAE", "LoadCheckpoint"]
 WAN_BYTES = 3_495_584
-SESSIONS: dict[Path, dict] = {}
-
-
-@pytest.fixture
-def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What loaders_session.py saw in this ComfyUI; one process for all tests."""
-    if comfyui_path not in SESSIONS:
-        base = base_folder(tmp_path_factory.mktemp("loaders"))
-        script = ROOT / "tests" / "comfy" / "loaders_session.py"
-        command = [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)]
-        result = subprocess.run(command, cwd=comfyui_path, capture_output=True, text=True, timeout=SESSION_SECONDS)
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
-
-
-def scenario(observed: dict, name: str) -> dict:
-    assert "error" not in observed[name], observed[name]["error"]
-    return observed[name]
+SESSIONS = ("loaders_session.py",)
 
 
 @pytest.mark.parametrize("name", [*LOADERS, "ApplyLoRA"])

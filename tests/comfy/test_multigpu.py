@@ -6,19 +6,18 @@ Tested were its a38cbda, which 0.3.64 cannot import, and 1ca3daf, which replaces
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON, ROOT, Server
+from steadyvsr.tests.comfy.server import ROOT, Server
 from steadyvsr.tests.comfy.test_free_rows import ROWS, rows, start
 from steadyvsr.tests.conftest import comfyui_checkouts
-from steadyvsr.tests.patches.test_free_worlds import SESSIONS, at_least, observe
+from steadyvsr.tests.patches.test_free_worlds import at_least
+from steadyvsr.tests.session.observed import played, ran
 
 SCRIPT = Path(__file__).with_name("multigpu_session.py")
-SESSION_SECONDS = 300
 CHECKOUTS = [Path(part) for part in os.environ.get("STEADYVSR_MULTIGPU", "").split(os.pathsep) if part]
 PLACES = [(comfyui, multigpu) for comfyui in comfyui_checkouts() for multigpu in CHECKOUTS]
 OURS = ("keep", "pin")
@@ -31,34 +30,31 @@ pytestmark = [
 ]
 
 
+WORLDS = ROOT / "tests" / "patches" / "free_worlds.py"
+
+
+@cache
 def session(comfyui: Path, multigpu: Path, order: str) -> dict:
-    name = f"{comfyui} {multigpu} {order}"
-    if name not in SESSIONS:
-        run = subprocess.run(
-            [PYTHON, str(SCRIPT), str(ROOT), str(multigpu), order],
-            cwd=comfyui, capture_output=True, text=True, timeout=SESSION_SECONDS,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        SESSIONS[name] = json.loads(run.stdout.splitlines()[-1])
-    if SESSIONS[name]["refused"]:
-        pytest.skip(f"this ComfyUI cannot import it: {SESSIONS[name]['refused']}")
-    return SESSIONS[name]
+    return ran(SCRIPT, ROOT, multigpu, order, place=comfyui)
 
 
 @pytest.fixture(params=PLACES, ids=[f"{comfyui.name}-{multigpu.name}" for comfyui, multigpu in PLACES])
-def place(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+def checkouts(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return request.param
 
 
 @pytest.fixture(params=["before", "after"])
-def beside(request: pytest.FixtureRequest, place: tuple[Path, Path]) -> dict:
-    return session(*place, request.param)
+def beside(request: pytest.FixtureRequest, checkouts: tuple[Path, Path]) -> dict:
+    seen = session(*checkouts, request.param)
+    if seen["refused"]:
+        pytest.skip(f"this ComfyUI cannot import it: {seen['refused']}")
+    return seen
 
 
 @pytest.mark.parametrize("column", OURS)
-def test_every_scenario_ends_as_without_it(beside, place, column):
+def test_every_scenario_ends_as_without_it(beside, checkouts, column):
     """S10 has an entry without a patcher, which 1ca3daf cannot take: alone it ends ComfyUI's worker."""
-    alone = observe(place[0])[column]
+    alone = played(WORLDS, checkouts[0])[column]
     assert len(alone) == 15
     for name, found in alone.items():
         there = beside[column][name]
@@ -80,8 +76,8 @@ def test_its_own_ways_of_unloading_take_a_and_leave_b_and_c(beside, column):
     assert marked["errors"] == forced["errors"] == []
 
 
-def test_the_status_says_where_the_wrappers_stand(place):
-    first, second = session(*place, "before"), session(*place, "after")
+def test_the_status_says_where_the_wrappers_stand(checkouts):
+    first, second = session(*checkouts, "before"), session(*checkouts, "after")
     assert first["theirs"] == second["theirs"] and any(first["theirs"].values())
     on_top, gone = (dict.fromkeys((*NAMES, *WORKER), state) for state in ("on top", "replaced"))
     assert first["status"] == {"start": on_top, "end": on_top, "uninstalled": gone}
@@ -90,8 +86,8 @@ def test_the_status_says_where_the_wrappers_stand(place):
     assert second["status"] == {"start": expected, "end": on_top, "uninstalled": gone}
 
 
-def test_a_server_with_both_packs_keeps_what_it_was_told_to_keep(place, tmp_path):
-    comfyui, multigpu = place
+def test_a_server_with_both_packs_keeps_what_it_was_told_to_keep(checkouts, tmp_path):
+    comfyui, multigpu = checkouts
     servers: list[Server] = []
     try:
         prompts = start(servers, comfyui, tmp_path, beside=multigpu)

@@ -6,46 +6,16 @@ ComfyUI's own process and sends prompts through ComfyUI's own executor; the last
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 from steadyvsr.tests.comfy.phases_workflow import PHASES
-from steadyvsr.tests.comfy.test_flashvsr import PYTHON, ROOT
+from steadyvsr.tests.session.observed import scenario
 
 pytestmark = pytest.mark.comfy
 
-SESSION_SECONDS = 600
 WAN, TEXT, VAE = "WAN21", "WanTEModel", "WanVAE"
 NEEDED = dict(zip(PHASES, (WAN, WAN, TEXT, WAN, VAE, WAN, VAE), strict=True))
 BYTES = {WAN: 3_495_584, VAE: 3_697_964}
-SESSIONS: dict[Path, dict] = {}
-
-
-@pytest.fixture
-def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What phases_session.py saw in this ComfyUI; one process for all tests."""
-    if comfyui_path not in SESSIONS:
-        base = tmp_path_factory.mktemp("phases")
-        (base / "custom_nodes").mkdir()
-        (base / "custom_nodes" / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
-        script = ROOT / "tests" / "comfy" / "phases_session.py"
-        result = subprocess.run(
-            [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)],
-            cwd=comfyui_path,
-            capture_output=True,
-            text=True,
-            timeout=SESSION_SECONDS,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
-
-
-def scenario(observed: dict, name: str) -> dict:
-    assert "Traceback" not in str(observed[name].get("error")), observed[name]["error"]
-    return observed[name]
+SESSIONS = ("phases_session.py",)
 
 
 def rounds(observed: dict) -> list[dict]:

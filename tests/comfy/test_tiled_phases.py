@@ -5,32 +5,14 @@ The run is observed by tiled_phases_session.py, which runs in ComfyUI's own proc
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
 from steadyvsr.tests.comfy.phases_workflow import FRAMES, HEIGHT, PHASES, WIDTH
-from steadyvsr.tests.comfy.server import PYTHON, ROOT, base_folder
 
 pytestmark = pytest.mark.comfy
 
-SESSION_SECONDS = 300
-SESSIONS: dict[Path, dict] = {}
+SESSIONS = ("tiled_phases_session.py",)
 WAN, TEXT, VAE = "WAN21", "WanTEModel", "WanVAE"
 NEEDED = dict(zip(PHASES, (WAN, WAN, TEXT, WAN, VAE, WAN, VAE), strict=True))
-
-
-@pytest.fixture
-def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    if comfyui_path not in SESSIONS:
-        base = base_folder(tmp_path_factory.mktemp("tiled_phases"))
-        script = ROOT / "tests" / "comfy" / "tiled_phases_session.py"
-        command = [PYTHON, str(script), str(base / "custom_nodes" / "steadyvsr"), str(base)]
-        result = subprocess.run(command, cwd=comfyui_path, capture_output=True, text=True, timeout=SESSION_SECONDS)
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
 
 
 def test_the_workflow_ends_with_a_video_of_all_frames_and_the_right_size(observed):

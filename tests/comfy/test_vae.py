@@ -1,55 +1,21 @@
 """The tiled VAE nodes in a real ComfyUI: what they give beside whole frames, what they try, what they refuse and say.
 
-See test_comfy_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by vae_session.py
+See test_flashvsr.py for COMFYUI_PATH and COMFYUI_PYTHON; the states are observed by vae_session.py
 and vae_memory_session.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from steadyvsr.tests.session.observed import scenario
 
 pytestmark = pytest.mark.comfy
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
-SESSION_SECONDS = 900
-SESSIONS: dict[Path, dict] = {}
+SESSIONS = ("vae_session.py", "vae_memory_session.py")
 KINDS = ["wan", "sd", "flux"]
 METHODS = ["encode", "decode"]
 MIB = 1 << 20
 NODE = {"encode": "VAE Encode (Tiled, Verified)", "decode": "VAE Decode (Tiled, Verified)"}
-
-
-@pytest.fixture
-def observed(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    if comfyui_path not in SESSIONS:
-        base = tmp_path_factory.mktemp("comfyui")
-        (base / "custom_nodes").mkdir()
-        (base / "input").mkdir()
-        (base / "custom_nodes" / "steadyvsr").symlink_to(ROOT, target_is_directory=True)
-        SESSIONS[comfyui_path] = {}
-        for script in ("vae_session.py", "vae_memory_session.py"):
-            result = subprocess.run(
-                [PYTHON, str(ROOT / "tests" / "comfy" / script), str(base / "custom_nodes" / "steadyvsr"), base],
-                cwd=comfyui_path,
-                capture_output=True,
-                text=True,
-                timeout=SESSION_SECONDS,
-            )
-            assert result.returncode == 0, result.stderr[-3000:]
-            SESSIONS[comfyui_path] |= json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
-
-
-def scenario(observed: dict, name: str) -> dict:
-    assert "Traceback" not in str(observed[name].get("error", "")), observed[name]["error"]
-    return observed[name]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -197,7 +163,7 @@ def test_bad_input_is_a_clear_error(observed, case, words):
 def test_vaes_that_cannot_be_computed_here_are_asked_as_they_offer_it(observed):
     seen = scenario(observed, "bad")
     shape, report = seen["foreign"]
-    assert shape == [1, 8, 8, 3] and report["mode"] == "whole" and "asked as a whole" in report["notes"][0]
+    assert shape == [1, 8, 8, 3] and report["mode"] == "whole" and "called as a whole" in report["notes"][0]
     arguments, report = seen["owned"]
     assert arguments == {"tile_x": 8, "tile_y": 8, "overlap": 4}
     assert report["mode"] == "its own tiling" and report["notes"] == ["overlap 400 was lowered to 32."]

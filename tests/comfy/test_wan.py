@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
-
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON, ROOT
+from steadyvsr.tests.session.observed import scenario
 
 pytestmark = pytest.mark.comfy
 
-SESSION_SECONDS = 500
-SESSIONS: dict[Path, dict] = {}
-
-
-@pytest.fixture
-def observed(comfyui_path: Path) -> dict:
-    """What wan_session.py saw in this ComfyUI; one process for all tests."""
-    if comfyui_path not in SESSIONS:
-        command = [PYTHON, str(ROOT / "tests" / "comfy" / "wan_session.py"), str(ROOT)]
-        result = subprocess.run(command, cwd=comfyui_path, capture_output=True, text=True, timeout=SESSION_SECONDS)
-        assert result.returncode == 0, result.stderr[-3000:]
-        SESSIONS[comfyui_path] = json.loads(result.stdout.splitlines()[-1])
-    return SESSIONS[comfyui_path]
-
-
-def scenario(observed: dict, name: str) -> dict:
-    assert "error" not in observed[name], observed[name]["error"]
-    return observed[name]
+SESSIONS = ("wan_session.py",)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("fp64", 1e-10), ("fp32", 1e-4)])

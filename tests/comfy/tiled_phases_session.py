@@ -3,7 +3,7 @@
     python tiled_phases_session.py PACK_FOLDER BASE_FOLDER
 
 On the simulated card that holds any one of the models and no two. Prints one JSON object on the last line; the
-assertions are in test_comfy_tiled_phases.py.
+assertions are in test_tiled_phases.py.
 """
 
 from __future__ import annotations

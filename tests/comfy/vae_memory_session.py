@@ -3,16 +3,18 @@ in the middle.
 
     python vae_memory_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py.
+Prints one JSON object on the last line; the assertions are in test_vae.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 
+import vae_host as host  # starts ComfyUI; what follows needs that
+
+# isort: split
 import small_vaes
 import torch
-import vae_host as host  # starts ComfyUI; what follows needs that
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from vae_host import KINDS, apart, decode, error_of, latents_of, live_bytes, mm, pack, vae_of

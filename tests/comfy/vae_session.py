@@ -2,7 +2,7 @@
 
     python vae_session.py PACK_FOLDER BASE_FOLDER
 
-Prints one JSON object on the last line; the assertions are in test_comfy_vae.py. What is compared with is ComfyUI's own
+Prints one JSON object on the last line; the assertions are in test_vae.py. What is compared with is ComfyUI's own
 `first_stage_model` on whole frames.
 """
 
@@ -13,10 +13,12 @@ import random
 import sys
 import types
 
+import vae_host as host  # starts ComfyUI; what follows needs that
+
+# isort: split
 import execution
 import small_vaes
 import torch
-import vae_host as host  # starts ComfyUI; what follows needs that
 from vae_host import (
     KINDS,
     apart,

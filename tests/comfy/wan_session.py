@@ -3,7 +3,7 @@
     python wan_session.py PACK_FOLDER [CLIPS]
 
 Random clips of random sizes and tiles, in fp64 and fp32. Prints one JSON object on the last line: scenario → what was
-observed, or {"error": traceback}. The assertions are in test_comfy_wan.py.
+observed, or {"error": traceback}. The assertions are in test_wan.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 PACK = "steadyvsr"
-CLIPS = int(GIVEN[0]) if GIVEN else 26
+CLIPS = int(GIVEN[1]) if len(GIVEN) > 1 else 26
 DIM, LATENT_CHANNELS = 4, 16
 CPU = torch.device("cpu")
 

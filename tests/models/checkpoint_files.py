@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from steadyvsr.models.flashvsr.checkpoint import parts as layouts
+from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.load import expected_entries, save_merged
 from steadyvsr.models.flashvsr.checkpoint.parts import KnownFile
 from steadyvsr.models.flashvsr.config import FlashVSRConfig
-from steadyvsr.models.weight_file import WeightFile
+from steadyvsr.models.weight_file import WeightFile, file_sha256
 
 TINY = FlashVSRConfig(
     dim=128,
@@ -66,7 +66,7 @@ def write_merged(path: Path, parts: dict, version: str = "v1.1", dtype: torch.dt
 
 
 def assert_holds(model, parts: dict) -> None:
-    for part in layouts.NETWORKS:
+    for part in checkpoint_parts.NETWORKS:
         state = getattr(model, part).state_dict()
         assert state.keys() == parts[part].keys()
         for key, tensor in state.items():
@@ -77,5 +77,5 @@ def assert_holds(model, parts: dict) -> None:
 def publish(monkeypatch, path: Path, version: str | None) -> None:
     """Enters a file among the published ones."""
     file = WeightFile.open(path)
-    known = KnownFile(path.name, file.sha256(), file.size_bytes, version)
-    monkeypatch.setattr(layouts, "KNOWN_FILES", (*layouts.KNOWN_FILES, known))
+    known = KnownFile(path.name, file_sha256(file.path), file.size_bytes, version)
+    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (*checkpoint_parts.KNOWN_FILES, known))

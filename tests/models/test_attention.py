@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from steadyvsr.cli import main
 from steadyvsr.memory.tracker import StorageTracker
-from steadyvsr.models.flashvsr import attention
+from steadyvsr.models.flashvsr import StreamOptions, attention
 from steadyvsr.models.flashvsr.windows import Grid
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
+SCHEMAS = Path(__file__).parents[1] / "node_schemas.json"
 
 
 def everywhere(blocks: int) -> Tensor:
@@ -132,13 +136,50 @@ def test_auto_on_the_cpu_is_gather_and_is_logged(caplog: pytest.LogCaptureFixtur
     assert "gather" in caplog.text
 
 
+@pytest.fixture
+def new_backend(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> str:
+    """A row that is added to the table, above the others."""
+    row = attention.Backend(attention.BACKENDS["gather"].compute, lambda device: True, rank=9)
+    monkeypatch.setitem(attention.BACKENDS, "new", row)
+    return "new"
+
+
+def test_a_row_of_the_table_is_a_choice_of_options_and_command_line(
+    new_backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert StreamOptions(attention=new_backend).attention == new_backend
+    with pytest.raises(SystemExit):
+        main(["upscale", "--help"])
+    assert "{" + ",".join(attention.backend_choices()) + "}" in capsys.readouterr().out
+    assert attention.backend_choices()[-1] == new_backend
+
+
+def test_the_committed_schema_offers_the_rows_of_the_table() -> None:
+    inputs = json.loads(SCHEMAS.read_text(encoding="utf-8"))["SteadyVSR_LoadFlashVSR"]["inputs"]
+    (choices,) = (item["choices"] for item in inputs if item["id"] == "attention")
+    assert tuple(choices) == attention.backend_choices()
+
+
+def test_auto_takes_the_highest_rank_that_is_available(new_backend: str) -> None:
+    assert attention.choose_backend("auto", CPU, torch.float32) == new_backend
+
+
+def test_auto_passes_over_a_backend_that_fails_its_self_check(
+    new_backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = attention.Backend(lambda q, k, v, mask: torch.ones_like(q), lambda device: True, rank=9)
+    monkeypatch.setitem(attention.BACKENDS, new_backend, row)
+    assert attention.choose_backend("auto", CPU, torch.float32) == "gather"
+    assert "new is not used on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("choose", [lambda name: StreamOptions(attention=name),
+                                    lambda name: attention.choose_backend(name, CPU, torch.float32)])  # fmt: skip
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(choose) -> None:
+    with pytest.raises(ValueError, match=r"attention: expected one of auto, gather, flex; got 'dense'"):
+        choose("dense")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gather_passes_its_self_check(dtype: torch.dtype) -> None:
     assert attention.self_check("gather", CPU, dtype) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["gather", "flex"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_backends_pass_their_self_check_on_the_gpu(backend: str, dtype: torch.dtype) -> None:
-    assert attention.self_check(backend, torch.device("cuda"), dtype) is None

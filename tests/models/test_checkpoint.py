@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from steadyvsr.models import weight_file
-from steadyvsr.models.flashvsr.checkpoint import parts as layouts
 from steadyvsr.models.flashvsr.checkpoint.inspect import inspect_checkpoint
 from steadyvsr.models.flashvsr.checkpoint.load import expected_entries, load_flashvsr, save_merged
+from steadyvsr.models.flashvsr.checkpoint.parts import NETWORKS
 from steadyvsr.models.flashvsr.config import FlashVSRConfig
 from steadyvsr.models.flashvsr.lq_projection import BufferLQ4xProjection
 from steadyvsr.models.wan_vae import WanVAE
@@ -213,7 +213,7 @@ def test_weights_stay_as_stored_unless_a_dtype_is_asked_for(tmp_path, parts):
     assert {tensor.dtype for tensor in stored.decoder.state_dict().values()} == {torch.float16}
     assert {tensor.dtype for tensor in stored.transformer.state_dict().values()} == {torch.float32}
     cast = load_flashvsr(folder, version="v1", dtype=torch.bfloat16)
-    tensors = [t for part in layouts.NETWORKS for t in getattr(cast, part).state_dict().values()] + [cast.prompt]
+    tensors = [t for part in NETWORKS for t in getattr(cast, part).state_dict().values()] + [cast.prompt]
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
@@ -229,7 +229,7 @@ def test_tensors_do_not_change_with_the_file_they_came_from(tmp_path, parts, nam
 
 def test_every_tensor_owns_exactly_its_memory_and_is_frozen(tmp_path, parts):
     model = load_flashvsr(write_merged(tmp_path / "tiny.safetensors", parts))
-    for part in layouts.NETWORKS:
+    for part in NETWORKS:
         module = getattr(model, part)
         assert not module.training and not list(module.buffers())
         for parameter in module.parameters():
@@ -263,7 +263,7 @@ def test_values_that_the_dtype_cannot_hold_are_an_error(tmp_path, parts):
 )
 def test_a_prompt_in_any_form_becomes_one_context(tmp_path, parts, form, length):
     context = torch.randn(1, length, TINY.text_dim)
-    folder = write_folder(tmp_path / "w", parts, {part: OFFICIAL[part] for part in layouts.NETWORKS})
+    folder = write_folder(tmp_path / "w", parts, {part: OFFICIAL[part] for part in NETWORKS})
     prompt = None
     if form == "argument":
         prompt = context[0]
@@ -279,13 +279,13 @@ def test_a_prompt_in_any_form_becomes_one_context(tmp_path, parts, form, length)
 
 @pytest.mark.parametrize("place", [".", "..", "../prompt_tensor"])
 def test_a_prompt_beside_the_weights_is_found(tmp_path, parts, place):
-    folder = write_folder(tmp_path / "WanVSR" / "FlashVSR", parts, {part: OFFICIAL[part] for part in layouts.NETWORKS})
+    folder = write_folder(tmp_path / "WanVSR" / "FlashVSR", parts, {part: OFFICIAL[part] for part in NETWORKS})
     write(folder / place / "posi_prompt.pth", parts["prompt"])
     assert_holds(load_flashvsr(folder, version="v1"), parts)
 
 
 def test_a_missing_prompt_says_where_to_get_it(tmp_path, parts):
-    folder = write_folder(tmp_path / "w", parts, {part: OFFICIAL[part] for part in layouts.NETWORKS})
+    folder = write_folder(tmp_path / "w", parts, {part: OFFICIAL[part] for part in NETWORKS})
     with pytest.raises(CheckpointError, match=r"https://github\.com/OpenImagingLab/FlashVSR.*posi_prompt\.pth"):
         load_flashvsr(folder, version="v1")
 
@@ -300,9 +300,9 @@ def test_a_prompt_of_another_shape_is_refused(tmp_path, parts, shape):
 
 
 def test_inspection_tells_parts_bytes_dtypes_and_what_is_absent(tmp_path, parts):
-    report = inspect_checkpoint(write_folder(tmp_path, parts, {part: OFFICIAL[part] for part in layouts.NETWORKS}))
+    report = inspect_checkpoint(write_folder(tmp_path, parts, {part: OFFICIAL[part] for part in NETWORKS}))
     by_part = {part.part: part for part in report.parts}
-    assert set(by_part) == set(layouts.NETWORKS) and report.absent == ("prompt",)
+    assert set(by_part) == set(NETWORKS) and report.absent == ("prompt",)
     for part, found in by_part.items():
         assert found.bytes == sum(tensor.nbytes for tensor in parts[part].values())
         assert found.dtypes == ("float32",) and not found.missing and not found.extra

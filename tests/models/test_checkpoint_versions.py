@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from steadyvsr.models.flashvsr.checkpoint import parts as layouts
+from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.inspect import inspect_checkpoint
 from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
 from steadyvsr.models.flashvsr.lq_projection import BufferLQ4xProjection, CausalLQ4xProjection
@@ -79,7 +79,7 @@ def test_a_file_of_a_published_size_with_other_bytes_is_not_recognised(tmp_path,
 
 def test_a_projection_is_recognised_by_two_small_tensors(tmp_path, parts, monkeypatch):
     digest = tensors_sha256([parts["lq_projection"]["norm1.gamma"], parts["lq_projection"]["conv1.bias"]])
-    monkeypatch.setitem(layouts.KNOWN_PROJECTIONS, digest, "v1")
+    monkeypatch.setitem(checkpoint_parts.KNOWN_PROJECTIONS, digest, "v1")
     folder = write_folder(tmp_path, parts)
     assert load_flashvsr(folder).version == "v1"
     assert {part.fingerprint for part in inspect_checkpoint(folder).parts if part.part == "lq_projection"} == {digest}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from steadyvsr.models.flashvsr.checkpoint import download
-from steadyvsr.models.flashvsr.checkpoint import parts as layouts
+from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.download import (
     PROMPT,
     REPOSITORIES,
@@ -259,7 +259,7 @@ def test_an_unknown_version_is_refused(web, tmp_path):
 
 
 def test_every_file_of_v1_1_and_the_prompt_have_a_published_hash():
-    known = {file.name: file for file in layouts.KNOWN_FILES}
+    known = {file.name: file for file in checkpoint_parts.KNOWN_FILES}
     for name in [*(f"{REPOSITORIES['v1.1']} {name}" for name in WEIGHTS), f"OpenImagingLab/FlashVSR {PROMPT}"]:
         assert len(known[name].sha256) == 64 and known[name].size_slack_bytes == 0
 

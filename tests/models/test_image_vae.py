@@ -9,15 +9,26 @@ import pytest
 import torch
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.image_vae import LayeredJob, decoder_steps, encoder_steps, map_bytes, predicted_bytes
-from steadyvsr.models.image_vae.layered import Box, _moments
+from steadyvsr.models.image_vae.layered import _moments
 from steadyvsr.models.tiling import NotFinite
-from steadyvsr.tests.models.image_vae_double import LATENT_CHANNELS, Decoder, Encoder, random_network
-from torch import Tensor
+from steadyvsr.models.tiling.areas import Area
+from steadyvsr.tests.double.comfy.ldm.modules.diffusionmodules.model import LATENT_CHANNELS, Decoder, Encoder
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
 PIXELS = 4
 RUN = {"device": CPU, "dtype": torch.float32}
+
+
+def random_network(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """All weights random, those of the norms too."""
+    torch.manual_seed(3)
+    network = kind().to(dtype).eval().requires_grad_(False)
+    for name, weight in network.named_parameters():
+        if "norm" in name:
+            weight.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
+    return network
 
 
 def both(dtype: torch.dtype = torch.float32):
@@ -188,12 +199,11 @@ def test_the_images_between_the_layers_take_what_was_predicted() -> None:
     assert most == map_bytes(steps, (120, 120), 4)
 
 
-def test_boxes_cover_an_image_once() -> None:
-    whole = Box(0, 37, 0, 52)
+def test_areas_cover_an_image_once() -> None:
     seen = torch.zeros(37, 52)
-    for box in whole.parts(16, 2):
-        box.of(seen).add_(1)
-        assert box.bottom - box.top <= 16 and box.right - box.left <= 16 and box.top % 2 == box.left % 2 == 0
+    for area in Area.whole(37, 52).parts(16, 2):
+        area.of(seen).add_(1)
+        assert max(area.shape) <= 16 and area.rows.start % 2 == area.columns.start % 2 == 0
     assert torch.equal(seen, torch.ones_like(seen))
 
 

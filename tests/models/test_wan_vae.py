@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from steadyvsr.models.tiling.areas import Area
 from steadyvsr.models.wan_vae import CausalCache, WanVAE, layers
-from steadyvsr.models.wan_vae.areas import Area
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,7 +51,7 @@ def random_latents(count: int) -> torch.Tensor:
 def decode_in_parts(vae: WanVAE, latents: torch.Tensor, parts: list[int]) -> torch.Tensor:
     cache, frames = None, []
     for part in latents.split(parts, dim=2):
-        decoded, cache = vae.decode_stream(part, cache)
+        decoded, cache = vae.decode_with_cache(part, cache)
         frames.append(decoded)
     return torch.cat(frames, dim=2)
 
@@ -75,7 +75,7 @@ def test_decode_gives_the_golden_frames(golden, golden_vae):
     assert_golden(frames[:, :, :5], golden["out/decode5_first5_frames"])
 
 
-def test_decode_stream_gives_the_golden_unclamped_frames(golden, golden_vae):
+def test_decode_with_cache_gives_the_golden_unclamped_frames(golden, golden_vae):
     frames = decode_in_parts(golden_vae, golden["in/latents"], [1, 2, 2])
     assert frames.abs().max() > 1
     assert_golden(frames[..., ::3, ::3], golden["out/decode5_unclamped_sub"])
@@ -85,17 +85,17 @@ def test_decode_stream_gives_the_golden_unclamped_frames(golden, golden_vae):
 
 
 @pytest.mark.parametrize("parts", [[1, 1, 1, 1], [3, 1], [1, 3], [2, 2]])
-def test_decode_stream_equals_decode_bit_for_bit(vae, parts):
+def test_decode_with_cache_equals_decode_bit_for_bit(vae, parts):
     latents = random_latents(4)
     assert torch.equal(decode_in_parts(vae, latents, parts).clamp(-1, 1), vae.decode(latents))
 
 
 @pytest.mark.parametrize("parts", [[1, 4, 4, 4], [5, 8], [9, 4]])
-def test_encode_stream_equals_encode_bit_for_bit(vae, parts):
+def test_encode_with_cache_equals_encode_bit_for_bit(vae, parts):
     frames = random_frames(13)
     cache, latents = None, []
     for part in frames.split(parts, dim=2):
-        encoded, cache = vae.encode_stream(part, cache)
+        encoded, cache = vae.encode_with_cache(part, cache)
         latents.append(encoded)
     assert torch.equal(torch.cat(latents, dim=2), vae.encode(frames))
 
@@ -121,9 +121,9 @@ def test_a_batch_decodes_and_encodes_like_its_clips(vae):
 
 def test_two_streams_do_not_mix(vae):
     latents = random_latents(3)
-    _, first = vae.decode_stream(latents[:, :, :2])
-    vae.decode_stream(-latents)
-    frames, _ = vae.decode_stream(latents[:, :, 2:], first)
+    _, first = vae.decode_with_cache(latents[:, :, :2])
+    vae.decode_with_cache(-latents)
+    frames, _ = vae.decode_with_cache(latents[:, :, 2:], first)
     assert torch.equal(frames.clamp(-1, 1), vae.decode(latents)[:, :, 5:])
 
 
@@ -191,8 +191,8 @@ def test_the_local_stage_of_the_encoder_reaches_29_pixels_back_and_36_ahead():
 
 def test_caches_own_exactly_their_storage_and_keep_their_size(vae):
     for step, clip, first, later in (
-        (vae.decode_stream, random_latents(4), 1, 1),
-        (vae.encode_stream, random_frames(13), 1, 4),
+        (vae.decode_with_cache, random_latents(4), 1, 1),
+        (vae.encode_with_cache, random_frames(13), 1, 4),
     ):
         cache, sizes = None, []
         for part in clip.split([first, later, later, later], dim=2):
@@ -205,9 +205,9 @@ def test_caches_own_exactly_their_storage_and_keep_their_size(vae):
 
 def test_a_stream_lets_go_of_the_past_that_the_next_chunk_replaced(vae):
     latents = random_latents(2)
-    _, cache = vae.decode_stream(latents[:, :, :1])
+    _, cache = vae.decode_with_cache(latents[:, :, :1])
     old = [weakref.ref(past) for past in cache.frames]
-    vae.decode_stream(latents[:, :, 1:], cache)
+    vae.decode_with_cache(latents[:, :, 1:], cache)
     assert [ref() for ref in old] == [None] * len(old)
 
 
@@ -254,8 +254,8 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip():
             decoder_cache = encoder_cache = None
             vae_input = frames[:, :, :1]
             for _ in range(count):
-                _, decoder_cache = vae.decode_stream(latents, decoder_cache)
-                _, encoder_cache = vae.encode_stream(vae_input, encoder_cache)
+                _, decoder_cache = vae.decode_with_cache(latents, decoder_cache)
+                _, encoder_cache = vae.encode_with_cache(vae_input, encoder_cache)
                 vae_input = frames
         peaks[count] = memory.peak
     assert peaks[6] == peaks[3] > 0
@@ -282,10 +282,10 @@ def test_peak_memory_of_the_released_size_per_pixel():
     decoder_cache = encoder_cache = None
     with PeakBytes() as decoding:
         for _ in range(3):
-            _, decoder_cache = vae.decode_stream(latents, decoder_cache)
+            _, decoder_cache = vae.decode_with_cache(latents, decoder_cache)
     with PeakBytes() as encoding:
         for part in (frames[:, :, :1], frames, frames):
-            _, encoder_cache = vae.encode_stream(part, encoder_cache)
+            _, encoder_cache = vae.encode_with_cache(part, encoder_cache)
     elements = 256 * 256 * torch.bfloat16.itemsize
     assert decoding.peak / elements < 3750
     assert encoding.peak / elements < 2800
@@ -298,25 +298,25 @@ def test_decode_keeps_no_past_of_the_last_latent():
     with PeakBytes() as whole:
         vae.decode(latents)
     with PeakBytes() as stream:
-        vae.decode_stream(latents)
+        vae.decode_with_cache(latents)
     assert whole.peak < 0.5 * stream.peak
 
 
 def test_no_gradient_is_recorded_and_the_callers_mode_stays(vae):
     with torch.enable_grad():
-        frames, cache = vae.decode_stream(random_latents(2).requires_grad_())
+        frames, cache = vae.decode_with_cache(random_latents(2).requires_grad_())
         latents = vae.encode(random_frames(5).requires_grad_())
         assert torch.is_grad_enabled()
     assert not any(tensor.requires_grad for tensor in (frames, latents, *cache.frames))
 
 
 def test_an_interrupted_cache_is_empty_and_refused(vae):
-    _, cache = vae.decode_stream(random_latents(1))
+    _, cache = vae.decode_with_cache(random_latents(1))
     with pytest.raises(KeyboardInterrupt), cache.chunk():
         raise KeyboardInterrupt
     assert not cache.frames
     with pytest.raises(RuntimeError, match="Start again with cache=None"):
-        vae.decode_stream(random_latents(1), cache)
+        vae.decode_with_cache(random_latents(1), cache)
 
 
 # Device and dtype follow the input
@@ -324,10 +324,10 @@ def test_an_interrupted_cache_is_empty_and_refused(vae):
 
 def test_bf16_is_finite_and_close_to_fp32(golden, golden_weights, golden_vae):
     vae = WanVAE.from_state_dict(golden_weights).bfloat16()
-    frames, _ = vae.decode_stream(golden["in/latents"][:, :, :3].bfloat16())
+    frames, _ = vae.decode_with_cache(golden["in/latents"][:, :, :3].bfloat16())
     latents = vae.encode(golden["in/video"][:, :, :9].bfloat16())
     assert frames.dtype == latents.dtype == torch.bfloat16
-    reference, _ = golden_vae.decode_stream(golden["in/latents"][:, :, :3])
+    reference, _ = golden_vae.decode_with_cache(golden["in/latents"][:, :, :3])
     assert (frames - reference).norm() < 0.05 * reference.norm()
     reference = golden_vae.encode(golden["in/video"][:, :, :9])
     assert (latents - reference).norm() < 0.05 * reference.norm()
@@ -397,9 +397,9 @@ def test_latents_of_a_wrong_shape_are_refused(vae, shape):
 
 
 def test_later_chunks_of_an_encoded_stream_hold_whole_latents(vae):
-    _, cache = vae.encode_stream(random_frames(1))
+    _, cache = vae.encode_with_cache(random_frames(1))
     with pytest.raises(ValueError, match="expected 4k frames"):
-        vae.encode_stream(random_frames(5), cache)
+        vae.encode_with_cache(random_frames(5), cache)
 
 
 def test_statistics_must_fit_the_latent_channels():

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "session"))
+    importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402

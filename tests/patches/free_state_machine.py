@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS))
-importlib.import_module("books_double").prepare("double", TESTS.parents[1])
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "session")]
+importlib.import_module("comfyui_place").prepare("double", TESTS.parents[1])
 
 import free_worlds  # noqa: E402
-from free_worlds import ERRORS, FIRST, MIB, Broken, World, mm, ram, retention, wrappers  # noqa: E402
+from free_worlds import ERRORS, FIRST, MIB, Broken, World, hooks, kept, mm, ram  # noqa: E402
 
 SIZES = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 2, "F": 3}
 CAPACITY = 8
 names = st.sampled_from(sorted(SIZES))
-policies = st.sampled_from(retention.POLICIES)
+policies = st.sampled_from(kept.POLICIES)
 ways = st.sampled_from(["plain", "lora", "cycle"])
 READING = importlib.import_module("steadyvsr.memory.reading").Reading
 
@@ -44,7 +44,7 @@ class NoProbe:
         pass
 
 
-BASE = {name: getattr(mm, name) for name in wrappers.NAMES}
+BASE = {name: getattr(mm, name) for name in hooks.NAMES}
 
 
 class PolicyWorld(World):
@@ -55,9 +55,9 @@ class PolicyWorld(World):
     def load(self, name: str, keep: Any, **options: Any) -> Any:
         if keep == "unmanaged":
             return self.read(name, SIZES[name])
-        key = retention.Key.of("model", [self.path(name)])
+        key = kept.Key.of("model", [self.path(name)])
         read = functools.partial(self.read, name, SIZES[name])
-        value = retention.registry().obtain(key, keep, read, lambda patcher: [patcher], name)
+        value = kept.registry().obtain(key, keep, read, lambda patcher: [patcher], name)
         self.asked[name] = keep
         return value.clone()
 
@@ -86,9 +86,7 @@ class Calls:
 
 def owned(loaded: Any, *chosen: str) -> bool:
     return loaded.model is not None and any(
-        patcher.model is loaded.model.model
-        for entry in retention.registry().owned(*chosen)
-        for patcher in entry.patchers
+        patcher.model is loaded.model.model for entry in kept.registry().owned(*chosen) for patcher in entry.patchers
     )
 
 
@@ -112,7 +110,7 @@ class Freeing(RuleBasedStateMachine):
         self.world.asked = {}
         self.calls = Calls()
         self.foreign = 0
-        wrappers.install()
+        hooks.install()
 
     def kept(self, policy: str) -> set[str]:
         return {name for name, asked in self.world.asked.items() if asked == policy}
@@ -146,7 +144,7 @@ class Freeing(RuleBasedStateMachine):
     @rule(name=names)
     def out_of_memory(self, name):
         self.world.prompt((name, "unmanaged"), fails=mm.OOM_EXCEPTION("planted"))
-        assert all(owned(loaded, retention.PINNED) for loaded in mm.current_loaded_models if loaded.model is not None)
+        assert all(owned(loaded, kept.PINNED) for loaded in mm.current_loaded_models if loaded.model is not None)
 
     @rule(name=names)
     def interrupt(self, name):
@@ -174,15 +172,15 @@ class Freeing(RuleBasedStateMachine):
                 break
             stock.append(loaded)
             free += loaded.model_loaded_memory()
-        kept = [loaded for loaded in mm.current_loaded_models if owned(loaded, retention.KEPT)]
-        pinned = [loaded for loaded in mm.current_loaded_models if owned(loaded, retention.PINNED)]
-        nothing_kept = not retention.registry().keeps_anything
+        spared = [loaded for loaded in mm.current_loaded_models if owned(loaded, kept.KEPT)]
+        pinned = [loaded for loaded in mm.current_loaded_models if owned(loaded, kept.PINNED)]
+        nothing_kept = not kept.registry().keeps_anything
         mm.free_memory(needed, FIRST)
         if nothing_kept:
             assert self.calls.seen == [("free_memory", (needed, FIRST), {})]
         assert not [loaded for loaded in still_listed(ours) if any(loaded is gone for gone in stock)]
         assert len(still_listed(pinned)) == len(pinned)
-        if len(still_listed(kept)) < len(kept):
+        if len(still_listed(spared)) < len(spared):
             assert not still_listed(ours), "a kept model went before one that nobody keeps"
 
     @rule()
@@ -195,7 +193,7 @@ class Freeing(RuleBasedStateMachine):
     @staticmethod
     def _is_kept(loaded: Any) -> bool:
         module = loaded.real_model()
-        return any(p.model is module for entry in retention.registry().owned() for p in entry.patchers)
+        return any(p.model is module for entry in kept.registry().owned() for p in entry.patchers)
 
     @rule()
     def collect(self):
@@ -209,20 +207,20 @@ class Freeing(RuleBasedStateMachine):
 
     @rule()
     def release(self):
-        retention.registry().release()
-        self.world.asked = dict.fromkeys(self.world.asked, retention.EJECTABLE)
+        kept.registry().release()
+        self.world.asked = dict.fromkeys(self.world.asked, kept.EJECTABLE)
 
     @rule(in_prompt=st.booleans())
     def ram_is_short(self, in_prompt):
         if in_prompt:
             self.world.queue.currently_running[0] = (0, "p", {})
-        before = {entry.name for entry in retention.registry().owned()}
+        before = {entry.name for entry in kept.registry().owned()}
         with ram(0.05):
             mm.soft_empty_cache()
         self.world.queue.currently_running.clear()
-        after = {entry.name for entry in retention.registry().owned()}
-        assert before - after <= (set() if in_prompt else self.kept(retention.KEPT))
-        self.world.asked |= dict.fromkeys(before - after, retention.EJECTABLE)
+        after = {entry.name for entry in kept.registry().owned()}
+        assert before - after <= (set() if in_prompt else self.kept(kept.KEPT))
+        self.world.asked |= dict.fromkeys(before - after, kept.EJECTABLE)
 
     @rule()
     def ram_is_back(self):
@@ -231,15 +229,15 @@ class Freeing(RuleBasedStateMachine):
 
     @rule()
     def install_again(self):
-        wrappers.install()
-        wrappers.install()
+        hooks.install()
+        hooks.install()
 
     @precondition(lambda self: self.foreign < 3)
-    @rule(name=st.sampled_from(wrappers.NAMES), wrapped=st.booleans(), below=st.booleans())
+    @rule(name=st.sampled_from(hooks.NAMES), wrapped=st.booleans(), below=st.booleans())
     def another_pack_patches(self, name, wrapped, below):
         self.foreign += 1
         if below:
-            wrappers.uninstall()
+            hooks.uninstall()
         original = getattr(mm, name)
 
         def foreign(*arguments: Any, **keywords: Any) -> Any:
@@ -247,12 +245,12 @@ class Freeing(RuleBasedStateMachine):
 
         setattr(mm, name, functools.wraps(original)(foreign) if wrapped else foreign)
         if below:
-            wrappers.install()
+            hooks.install()
 
     @invariant()
     def kept_is_registered_and_alive(self):
-        by_name = {entry.name: entry for entry in retention.registry().owned()}
-        for policy in (retention.KEPT, retention.PINNED):
+        by_name = {entry.name: entry for entry in kept.registry().owned()}
+        for policy in (kept.KEPT, kept.PINNED):
             for name in self.kept(policy):
                 assert by_name[name].policy == policy and by_name[name].intact()
 
@@ -264,7 +262,7 @@ class Freeing(RuleBasedStateMachine):
     @invariant()
     def books_equal_residency(self):
         listed = [id(loaded.real_model()) for loaded in mm.current_loaded_models]
-        for entry in retention.registry().owned():
+        for entry in kept.registry().owned():
             for patcher in entry.patchers:
                 assert (id(patcher.model) in listed) == bool(patcher.loaded_size()), entry.name
 

@@ -26,8 +26,8 @@ from typing import Any
 MIB = 1 << 20
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "session"))
+    importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -35,9 +35,9 @@ import torch  # noqa: E402
 mm: Any = importlib.import_module("comfy.model_management")
 ModelPatcher: Any = importlib.import_module("comfy.model_patcher").ModelPatcher
 CurrentNodeContext: Any = importlib.import_module("comfy_execution.utils").CurrentNodeContext
-retention: Any = importlib.import_module("steadyvsr.patches.kept")
-snapshots: Any = importlib.import_module("steadyvsr.patches.presses")
-wrappers: Any = importlib.import_module("steadyvsr.patches.hooks")
+kept: Any = importlib.import_module("steadyvsr.patches.kept")
+presses: Any = importlib.import_module("steadyvsr.patches.presses")
+hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
 
 FIRST, SECOND, REST = torch.device("cpu:0"), torch.device("cpu:1"), torch.device("cpu")
 EVERYTHING = {"unload_models": True, "free_memory": True}
@@ -122,10 +122,10 @@ class World:
         self.place_wrappers()
 
     def place_wrappers(self) -> None:
-        wrappers.uninstall()
+        hooks.uninstall()
         vars(sys.modules["steadyvsr_state"]).pop("wrappers")
         if self.column != STOCK:
-            wrappers.install()
+            hooks.install()
 
     def _simulate_devices(self) -> None:
         def free(device: Any = None, torch_free_too: bool = False) -> Any:
@@ -189,10 +189,10 @@ class World:
         """A loader node: the registry's if it owns the file, else from disk."""
         if self.column == STOCK:
             return self.read(name, mib, device, module)
-        policy = self.column if keep else retention.EJECTABLE
-        key = retention.Key.of("model", [self.path(name)])
+        policy = self.column if keep else kept.EJECTABLE
+        key = kept.Key.of("model", [self.path(name)])
         return (
-            retention.registry()
+            kept.registry()
             .obtain(key, policy, lambda: self.read(name, mib, device, module), lambda patcher: [patcher], name)
             .clone()
         )
@@ -262,8 +262,8 @@ def s1(world: World, how: str = "plain") -> dict:
     steps = (A, (*B, how), C)
     world.prompt(*steps)
     first = world.tail(**EVERYTHING)
-    stages = [snapshot.stage for snapshot in snapshots.latest()]
-    callers = sorted({snapshot.caller for snapshot in snapshots.latest()})
+    stages = [snapshot.stage for snapshot in presses.latest()]
+    callers = sorted({snapshot.caller for snapshot in presses.latest()})
     world.prompt(*steps)
     again = world.state()
     return {
@@ -321,7 +321,7 @@ def s5(world: World) -> dict:
         world.prompt(B, mib=40)
         seen[name] |= {"again": world.resident(), "reads": world.reads["B"]}
         if world.column != STOCK:
-            (entry,) = retention.registry().owned()
+            (entry,) = kept.registry().owned()
             seen[name]["yields"] = entry.yields
     return seen
 
@@ -449,7 +449,7 @@ def s12(world: World) -> dict:
 
 
 def owned() -> str:
-    return "".join(sorted(entry.name for entry in retention.registry().owned()))
+    return "".join(sorted(entry.name for entry in kept.registry().owned()))
 
 
 def s13(world: World) -> dict:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    importlib.import_module("books_double").prepare(sys.argv[2], Path(sys.argv[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "session"))
+    importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, mm, owned, retention, snapshots, wrappers  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses  # noqa: E402
 
 probe: Any = importlib.import_module("steadyvsr.memory.probe")
 residency: Any = importlib.import_module("steadyvsr.patches.residency")
@@ -33,16 +33,16 @@ residency: Any = importlib.import_module("steadyvsr.patches.residency")
 @contextmanager
 def beneath(name: str, stand_in: Callable[..., Any]) -> Iterator[None]:
     """Puts a function in ComfyUI's place, under our wrappers."""
-    wrappers.uninstall()
+    hooks.uninstall()
     original = getattr(mm, name)
     setattr(mm, name, stand_in)
-    wrappers.install()
+    hooks.install()
     try:
         yield
     finally:
-        wrappers.uninstall()
+        hooks.uninstall()
         setattr(mm, name, original)
-        wrappers.install()
+        hooks.install()
 
 
 def silently(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +58,7 @@ def order() -> str:
 def explicit(world: World) -> dict:
     """An owner's own wish in one thread, while another thread asks without it. C is pinned."""
     world.prompt(A, B, C)
-    retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
+    kept.registry().set_policy(next(e.id for e in kept.registry().owned() if e.name == "C"), "pin")
     mm.free_memory(1e30, FIRST)
     seen = {"without": world.state()}
     world.prompt(B)
@@ -71,14 +71,14 @@ def explicit(world: World) -> dict:
         seen["within"] = world.state()
     world.prompt(B, C)
     mm.unload_all_models()
-    press = snapshots.last_press()
+    press = presses.last_press()
     return seen | {"after": world.state(), "lost": press and len(press.lost)}
 
 
 def meant(world: World) -> dict:
     """A call that asks for all of a device and spares all but a pinned model, and 0.33's function that does so."""
     world.prompt(A, B, C)
-    retention.registry().set_policy(next(e.id for e in retention.registry().owned() if e.name == "C"), "pin")
+    kept.registry().set_policy(next(e.id for e in kept.registry().owned() if e.name == "C"), "pin")
     others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
     mm.free_memory(1e30, FIRST, keep_loaded=others)
     seen = {"after": world.state()}
@@ -91,7 +91,7 @@ def meant(world: World) -> dict:
 
 def budget(world: World) -> dict:
     """RAM for two kept models: in a prompt of three, and in the next ones."""
-    retention.registry().ram_budget_bytes = 2 << 20
+    kept.registry().ram_budget_bytes = 2 << 20
     seen = {}
     for steps in ((B, C, D), (E,), (B,)):
         world.cache.outputs.clear()
@@ -117,7 +117,7 @@ def file(world: World) -> dict:
 def passes_through(world: World) -> dict:
     """An interrupt and an error from within each of the four functions, with kept models listed."""
     seen = {}
-    for name in wrappers.NAMES:
+    for name in hooks.NAMES:
         for error in (mm.InterruptProcessingException(), RuntimeError("planted")):
             world.__init__(world.column)
             world.prompt(B, C)
@@ -201,14 +201,14 @@ def dead(world: World) -> dict:
 
 def installing(world: World) -> dict:
     """Twice, and taken away: alone, and beneath another pack's wrappers of either kind."""
-    plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
-    top = {name: getattr(mm, name) for name in wrappers.NAMES}
-    wrappers.install()
-    seen = {"twice": all(getattr(mm, name) is top[name] for name in wrappers.NAMES)}
-    wrappers.uninstall()
-    seen["gone"] = all(getattr(mm, name) is plain[name] for name in wrappers.NAMES)
+    plain = {name: getattr(mm, name).__wrapped__ for name in hooks.NAMES}
+    top = {name: getattr(mm, name) for name in hooks.NAMES}
+    hooks.install()
+    seen = {"twice": all(getattr(mm, name) is top[name] for name in hooks.NAMES)}
+    hooks.uninstall()
+    seen["gone"] = all(getattr(mm, name) is plain[name] for name in hooks.NAMES)
     for kind in ("telling", "silent"):
-        wrappers.install()
+        hooks.install()
         wrapped = getattr(mm, "unload_all_models")  # noqa: B009
         called: list[str] = []
 
@@ -219,27 +219,27 @@ def installing(world: World) -> dict:
         if kind == "telling":
             foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
         mm.unload_all_models = foreign
-        found = [wrappers.status_of("unload_all_models")]
-        wrappers.uninstall()
-        found.append(wrappers.status_of("unload_all_models"))
+        found = [hooks.status_of("unload_all_models")]
+        hooks.uninstall()
+        found.append(hooks.status_of("unload_all_models"))
         world.cache.outputs.clear()
         world.prompt(B)
         mm.unload_all_models()
         seen[kind] = {"status": found, "still_theirs": mm.unload_all_models is foreign, "called": called}
         seen[kind]["then"] = world.state()  # B goes: nobody acts any more
         mm.unload_all_models = plain["unload_all_models"]
-    wrappers.install()
+    hooks.install()
     return seen
 
 
 def doubled(world: World) -> dict:
     """Ours, another pack's that does not say what it wraps, and ours again on top, around each function."""
-    plain = {name: getattr(mm, name).__wrapped__ for name in wrappers.NAMES}
-    for name in wrappers.NAMES:
+    plain = {name: getattr(mm, name).__wrapped__ for name in hooks.NAMES}
+    for name in hooks.NAMES:
         setattr(mm, name, silently(getattr(mm, name)))
-    wrappers.install()
+    hooks.install()
     world.prompt(A, (*B, "cycle"))
-    seen = {"press": world.tail(**EVERYTHING), "stages": [look.stage for look in snapshots.latest()]}
+    seen = {"press": world.tail(**EVERYTHING), "stages": [look.stage for look in presses.latest()]}
     for name, original in plain.items():
         setattr(mm, name, original)
     return seen
@@ -250,16 +250,16 @@ def callers(world: World) -> dict:
     seen = {}
     world.prompt(B)
     world.tail(unload_models=True)
-    seen["tail"] = sorted({look.caller for look in snapshots.latest()})
+    seen["tail"] = sorted({look.caller for look in presses.latest()})
     world.__init__(world.column)
     world.prompt(B)
     world.prompt(B, fails=mm.OOM_EXCEPTION("planted"))
-    seen["error"] = sorted({look.caller for look in snapshots.latest()})
+    seen["error"] = sorted({look.caller for look in presses.latest()})
     world.__init__(world.column)
     world.prompt(B)
     world.queue.currently_running[0] = (0, "p", {})
     mm.unload_all_models()
-    seen["in a prompt"] = sorted({look.caller for look in snapshots.latest()})
+    seen["in a prompt"] = sorted({look.caller for look in presses.latest()})
     return seen
 
 
@@ -267,7 +267,7 @@ def stages(world: World) -> dict:
     """How far each kind of press goes, and what it says of that."""
 
     def told() -> list:
-        press = snapshots.last_press()
+        press = presses.last_press()
         return [[look.stage for look in press.looks], press.state, press.left_out]
 
     seen = {}
@@ -295,9 +295,9 @@ def stages(world: World) -> dict:
     world.queue.get_flags()
     seen["the worker's next turn"] = told()
     mm.unload_all_models()
-    first = snapshots.open_press()
+    first = presses.open_press()
     mm.unload_all_models()
-    return seen | {"another press": [first.state, snapshots.open_press().state]}
+    return seen | {"another press": [first.state, presses.open_press().state]}
 
 
 def garbage(world: World) -> dict:
@@ -305,23 +305,23 @@ def garbage(world: World) -> dict:
     with probe.tracking():
         world.cache.outputs["image", False] = torch.zeros(8 << 20, dtype=torch.uint8)
         world.tail(**EVERYTHING)
-    return {look.stage: look.devices[0].allocated.bytes for look in snapshots.latest()}
+    return {look.stage: look.devices[0].allocated.bytes for look in presses.latest()}
 
 
 def missing(world: World) -> dict:
     """A ComfyUI without one of the functions, and without a worker."""
     gone, execution = mm.free_memory, sys.modules.pop("execution")
-    wrappers.uninstall()
+    hooks.uninstall()
     del mm.free_memory
     try:
-        wrappers.install()
-        seen = {"status": wrappers.status()}
+        hooks.install()
+        seen = {"status": hooks.status()}
     finally:
-        wrappers.uninstall()
+        hooks.uninstall()
         mm.free_memory = gone.__wrapped__
         sys.modules["execution"] = execution
-    wrappers.install()
-    return seen | {"again": set(wrappers.status().values()) == {"on top"}}
+    hooks.install()
+    return seen | {"again": set(hooks.status().values()) == {"on top"}}
 
 
 def ring(world: World) -> dict:
@@ -329,8 +329,8 @@ def ring(world: World) -> dict:
     world.prompt(B)
     for _ in range(20):
         world.tail(**EVERYTHING)
-    looks = snapshots.latest()
-    return {"looks": len(looks), "presses": [looks[0].press, looks[-1].press], "last": snapshots.last_press().line}
+    looks = presses.latest()
+    return {"looks": len(looks), "presses": [looks[0].press, looks[-1].press], "last": presses.last_press().line}
 
 
 class Lines(logging.Handler):
@@ -351,15 +351,15 @@ def log(world: World) -> dict:
     try:
         world.prompt(A, B)
         lines.lines.clear()
-        snapshots.set_reason("said why")
+        presses.set_reason("said why")
         world.tail(**EVERYTHING)
         seen: dict[str, Any] = {"plain": list(lines.lines)}
         world.prompt(A, B)
         lines.lines.clear()
-        (entry,) = retention.registry().owned()
+        (entry,) = kept.registry().owned()
         with beneath("unload_all_models", lambda: entry.value.detach()):
             world.tail(**EVERYTHING)
-        seen |= {"lost": list(lines.lines), "id": entry.id, "reported": len(snapshots.last_press().lost)}
+        seen |= {"lost": list(lines.lines), "id": entry.id, "reported": len(presses.last_press().lost)}
     finally:
         logger.removeHandler(lines)
         logger.setLevel(level)
@@ -370,18 +370,18 @@ def log(world: World) -> dict:
 def own_failure(world: World) -> dict:
     """Something of ours fails: ComfyUI's function runs all the same, and one line says so."""
     world.prompt(A, B)
-    listed = retention.Registry.listed
+    listed = kept.Registry.listed
 
     def failing(*_: Any) -> Any:
         raise KeyError("planted in the registry")
 
-    retention.Registry.listed = failing
+    kept.Registry.listed = failing
     try:
         mm.unload_all_models()
         mm.free_memory(1e30, FIRST)
         mm.unload_all_models()
     finally:
-        retention.Registry.listed = listed
+        kept.Registry.listed = listed
     lines = list(ERRORS.lines)
     ERRORS.lines.clear()
     return {"after": world.state(), "lines": lines}

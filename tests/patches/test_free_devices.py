@@ -5,34 +5,22 @@ free_devices.py measures in processes of its own: on the double of ComfyUI alway
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON
-from steadyvsr.tests.conftest import comfyui_checkouts
+from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_devices.py")
-SESSION_SECONDS = 300
-PLACES: list[Path | None] = [None, *comfyui_checkouts()]
 MIB = 1 << 20
 A, B, C = 96 * MIB, 64 * MIB, 80 * MIB
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library has no malloc_trim")
 
 
-@pytest.fixture(scope="module", params=PLACES, ids=["double" if place is None else place.name for place in PLACES])
-def measured(request: pytest.FixtureRequest) -> dict:
-    place = request.param
-    python, kind = (sys.executable, "double") if place is None else (PYTHON, "comfyui")
-    run = subprocess.run(
-        [python, str(SCRIPT), str(SCRIPT.parents[2]), kind],
-        cwd=place, capture_output=True, text=True, timeout=SESSION_SECONDS,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def measured(comfyui_or_double: Path | None) -> dict:
+    return played(SCRIPT, comfyui_or_double)
 
 
 @pytest.mark.parametrize("column", ["keep", "pin"])

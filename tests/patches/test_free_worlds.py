@@ -8,40 +8,21 @@ something is done, and that the double does what ComfyUI does.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON
-from steadyvsr.tests.conftest import comfyui_checkouts
+from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_worlds.py")
-SESSION_SECONDS = 300
-SESSIONS: dict[str, dict] = {}
-PLACES: list[Path | None] = [None, *comfyui_checkouts()]
 OURS = ("keep", "pin")
 STAGES = ("pre", "unloaded", "reset", "collected", "end")
 
 
-def observe(place: Path | None) -> dict:
+@pytest.fixture(scope="module")
+def observed(comfyui_or_double: Path | None) -> dict:
     """Column → scenario → what was seen, on the double (None) or a checkout."""
-    name = str(place)
-    if name not in SESSIONS:
-        python, kind = (sys.executable, "double") if place is None else (PYTHON, "comfyui")
-        run = subprocess.run(
-            [python, str(SCRIPT), str(SCRIPT.parents[2]), kind],
-            cwd=place, capture_output=True, text=True, timeout=SESSION_SECONDS,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        SESSIONS[name] = json.loads(run.stdout.splitlines()[-1])
-    return SESSIONS[name]
-
-
-@pytest.fixture(params=PLACES, ids=["double" if place is None else place.name for place in PLACES])
-def observed(request: pytest.FixtureRequest) -> dict:
-    return observe(request.param)
+    return played(SCRIPT, comfyui_or_double)
 
 
 @pytest.fixture(params=OURS)
@@ -202,4 +183,4 @@ def comparable(session: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.comfy
 def test_the_double_does_what_comfyui_does(comfyui_path: Path):
-    assert comparable(observe(None)) == comparable(observe(comfyui_path))
+    assert comparable(played(SCRIPT, None)) == comparable(played(SCRIPT, comfyui_path))

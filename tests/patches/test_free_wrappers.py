@@ -6,32 +6,19 @@ of COMFYUI_PATH.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from steadyvsr.tests.comfy.server import PYTHON
-from steadyvsr.tests.conftest import comfyui_checkouts
+from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_wrappers.py")
-SESSION_SECONDS = 300
-PLACES: list[Path | None] = [None, *comfyui_checkouts()]
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
 
 
-@pytest.fixture(scope="module", params=PLACES, ids=["double" if place is None else place.name for place in PLACES])
-def observed(request: pytest.FixtureRequest) -> dict:
-    place = request.param
-    python, kind = (sys.executable, "double") if place is None else (PYTHON, "comfyui")
-    run = subprocess.run(
-        [python, str(SCRIPT), str(SCRIPT.parents[2]), kind],
-        cwd=place, capture_output=True, text=True, timeout=SESSION_SECONDS,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def observed(comfyui_or_double: Path | None) -> dict:
+    return played(SCRIPT, comfyui_or_double)
 
 
 def scenario(observed: dict, name: str) -> Any:

@@ -53,7 +53,7 @@ LISTENERS = """async () => {
   }
 }"""
 
-COMBO = {"keep_loaded": [["no", "keep", "pin"], {"default": "no"}], "attention": [["auto", "gather", "flex"], {}]}
+COMBO = {"keep_loaded": [["no", "keep", "pin"], {"default": "no"}], "attention": [["auto", "gather", "new"], {}]}
 OBJECT_INFO = {
     "SteadyVSR_LoadFlashVSR": {
         "input": {"required": COMBO}, "input_order": {"required": list(COMBO)}, "output": ["FLASHVSR"],
@@ -403,6 +403,17 @@ def test_a_node_of_an_opened_workflow_shows_what_is_set_there(page, server):
         }"""
     )
     assert "Asked: pinned" in asked
+
+
+def test_the_attention_setting_offers_what_the_node_offers(page):
+    offered = page.evaluate(
+        """async () => {
+          const {app} = await import("/scripts/app.js");
+          const settings = app.extensions.find(({name}) => name === "SteadyVSR").settings;
+          return settings.find(({id}) => id === "SteadyVSR.DefaultAttention").options();
+        }"""
+    )
+    assert [(choice["text"], choice["value"]) for choice in offered] == [(name, name) for name in COMBO["attention"][0]]
 
 
 def test_the_scripts_are_small_and_name_no_other_host():

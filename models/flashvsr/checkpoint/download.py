@@ -1,17 +1,17 @@
-"""Fetches the released FlashVSR weights, on request only: nothing runs at import, and nothing else here calls it.
+"""Downloading the released FlashVSR weights, only when asked to.
 
-Where from: the authors' Hugging Face repositories (transformer, LQ projection, TC decoder; the addresses and the stated
-hashes come from `huggingface_hub`, so that HF_ENDPOINT is honoured), and the authors' GitHub repository for the prompt
-context (4 MB), which their Hugging Face repositories do not have. Copies of it on Hugging Face exist in other forms,
-but the GitHub file's hash is published, so that is the one taken.
+Where from: the authors' Hugging Face repositories (transformer, LQ projection, TC decoder; addresses and stated hashes
+come from `huggingface_hub`, so HF_ENDPOINT is honoured), and the authors' GitHub repository for the prompt context
+(4 MB), which their Hugging Face repositories lack. There are copies of it on Hugging Face in other forms, but only the
+hash of the GitHub file is published.
 
-Transfers are made here, because recent versions of `huggingface_hub` drop what has arrived when they are interrupted:
-a file grows as NAME.part and is continued by the next call.
+The transfer is our own, because recent versions of `huggingface_hub` discard what has arrived when they are
+interrupted: here a file grows as NAME.part, and the next call continues it.
 
-What is trusted: a file counts as there when its size and sha256 are right. Those of v1.1 and of the prompt stand in
-`parts.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub itself states (git
-LFS), which shows damage on the way but not a changed repository. No token is sent. `.ckpt` and `.pth` files are
-pickles; `load_flashvsr` reads them with weights_only=True, which runs no code in them.
+What is trusted: a file is accepted when its size and sha256 are right. Those of v1.1 and of the prompt are in
+`parts.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub states (git LFS),
+which reveals damage on the way but not a changed repository. No token is sent. `.ckpt` and `.pth` files are pickles;
+`load_flashvsr` reads them with weights_only=True, which runs no code in them.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ PROMPT = "posi_prompt.pth"
 
 _PROMPT_REPOSITORY = "OpenImagingLab/FlashVSR"
 _CONNECTIONS = 5
-"""Interruptions of one file before giving up; each continues where the last one stopped."""
+"""Attempts per file before giving up; each continues where the last one stopped."""
 _PAUSE_SECONDS = 2
 _TRANSIENT_STATUS = (408, 425, 429)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
 _TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
 _RESERVE_BYTES = 64 << 20
-"""Left free on the disk."""
+"""Space to leave free on the disk."""
 
 log = logging.getLogger("steadyvsr.download")
 
 Progress = Callable[[str, int, int], None]
-"""(file name, bytes of the set that are there, bytes of the set). Called for every MiB; may raise to cancel."""
+"""(file name, bytes of the set that have arrived, bytes of the set). Called for every MiB; raise in it to cancel."""
 
 
 class DownloadError(RuntimeError):
-    """A file could not be fetched, or is not what it should be. The message says what to do."""
+    """A file could not be fetched, or is not what it should be. The message says what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Wanted:
     """One file of the set.
 
     Attributes:
-        sha256: None where nobody states one: then only the size is checked.
+        sha256: None where nobody states one; then only the size is checked.
     """
 
     name: str
@@ -83,22 +83,22 @@ def download_flashvsr(
 ) -> Path:
     """Makes `folder` a complete official checkpoint folder: transformer, projection, decoder and prompt (6.4 GB).
 
-    Files that are there and right are kept; a wrong one is replaced once the new one is complete and right; an
-    interrupted call is continued by the next.
+    Files that are already right are kept, wrong ones are replaced once the new ones are complete and right, and an
+    interrupted call is continued by the next one.
 
     Args:
         version: v1 | v1.1.
-        folder: created if needed. The files of the two versions have the same names: use one folder for each.
-        hub: the `huggingface_hub` module (imported when needed) or a stand-in.
+        folder: created if needed. Files of the two versions have the same names: use a folder for each.
+        hub: the `huggingface_hub` module (imported when needed) or a stand-in for it.
         urlopen: opens a `urllib.request.Request`.
 
     Returns:
         The folder, for `load_flashvsr(folder, version=version)`.
 
     Raises:
-        ValueError: unknown version.
-        DownloadError: no connection, a full disk, `huggingface_hub` missing, a file that twice arrived damaged, or a
-            folder that holds the other version.
+        ValueError: the version is unknown.
+        DownloadError: no connection, a full disk, no `huggingface_hub`, a file that arrived damaged twice, or a folder
+            that holds the other version.
     """
     if version not in VERSIONS:
         raise ValueError(f"download_flashvsr: expected version {' or '.join(VERSIONS)}; got {version!r}.")
@@ -161,7 +161,7 @@ def _stated_by_hub(hub: Any, repository: str) -> dict[str, tuple[int, str | None
     """File name → size and LFS sha256, as the hub states them."""
     try:
         infos = hub.HfApi().get_paths_info(repository, list(WEIGHTS), token=False)
-    except Exception as error:  # the client lets errors of requests or httpx through, by its version
+    except Exception as error:  # depending on its version, the client passes on errors of requests or httpx
         raise DownloadError(
             f"{repository}: expected the sizes and hashes of its files from the hub; {type(error).__name__}: {error}. "
             f"Try again later."
@@ -177,7 +177,7 @@ def _is_there(folder: Path, file: Wanted, hub: Any, version: str) -> bool:
     """Whether the file is whole and right.
 
     Raises:
-        DownloadError: it is the other version's file.
+        DownloadError: it is the file of the other version.
     """
     path = folder / file.name
     if not path.is_file():
@@ -213,7 +213,7 @@ def _part_path(path: Path) -> Path:
 
 
 def _fetch(folder: Path, file: Wanted, urlopen: Callable[..., Any], report: Callable[[str, int], object]) -> None:
-    """Fetches one file: continued where an earlier attempt stopped, and once more from the start if that is damaged."""
+    """Fetches one file, from where an earlier attempt stopped, and once more from the start if it arrives damaged."""
     path = folder / file.name
     part = _part_path(path)
     digest = None
@@ -245,7 +245,7 @@ def _transfer(file: Wanted, part: Path, urlopen: Callable[..., Any], report: Cal
         request = urllib.request.Request(file.url, headers={"Range": f"bytes={size_bytes}-"} if size_bytes else {})
         try:
             with urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-                # 200 instead of 206: a server that cannot continue sends all of it.
+                # 200 instead of 206: a server that cannot continue sends the whole file.
                 continued = response.status == 206 and size_bytes > 0
                 _append(response, part, file, size_bytes if continued else 0, report)
         except urllib.error.HTTPError as caught:

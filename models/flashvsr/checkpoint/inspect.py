@@ -1,4 +1,4 @@
-"""What a file or folder of weights is, for `steadyvsr inspect`: parts, release, fingerprints, keys, bytes."""
+"""Describing a file or folder of weights for `steadyvsr inspect`: parts, release, fingerprints, keys, bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...weight_file import file_sha256
 from .load import compare_keys, expected_entries, names_config
 from .parts import FAMILY, NETWORKS, PARTS, Source, known_file, known_version
 from .sources import PathLike, find_checkpoint
@@ -17,8 +18,8 @@ class FileReport:
 
     Attributes:
         sha256: of the whole file.
-        known_as: the published file it is a copy of, or None.
-        metadata: of a safetensors header.
+        known_as: the published file that it is a copy of, or None.
+        metadata: of the safetensors header.
     """
 
     path: str
@@ -36,9 +37,9 @@ class PartReport:
     Attributes:
         part: transformer, lq_projection, decoder, prompt or vae.
         bytes: of its tensors as stored.
-        fingerprint: sha256 of the raw bytes of small tensors (of a projection: norm1.gamma and conv1.bias).
-        version, how_known: its release and what tells it; None where nothing does, or where the releases share it.
-        missing, extra: keys compared with the network's; not compared for a vae or a prompt.
+        fingerprint: sha256 of the raw bytes of small tensors (for a projection, norm1.gamma and conv1.bias).
+        version, how_known: its release and what identifies it; None where nothing does, or where the releases share it.
+        missing, extra: compared with the network's keys; nothing is compared for a vae or a prompt.
         ignored: keys that nothing here uses.
     """
 
@@ -62,9 +63,9 @@ class CheckpointReport:
     """A file or folder.
 
     Attributes:
-        family: of the weights ("flashvsr" unless the metadata says another), or None without a FlashVSR part.
-        version: "v1", "v1.1", "mixed" (parts of both: they do not go together), or None where nothing tells it.
-        absent: parts that a whole model needs and that are not here.
+        family: of the weights ("flashvsr" unless the metadata says otherwise), or None without a FlashVSR part.
+        version: "v1", "v1.1", "mixed" (parts of both, which do not go together), or None where nothing identifies it.
+        absent: parts of a whole model that are not here.
         unreadable: what was wrong with files that could not be read.
     """
 
@@ -78,7 +79,7 @@ class CheckpointReport:
 
 
 def inspect_checkpoint(path: PathLike | Mapping[str, PathLike]) -> CheckpointReport:
-    """Describes a file, a folder, or a mapping of part → file; hashes the files, loads no network.
+    """Describes a file, a folder, or a mapping of part → file; hashes the files but loads no network.
 
     Raises:
         CheckpointError: a file named by the caller cannot be read.
@@ -101,7 +102,7 @@ def inspect_checkpoint(path: PathLike | Mapping[str, PathLike]) -> CheckpointRep
                 path=str(file.path),
                 format=file.format,
                 bytes=file.size_bytes,
-                sha256=file.sha256(),
+                sha256=file_sha256(file.path),
                 known_as=known.name if (known := known_file(file)) else None,
                 metadata=dict(file.metadata),
             )

@@ -1,11 +1,11 @@
-"""From files of weights to a `FlashVSR`, and back to one merged file.
+"""Loading files of weights as a `FlashVSR`, and saving one as a merged file.
 
-A checkpoint is a folder, one merged file, or a mapping of part → file. The parts are found by their keys (`parts`),
-checked against the networks on the meta device before anything is read, then read tensor by tensor in the dtype asked
-for and assigned, so that the weights exist once.
+A checkpoint is a folder, one merged file, or a mapping of part → file. The parts are found by their keys (`parts`) and
+compared with the networks on the meta device before anything is read. Then they are read tensor by tensor in the dtype
+asked for and assigned, so that the weights exist once.
 
-v1 and v1.1 have identical keys and shapes but different projections: which one the weights are is taken from what can
-be trusted (metadata of merged files, hashes), else from the caller. It is never guessed from names.
+v1 and v1.1 have identical keys and shapes but different projections. Which of them the weights are is known from what
+can be trusted (metadata of merged files, hashes) or said by the caller, never guessed from names.
 """
 
 from __future__ import annotations
@@ -62,22 +62,24 @@ def load_flashvsr(
 ) -> FlashVSR:
     """Loads a FlashVSR model.
 
+        model = load_flashvsr("models/FlashVSR-v1.1", dtype=torch.bfloat16, device="cuda")
+
     Args:
         path: a folder (official, Kijai, 1038lab, Wan2GP or any other names), one merged file, or a mapping from
             "transformer", "lq_projection", "decoder", "prompt" to files.
-        version: auto | v1 | v1.1. An explicit version is obeyed, with a warning where the weights are known to be of
-            the other.
+        version: auto | v1 | v1.1. An explicit version is obeyed, with a warning if the weights are known to be of the
+            other.
         lq_cache_order: of a v1 projection: "fixed" (use the cache, then update it) or "as_trained" (update, then use:
             what the released v1 weights were trained with).
-        num_heads: only where the head dim is not 128.
+        num_heads: needed only where the head dim is not 128.
         dtype: of the weights; None keeps each tensor as stored.
         operations: layer namespace; see `models.operations`.
         prompt: the prompt context, LD or BLD with B = 1 and D = the weights' text dim, or a file that holds it; None
             takes the one among the weights or beside them.
 
     Raises:
-        CheckpointError (a ValueError): anything about the files: missing, damaged, refused, of unknown version, or not
-            fitting the networks. The message names the file.
+        CheckpointError (a ValueError): the files are missing, damaged, refused, of unknown version, or do not fit the
+            networks. The message names the file.
         ValueError: an argument is out of range.
     """
     if version not in ("auto", *VERSIONS):
@@ -125,14 +127,14 @@ def save_merged(
     family: str,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Writes one merged safetensors file that `load_flashvsr` reads back; an existing file is replaced at the end.
+    """Writes one merged safetensors file that `load_flashvsr` can read; an existing file is replaced at the end.
 
     Args:
         model: a FlashVSR, or state dicts with official keys under "transformer", "lq_projection", "decoder" and the
             context under "prompt".
 
     Raises:
-        ValueError: unknown version, or a value that dtype cannot hold.
+        ValueError: the version is unknown, or `dtype` cannot hold a value.
     """
     if version not in VERSIONS:
         raise ValueError(f"save_merged: expected version {' or '.join(VERSIONS)}; got {version!r}.")
@@ -179,12 +181,12 @@ def _networks(config: FlashVSRConfig, version: str, lq_cache_order: str, operati
 
 
 def _checked_config(checkpoint: Checkpoint, sources: Mapping[str, Source], num_heads: int | None) -> FlashVSRConfig:
-    """The sizes of the weights, after every key, shape and kind of number was found to fit."""
+    """The sizes of the weights, once every key, shape and dtype is known to fit."""
     entries = {part: sources[part].entries() for part in NETWORKS}
     try:
         config = FlashVSRConfig.from_tensors(*entries.values(), num_heads=num_heads)
     except (KeyError, IndexError):
-        # A tensor that fixes a size is missing or has too few axes: names can be compared all the same.
+        # A tensor that fixes a size is missing or has too few axes; the names can still be compared.
         config = None
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.label}: {error}") from error
@@ -228,7 +230,7 @@ def expected_entries(config: FlashVSRConfig) -> dict[str, dict[str, Tensor]]:
 
 
 def names_config(entries: Mapping[str, Mapping[str, Tensor]]) -> FlashVSRConfig:
-    """A config that has the right key names only: those depend on nothing but the two layer counts."""
+    """A config with the right key names but not the right sizes: names depend only on the two layer counts."""
     return FlashVSRConfig(
         num_layers=_count(entries.get("transformer", {}), "blocks"),
         lq_layers=_count(entries.get("lq_projection", {}), "linear_layers"),
@@ -236,7 +238,7 @@ def names_config(entries: Mapping[str, Mapping[str, Tensor]]) -> FlashVSRConfig:
 
 
 def _count(entries: Mapping[str, Tensor], name: str) -> int:
-    """1 + the largest index under `name`, of those that the number of keys makes plausible."""
+    """1 + the largest index under `name` that is plausible for the number of keys."""
     found = [int(match[1]) for key in entries if (match := re.match(rf"{name}\.(\d+)\.", key))]
     return 1 + max((index for index in found if index < len(entries)), default=0)
 
@@ -282,7 +284,7 @@ def _shaped_prompt(label: str, context: Tensor, text_dim: int) -> Tensor:
 
 
 def _check_merged_sha256(file: WeightFile) -> None:
-    """Raises if a merged file written by `save_merged` no longer holds what was written."""
+    """Raises a CheckpointError if a file of `save_merged` no longer holds what was written."""
     if file.metadata.get("format") != MERGED_FORMAT:
         return
     digest = tensors_sha256(tensor for _, tensor in file.read(sorted(file.entries)))

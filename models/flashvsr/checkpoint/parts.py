@@ -1,7 +1,7 @@
-"""What is known about FlashVSR checkpoints: which keys belong to which part, which files are which release.
+"""What is known about FlashVSR checkpoints: which keys belong to which part, and which files to which release.
 
-Parts are told from their keys, never from file names: names are copied, renamed and mispaired (the most reported
-"ghosting" of FlashVSR is a projection of one release used as that of the other; their shapes are identical).
+Parts are recognised by their keys, never by file names: files are copied, renamed and mispaired. The most reported
+"ghosting" of FlashVSR is a projection of one release loaded as that of the other; their shapes are identical.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...weight_file import CheckpointError, WeightFile, tensors_sha256
+from ...weight_file import CheckpointError, WeightFile, file_sha256, tensors_sha256
+from ..tc_decoder import CONDITION_CHANNELS
 
 NETWORKS = ("transformer", "lq_projection", "decoder")
 PARTS = (*NETWORKS, "prompt")
@@ -20,13 +21,10 @@ VERSIONS = ("v1", "v1.1")
 FAMILY = "flashvsr"
 
 MERGED_PREFIXES = {"transformer": "", "lq_projection": "lq_proj_in.", "decoder": "tc_decoder."}
-"""Of the networks in one merged file."""
+"""Prefixes of the networks in one merged file."""
 MERGED_PROMPT = "positive_conditioning"
 MERGED_FORMAT = "steadyvsr-merged"
-"""Metadata `format` of the merged files written here; theirs alone have a `sha256` of the tensors to check."""
-
-CONDITION_CHANNELS = 4 * 8 * 8 * 3
-"""Input channels of the TC decoder before the latent's: tells it from the TAEHV decoders, which share its key names."""
+"""Metadata `format` of the merged files written here; only these have a `sha256` of their tensors to check."""
 
 _MARKERS = {
     "transformer": (
@@ -39,7 +37,7 @@ _MARKERS = {
     "decoder": ("decoder.1.weight", "decoder.5.conv.0.weight", "decoder.10.weight", "decoder.26.weight"),
     "vae": ("conv2.weight", "decoder.middle.0.residual.0.gamma", "decoder.head.0.gamma"),
 }
-"""Two markers under one prefix identify a part (a Wan VAE too, so that its keys are not taken for something else)."""
+"""Two markers under one prefix identify a part (also a Wan VAE, so that its keys are not mistaken for another's)."""
 _KEYS = {
     "transformer": re.compile(r"(patch_embedding|text_embedding|time_embedding|time_projection|blocks|head)\."),
     "lq_projection": re.compile(r"(conv[12]|norm[12]|linear_layers)\."),
@@ -47,7 +45,7 @@ _KEYS = {
     "vae": re.compile(r"(encoder|decoder|conv[12])\."),
 }
 _IGNORED = {"decoder": "encoder."}
-"""Keys of a part that no network here has: of the autoencoder that the TC decoder was made from."""
+"""Keys of a part that no network here uses: the TC decoder was made from an autoencoder."""
 _PROMPT_NAMES = ("", "context", MERGED_PROMPT, "posi_prompt", "posi_context", "prompt", "prompt_emb", "prompt_embeds")
 _IDENTITY = {
     "transformer": ("patch_embedding.bias", "head.modulation"),
@@ -55,7 +53,7 @@ _IDENTITY = {
     "decoder": ("decoder.1.bias", "decoder.26.bias"),
     "prompt": ("context",),
 }
-"""Small tensors whose raw bytes stand for a part."""
+"""Small tensors whose raw bytes identify a part."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class KnownFile:
 
     Attributes:
         version: of the transformer and the LQ projection in it; None where the releases share the file.
-        size_slack_bytes: how exactly the size is known; the hash decides.
+        size_slack_bytes: how far the size may be off; the hash decides.
     """
 
     name: str
@@ -74,7 +72,7 @@ class KnownFile:
     size_slack_bytes: int = 0
 
 
-# The v1 transformer and projection are missing: no published hash of them was found.
+# The transformer and projection of v1 are missing: no published hash of them was found.
 KNOWN_FILES = (
     KnownFile(
         "JunhaoZhuang/FlashVSR-v1.1 diffusion_pytorch_model_streaming_dmd.safetensors",
@@ -116,17 +114,17 @@ KNOWN_FILES = (
 )
 
 KNOWN_PROJECTIONS: dict[str, str] = {}
-"""sha256 of the raw bytes of norm1.gamma and conv1.bias, as stored → version. Empty: it would have to be computed from
-the released files, which were not available when this was written. `steadyvsr inspect` prints it for any file."""
+"""sha256 of the raw bytes of norm1.gamma and conv1.bias, as stored → version. Empty, because the released files to
+compute it from were not available when this was written. `steadyvsr inspect` prints it for any file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part lies.
+    """Where one part is stored.
 
     Attributes:
         names: official key → name in the file ("context" for the prompt).
-        ignored: names of the part that nothing here uses.
+        ignored: names of tensors of the part that nothing here uses.
     """
 
     part: str
@@ -139,7 +137,7 @@ class Source:
         return {key: self.file.entries[name] for key, name in self.names.items()}
 
     def fingerprint(self) -> str | None:
-        """sha256 of the raw bytes of the part's identity tensors, as stored; None where one is missing."""
+        """sha256 of the raw bytes of the part's identifying tensors, as stored; None if one is missing."""
         keys = _IDENTITY.get(self.part, ())
         if not keys or any(key not in self.names for key in keys):
             return None
@@ -155,10 +153,10 @@ class Evidence:
 
 
 def find_parts(file: WeightFile) -> dict[str, Source]:
-    """Part → where it lies in the file; prefixes are stripped, whatever they are. A Wan VAE is the part "vae".
+    """Part → where it is stored in the file, under whatever prefix. A Wan VAE is the part "vae".
 
     Raises:
-        CheckpointError: the file holds one part twice.
+        CheckpointError: the file holds a part twice.
     """
     names = list(file.entries)
     prompts = [name for name in names if _is_prompt(file, name)]
@@ -183,7 +181,7 @@ def find_parts(file: WeightFile) -> dict[str, Source]:
 
 
 def known_version(source: Source) -> Evidence | None:
-    """The release that a transformer or LQ projection belongs to, where anything trustworthy tells it.
+    """The release of a transformer or LQ projection, if anything trustworthy tells it.
 
     In order of cost: the metadata of a merged file, the projection's fingerprint, and the sha256 of the whole file,
     which is computed only if the size is that of a published file.
@@ -204,14 +202,14 @@ def known_version(source: Source) -> Evidence | None:
 
 
 def known_file(file: WeightFile) -> KnownFile | None:
-    """The published file that this one is a copy of, by sha256; hashes only if the size fits."""
+    """The published file that this one is a copy of, by sha256; hashes it only if the size fits."""
     fitting = [known for known in KNOWN_FILES if abs(known.size_bytes - file.size_bytes) <= known.size_slack_bytes]
-    digest = file.sha256() if fitting else None
+    digest = file_sha256(file.path) if fitting else None
     return next((known for known in fitting if known.sha256 == digest), None)
 
 
 def metadata_version(file: WeightFile) -> str | None:
-    """`version` in the header of a merged file; "1", "1.0", "1.1" count only where `family` stands beside it."""
+    """`version` in the metadata of a merged file; "1", "1.0" and "1.1" count only together with a `family`."""
     stated = file.metadata.get("version", "").strip().lower()
     if "family" in file.metadata:
         stated = {"1": "v1", "1.0": "v1", "v1.0": "v1", "1.1": "v1.1"}.get(stated, stated)
@@ -219,7 +217,7 @@ def metadata_version(file: WeightFile) -> str | None:
 
 
 def version_hint(names: Iterable[str]) -> str | None:
-    """The version that file or folder names suggest. Only ever shown as a hint: names are not trusted."""
+    """The version that file or folder names suggest. It is shown as a hint and never trusted."""
     text = " ".join(names).lower()
     if re.search(r"1[._]1(?!\d)", text.replace("wan2_1", "").replace("wan2.1", "")):
         return "v1.1"
@@ -232,7 +230,7 @@ def _is_prompt(file: WeightFile, name: str) -> bool:
 
 
 def _find_prefixes(file: WeightFile, names: Iterable[str]) -> dict[str, str]:
-    """Part → the prefix under which at least two of its markers lie."""
+    """Part → the prefix of at least two of its markers."""
     names = set(names)
     found = {}
     for part, markers in _MARKERS.items():
@@ -251,12 +249,13 @@ def _find_prefixes(file: WeightFile, names: Iterable[str]) -> dict[str, str]:
 
 
 def _is_taehv(file: WeightFile, part: str, prefix: str) -> bool:
+    """Whether it is a TAEHV decoder, which has the TC decoder's key names but takes no condition."""
     first = file.entries.get(prefix + "decoder.1.weight")
     return part == "decoder" and first is not None and first.ndim == 4 and first.shape[1] <= CONDITION_CHANNELS
 
 
 def _part_of(name: str, prefixes: Mapping[str, str]) -> str | None:
-    """The part with the longest prefix that fits; where parts share one, the one whose keys look like this name."""
+    """The part whose prefix fits and is longest; among parts that share one, the one whose keys look like this name."""
     fitting = [part for part, prefix in prefixes.items() if name.startswith(prefix)]
     if not fitting:
         return None

@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie, which of several to take, and which release they are of; reads no weights."""
+"""Finding the parts of a checkpoint, choosing among several, and settling their release; reads no weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPT_URL = "https://github.com/OpenImagingLab/FlashVSR/raw/main/examples/WanVS
 PROMPT_FILES = ("posi_prompt.safetensors", "Prompt.safetensors", "posi_prompt.pth")
 
 _LISTED_KEYS = 8
-"""Keys named in an error before it only counts them."""
+"""How many keys an error names before it only counts them."""
 
 log = logging.getLogger("steadyvsr.checkpoint")
 
@@ -28,10 +28,10 @@ class Checkpoint:
 
     Attributes:
         label: what the caller named, for messages.
-        folder: where a prompt may lie beside the weights.
+        folder: where a prompt may be found beside the weights.
         files: those that could be read.
         candidates: part → every place where it was found.
-        unreadable: errors of files in the folder that could not be opened.
+        unreadable: the errors of files in the folder that could not be opened.
     """
 
     label: str
@@ -42,10 +42,10 @@ class Checkpoint:
 
 
 def find_checkpoint(path: PathLike | Mapping[str, PathLike]) -> Checkpoint:
-    """Opens every file that `path` names and tells which parts lie where; reads no weights.
+    """Opens every file that `path` names and finds the parts in them; reads no weights.
 
     Raises:
-        CheckpointError: nothing there, or a file named by the caller cannot be read or lacks the part it is named for.
+        CheckpointError: nothing is there, or a file that the caller names cannot be read or lacks its part.
     """
     if isinstance(path, Mapping):
         return _find_mapped(path)
@@ -88,7 +88,7 @@ def _find_mapped(mapping: Mapping[str, PathLike]) -> Checkpoint:
                 f"Name the right file for it."
             )
         candidates[part] = [found[part]]
-    # A file can hold more than the part it is named for (a projection merged into the transformer).
+    # A file can hold more than the part it is named for, such as a projection merged into the transformer.
     for found in contents.values():
         for part in set(found) - set(mapping):
             candidates.setdefault(part, []).append(found[part])
@@ -97,7 +97,7 @@ def _find_mapped(mapping: Mapping[str, PathLike]) -> Checkpoint:
 
 
 def choose_sources(checkpoint: Checkpoint, version: str) -> dict[str, Source]:
-    """One source for each network; of several, the one of the version asked for, or equal ones once."""
+    """One source for each network: among several, the one of the version asked for; copies count once."""
     missing = [part for part in NETWORKS if part not in checkpoint.candidates]
     if missing:
         found = [f"{part} ({source.file.path.name})" for part, all_ in checkpoint.candidates.items() for source in all_]
@@ -131,7 +131,7 @@ def _choose(checkpoint: Checkpoint, part: str, version: str) -> Source:
 
 
 def _without_copies(candidates: list[Source]) -> list[Source]:
-    """The candidates with different fingerprints; of equal ones the safetensors file."""
+    """The candidates without copies, by fingerprint; of copies, a safetensors file is preferred."""
     distinct: dict[str, Source] = {}
     for source in sorted(candidates, key=lambda source: source.file.format != "safetensors"):
         distinct.setdefault(source.fingerprint() or str(source.file.path), source)
@@ -139,10 +139,10 @@ def _without_copies(candidates: list[Source]) -> list[Source]:
 
 
 def resolve_version(checkpoint: Checkpoint, sources: Mapping[str, Source], version: str) -> str:
-    """The version to build for: what the weights are known to be, or what the caller says.
+    """The version to build for: what the caller says, or with "auto" what the weights are known to be.
 
     Raises:
-        CheckpointError: unknown and version is "auto", or transformer and projection are known to be of two releases.
+        CheckpointError: "auto" and nothing tells it, or transformer and projection are known to be of two releases.
     """
     known = {part: known_version(sources[part]) for part in ("transformer", "lq_projection")}
     transformer, projection = known["transformer"], known["lq_projection"]
@@ -186,10 +186,10 @@ def resolve_version(checkpoint: Checkpoint, sources: Mapping[str, Source], versi
 
 
 def find_prompt(checkpoint: Checkpoint, text_dim: int) -> Source:
-    """The prompt context among the weights, else beside them; of several, the one with the right width.
+    """The prompt context among the weights or else beside them; among several, the one of the right width.
 
     Raises:
-        CheckpointError: none, or several different ones.
+        CheckpointError: there is none, or there are several different ones.
     """
     candidates = checkpoint.candidates.get("prompt", [])
     if not candidates:

@@ -1,47 +1,26 @@
-"""Run by a real ComfyUI's Python, in its folder: works the nodes through the states that matter and reports each.
-
-    python flashvsr_session.py PACK_FOLDER BASE_FOLDER
-
-Prints one JSON object on the last line: scenario → what was observed, or {"error": traceback}. The assertions are in
-test_comfy_flashvsr.py.
-"""
+"""The FlashVSR nodes worked through the states that matter."""
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import hashlib
-import importlib
 import inspect
 import io as bytes_io
 import json
-import os
-import sys
-import traceback
 import weakref
 from fractions import Fraction
 from pathlib import Path
 
-PACK, BASE = Path(sys.argv[1]), Path(sys.argv[2])
-sys.path.insert(0, os.getcwd())
-sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
+import av
+import comfy.utils
+import folder_paths
+import host  # starts ComfyUI; what follows needs that
+import small_vaes
+import torch
+from comfy.latent_formats import Wan21
+from comfy_api.v0_0_2 import InputImpl, Types
+from host import BASE, CPU, NODES, call, digest, error_of, executed, listed, live_bytes, mm, node, pack
+from steadyvsr.tests.comfy.server import write_clip
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing()
-importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
-import av  # noqa: E402
-import comfy.ldm.wan.vae as wan  # noqa: E402
-import comfy.model_management as mm  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from comfy_api.v0_0_2 import InputImpl, Types  # noqa: E402
-
-import nodes  # noqa: E402
-
-CPU = torch.device("cpu")
 STREAM = {
     "scale": 4.0, "seed": 3, "sparse_ratio": 2.0, "kv_ratio": 3.0, "local_range": 11,
     "colour": "adain", "decoder": "tc",
@@ -52,48 +31,9 @@ LOAD = {
 }  # fmt: skip
 
 
-def pack(module: str):
-    """A module of the pack, as ComfyUI's loader named it."""
-    return importlib.import_module(str(PACK).replace(".", "_x_") + "." + module)
-
-
-def node(name: str):
-    return nodes.NODE_CLASS_MAPPINGS[f"SteadyVSR_{name}"]
-
-
-def call(name: str, **inputs):
-    """A node's outputs, computed the way the executor does: on a clone of the class, in inference mode."""
-    with torch.inference_mode():
-        return node(name).PREPARE_CLASS_CLONE({}).execute(**inputs).args
-
-
 def upscale(model, frames, **changes):
     image, report = call("Upscale", flashvsr=model, image=frames, **{**STREAM, **changes})
     return image, json.loads(report)
-
-
-def digest(frames: torch.Tensor) -> str:
-    return hashlib.sha256(frames.contiguous().numpy().tobytes()).hexdigest()
-
-
-def listed() -> dict[str, int]:
-    """Name → loaded bytes of every model in ComfyUI's list."""
-    return {type(entry.model.model).__name__: entry.model_loaded_memory() for entry in mm.current_loaded_models}
-
-
-def live_bytes() -> int:
-    """Bytes of all tensors that anything holds."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def error_of(function, *arguments, **keywords) -> str:
-    try:
-        function(*arguments, **keywords)
-    except (ValueError, RuntimeError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def clip(count: int = 10, height: int = 32, width: int = 48, channels: int = 3) -> torch.Tensor:
@@ -125,6 +65,13 @@ def tiny_model(**changes):
     return call("LoadFlashVSR", model_set="tiny.safetensors", **{**LOAD, **changes})[0]
 
 
+def required(node) -> list[str]:
+    """Inputs that a prompt has to have, as ComfyUI tells its pages; the double has its schema alone."""
+    if host.ON_DOUBLE:
+        return [item.id for item in node.define_schema().inputs if not item.optional]
+    return list(node.GET_NODE_INFO_V1()["input"]["required"])
+
+
 def schema() -> dict:
     seen = {}
     for name in ("LoadFlashVSR", "Upscale", "UpscaleVideo"):
@@ -135,7 +82,7 @@ def schema() -> dict:
             "parameters": parameters,
             "without_tooltip": [item.id for item in [*declared.inputs, *declared.outputs] if not item.tooltip],
             "category": declared.category,
-            "info": list(node(name).GET_NODE_INFO_V1()["input"]["required"]),
+            "info": required(node(name)),
         }
     return seen
 
@@ -176,7 +123,7 @@ def residency() -> dict:
 
 def kept() -> dict:
     """Load and keep → all users gone → load again → load without keeping → all users gone → load again."""
-    loaded_module, retention = pack("nodes.flashvsr.model"), pack("patches.kept")
+    loaded_module, owners = pack("nodes.flashvsr.model"), pack("patches.kept")
     read, reads = loaded_module.load_flashvsr, []
 
     def counted(*arguments, **keywords):
@@ -192,13 +139,13 @@ def kept() -> dict:
         mm.unload_all_models()
         gc.collect()
         alive = {"kept": module() is not None}
-        policies = [retention.registry().entries()[-1].policy]
+        policies = [owners.registry().entries()[-1].policy]
         model = tiny_model(keep_loaded="keep")
         counts["again"] = len(reads)
         again, _ = upscale(model, clip())
         model = tiny_model(keep_loaded="no")
         counts["after_no"] = len(reads)
-        policies.append(retention.registry().entries()[-1].policy)
+        policies.append(owners.registry().entries()[-1].policy)
         del model
         mm.unload_all_models()
         gc.collect()
@@ -212,6 +159,8 @@ def kept() -> dict:
 
 def partial_load() -> dict:
     """The engine on networks of which ComfyUI has loaded no layer, against the same fully loaded."""
+    if host.ON_DOUBLE:
+        return {"state": None}  # it loads networks whole
     model, frames = tiny_model(), clip()
     full, _ = upscale(model, frames)
     mm.free_memory(1e30, CPU)
@@ -307,36 +256,14 @@ def loader_errors() -> dict:
     }
 
 
-def tiny_vae():
-    """A random Wan 2.1 VAE of width 8 in ComfyUI's own wrapper; 0.3.64 knows only width 96 and is told otherwise."""
-    sizes = {
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_scales": [],
-        "temperal_downsample": [False, True, True],
-    }
-    generator, original = torch.Generator().manual_seed(0), wan.WanVAE
-    state = original(dim=8, z_dim=16, **sizes).state_dict()
-    for key, value in state.items():
-        if "gamma" not in key:
-            fan_in = max(1, value[0].numel())
-            value.copy_(torch.randn(value.shape, generator=generator) / fan_in**0.5 * (not key.endswith("bias")))
-    if "image_channels" not in inspect.signature(original.__init__).parameters:
-        wan.WanVAE = lambda **keywords: original(**{**keywords, "dim": 8})
-    try:
-        return comfy.sd.VAE(sd=state)
-    finally:
-        wan.WanVAE = original
-
-
 def vae_decoder() -> dict:
-    vae, model = tiny_vae(), tiny_model()
+    vae, model = small_vaes.wan_vae(), tiny_model()
     streaming = pack("nodes.flashvsr.wan_decoder").StreamingWanVAE(vae, "test")
     latents = torch.randn(1, 16, 10, 4, 6, generator=torch.Generator().manual_seed(1))
     streamed = {}
     with torch.inference_mode():
         mm.load_models_gpu([vae.patcher])
-        whole = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(latents))
+        whole = vae.first_stage_model.decode(Wan21().process_out(latents))
         for split in ((6, 2, 2), (1,) * 10, (10,)):
             cache = streaming.new_cache()
             parts = [streaming.decode_stream(part, cache) for part in latents.split(split, 2)]
@@ -344,17 +271,16 @@ def vae_decoder() -> dict:
         wide = torch.randn(1, 16, 2, 2, 70, generator=torch.Generator().manual_seed(2))
         cache = streaming.new_cache(CPU)
         parts = torch.cat([streaming.decode_stream(part, cache) for part in wide.split(1, 2)], 2)
-        native = vae.first_stage_model.decode(comfy.latent_formats.Wan21().process_out(wide))
+        native = vae.first_stage_model.decode(Wan21().process_out(wide))
         streamed[f"{len(cache.tiles)} tiles"] = (parts - native).abs().max().item()
     mm.free_memory(1e30, CPU)
     frames, report = upscale(model, clip(), decoder="vae", vae=vae)
     after = listed()
-    taesd = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
     return {
         "streamed": streamed, "size": whole.abs().mean().item(), "listed": after, "shape": list(frames.shape),
         "decoder": report["decoder"], "differs": digest(frames) != digest(upscale(model, clip())[0]),
         "none": error_of(upscale, model, clip(), decoder="vae"),
-        "other": error_of(upscale, model, clip(), decoder="vae", vae=taesd),
+        "other": error_of(upscale, model, clip(), decoder="vae", vae=small_vaes.sd_vae()),
     }  # fmt: skip
 
 
@@ -371,6 +297,20 @@ def described(path: str) -> dict:
             else 0
         )
     return seen | {"samples": samples}
+
+
+def spoiled_clip(path: Path) -> str:
+    """Twelve frames; the data of frame 9 are zeros. The file is whole, so that only decoding finds the damage."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12, options={"g": "1", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for frame in clip(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((frame * 255).byte().numpy(), format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        packet = bytes([packet for packet in container.demux(video=0) if packet.size][9])
+    path.write_bytes(path.read_bytes().replace(packet, bytes(len(packet))))
+    return str(path)
 
 
 def videos() -> dict:
@@ -400,6 +340,13 @@ def videos() -> dict:
     for name, content in damaged.items():
         (BASE / name).write_bytes(content)
         seen[name] = error_of(through, InputImpl.VideoFromFile(str(BASE / name)))
+    trims, command_line = [], pack("app.clip")
+    command_line.trim, trim = (lambda: trims.append(1)), command_line.trim
+    through(InputImpl.VideoFromFile(path))
+    command_line.trim = trim
+    seen["trims"] = len(trims)
+    seen["spoiled.mkv"] = error_of(through, InputImpl.VideoFromFile(spoiled_clip(BASE / "spoiled.mkv")))
+    seen["rescued"] = {entry.name: described(str(entry)) for entry in temp.glob("*.partial.mp4")}
     if hasattr(InputImpl.VideoFromFile, "as_trimmed"):
         seen["trimmed"] = through(InputImpl.VideoFromFile(path).as_trimmed(0.25, 0.25))
     before = sorted(entry.name for entry in temp.iterdir())
@@ -422,31 +369,37 @@ def videos() -> dict:
     return seen | {"interrupt": {"raised": raised, "during": during[-1], "left": sorted(set(after) - set(before))}}
 
 
-def main() -> None:
-    loaded = asyncio.run(nodes.load_custom_node(str(PACK)))
-    results: dict = {
-        "loaded": {"ok": loaded, "nodes": sorted(n for n in nodes.NODE_CLASS_MAPPINGS if n.startswith("SteadyVSR_"))}
-    }
-    write_tiny_model()
-    scenarios = (
-        schema,
-        model_folder,
-        residency,
-        kept,
-        partial_load,
-        interrupted,
-        images,
-        growth,
-        loader_errors,
-        vae_decoder,
-        videos,
+def told() -> dict:
+    """What a page is sent while node 7 runs, and what the node shows."""
+    model, outputs = tiny_model(), []
+    sent = host.events_of(
+        lambda: outputs.append(executed("Upscale", flashvsr=model, image=clip(), **STREAM)), "steadyvsr.node"
     )
-    for scenario in scenarios:
-        try:
-            results[scenario.__name__] = scenario()
-        except BaseException:  # noqa: B036  reported, and the test of this scenario fails on it
-            results[scenario.__name__] = {"error": traceback.format_exc()}
-    sys.stdout.write("\n" + json.dumps(results) + "\n")
+    shown = outputs[0].ui.as_dict()["text"][0]
+    return {
+        "nodes": sorted({data["node"] for data in sent}),
+        "phases": list(dict.fromkeys(data["progress"]["phase"] for data in sent if "progress" in data)),
+        "last": next(data["progress"] for data in reversed(sent) if "progress" in data),
+        "memory": sorted(next(data["memory"] for data in sent if "memory" in data)),
+        "shows its report": shown == outputs[0].args[1],
+    }
 
 
-main()
+def same_as_the_engine() -> dict:
+    """The node beside `upscale_frames` on the same weights."""
+    model, frames = tiny_model(), clip()
+    image, _ = upscale(model, frames)
+    options = pack("models.flashvsr").StreamOptions(seed=STREAM["seed"])
+    with torch.inference_mode():
+        stream = pack("models.flashvsr").upscale_frames(model.networks(), list(frames), options)
+        return {"equal": torch.equal(torch.stack(list(stream)), image)}
+
+
+write_clip(BASE / "input" / "clip.mp4")
+write_tiny_model()
+SCENARIOS = {
+    "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
+    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,
+    "loader errors": loader_errors, "vae decoder": vae_decoder, "videos": videos, "told": told,
+    "same as the engine": same_as_the_engine,
+}  # fmt: skip

@@ -1,7 +1,7 @@
-"""Runs the jobs of a folder: admission, workers, retries, a record after every clip, a table at the end.
+"""Gives the clips of a folder to worker processes: admission, retries, a record after every clip, a table at the end.
 
-Each worker is an executor with one process, so that a process which dies takes down no other. What it had in its hands
-is done again once, alone, with the smallest plan that gives the same frames.
+Each worker is an executor with a single process, so that a process that dies takes no other with it. Its clip is tried
+once more, alone, with the smallest plan that gives the same frames.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ...memory import leak, probe
 from ...memory.budget import may_load
 from ...memory.reading import size_text
 from . import worker
-from .admission import Workers, admit
-from .clips import Job
+from .admission import admit
+from .jobs import Job
 from .manifest import Manifest
 from .worker import DISK_FULL, DONE, FAILED, NO_MODEL, OUT_OF_MEMORY, SMALL, STOPPED, ClipResult, WorkerSettings
 
@@ -38,14 +38,14 @@ Progress = Callable[[int, str, int, "int | None"], None]
 
 
 @dataclass(frozen=True)
-class Night:
-    """What to run and how.
+class FolderRun:
+    """What to upscale and how.
 
     Attributes:
         jobs: all clips of the folder.
-        settings: for each device one, with that device in it.
+        settings: one per device, with that device in it.
         workers: how many in all; None for as many as fit.
-        force: take that many although they do not fit.
+        force: start that many even if they do not fit.
     """
 
     jobs: tuple[Job, ...]
@@ -55,15 +55,15 @@ class Night:
 
 
 @dataclass
-class NightReport:
-    """What came of it.
+class FolderReport:
+    """How the clips of a folder turned out.
 
     Attributes:
-        results: one for each clip that was tried, in the order of the jobs.
-        skipped: names that an earlier run had finished.
-        admissions: why each device got how many workers.
-        redone: names that were done again after their worker died or ran out of memory.
-        growth: by worker, how the bytes after a clip grow, from the third clip on.
+        results: one per clip that was tried, in the order of the jobs.
+        skipped: names of clips that an earlier run had finished.
+        admissions: how many workers each device got, and why.
+        redone: names of clips that were tried again after their worker died or ran out of memory.
+        growth: per worker, how the bytes after a clip grow, from the third clip on.
         stopped: why the run ended before its last clip, or "".
         seconds: of the whole run.
     """
@@ -89,7 +89,7 @@ class NightReport:
         return {**vars(self), "results": [asdict(result) for result in self.results]}
 
     def table(self) -> str:
-        """One line for each clip, then the sums."""
+        """One line per clip, then the totals."""
         rows = [("clip", "result", "frames", "fps", "peak", "after")]
         for result in self.results:
             fps = f"{result.frames / result.seconds:.2f}" if result.frames and result.seconds else "-"
@@ -109,11 +109,16 @@ class _Slot:
     """One worker: an executor with a single process, bound to a device."""
 
     def __init__(self, number: int, settings: WorkerSettings, events: Any, stop: Any) -> None:
-        self.number, self.settings = number, settings
+        self.settings = settings
         self._arguments = (settings, number, events, stop)
         self._executor: ProcessPoolExecutor | None = None
         self.job: Job | None = None
         self.future: Future[ClipResult] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether its process runs."""
+        return self._executor is not None
 
     def submit(self, job: Job, small: bool = False) -> None:
         if self._executor is None:
@@ -124,7 +129,7 @@ class _Slot:
         self.future = self._executor.submit(worker.upscale, job.name, str(job.source), str(job.output), *plan)
 
     def take(self) -> tuple[Job, ClipResult | None]:
-        """The finished job and its result; None where the process died."""
+        """Waits for the job and returns it with its result; None where the process died."""
         assert self.job is not None and self.future is not None
         job, future = self.job, self.future
         self.job = self.future = None
@@ -140,8 +145,8 @@ class _Slot:
             self._executor = None
 
 
-def run_night(night: Night, manifest: Manifest, say: Say, progress: Progress = lambda *_: None) -> NightReport:
-    """Runs every job that the manifest does not call finished.
+def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress = lambda *_: None) -> FolderReport:
+    """Upscales every clip that the manifest does not call finished.
 
     Args:
         say: takes a line for the user.
@@ -151,30 +156,23 @@ def run_night(night: Night, manifest: Manifest, say: Say, progress: Progress = l
         KeyboardInterrupt: after the workers have stopped cleanly; a rerun goes on where this one ended.
     """
     started = time.monotonic()
-    report = NightReport()
-    waiting = deque(job for job in night.jobs if not manifest.finished(job))
-    report.skipped = [job.name for job in night.jobs if job not in waiting]
-    context = multiprocessing.get_context("spawn")
-    events, stop = context.Queue(), context.Event()
-    listener = threading.Thread(target=_listen, args=(events, progress), daemon=True)
+    scheduler = _Scheduler(run, manifest, say)
+    report = scheduler.report
+    listener = threading.Thread(target=_listen, args=(scheduler.events, progress), daemon=True)
     listener.start()
-    slots = [_Slot(number, settings, events, stop) for number, settings in enumerate(night.settings)]
     try:
-        work = _Run(night, manifest, say, report, waiting, slots, events, stop)
-        try:
-            work.all()
-        except KeyboardInterrupt:
-            work.stop_clean()
-            raise
+        scheduler.run_all()
+    except KeyboardInterrupt:
+        scheduler.stop_clean()
+        raise
     finally:
-        stop.set()
-        for slot in slots:
-            slot.close()
-        events.put(None)
+        scheduler.stop.set()
+        scheduler.close_all()
+        scheduler.events.put(None)
         listener.join(5)
-        order = {job.name: index for index, job in enumerate(night.jobs)}
+        order = {job.name: index for index, job in enumerate(run.jobs)}
         report.results.sort(key=lambda result: order[result.name])
-        report.growth = growth_of(report.results)
+        report.growth = _growth_of(report.results)
         report.seconds = time.monotonic() - started
     return report
 
@@ -184,49 +182,66 @@ def _listen(events: Any, progress: Progress) -> None:
         progress(*event)
 
 
-class _Run:
-    def __init__(
-        self,
-        night: Night,
-        manifest: Manifest,
-        say: Say,
-        report: NightReport,
-        waiting: deque[Job],
-        slots: list[_Slot],
-        events: Any,
-        stop: Any,
-    ) -> None:
-        self.night, self.manifest, self.say, self.report = night, manifest, say, report
-        self.waiting, self.slots, self.events, self.stop = waiting, slots, events, stop
-        self.again: deque[Job] = deque()
+class _Scheduler:
+    """The workers of one run, and who does which clip.
 
-    def all(self) -> None:
+    Attributes:
+        events: queue on which workers tell their progress.
+        stop: set to let every worker stop at its next step.
+        waiting: clips that no worker has yet.
+        again: clips to try once more, alone.
+    """
+
+    def __init__(self, run: FolderRun, manifest: Manifest, say: Say) -> None:
+        self.run, self.manifest, self.say = run, manifest, say
+        context = multiprocessing.get_context("spawn")
+        self.events, self.stop = context.Queue(), context.Event()
+        self.waiting = deque(job for job in run.jobs if not manifest.finished(job))
+        self.again: deque[Job] = deque()
+        waiting = {job.name for job in self.waiting}
+        self.report = FolderReport(skipped=[job.name for job in run.jobs if job.name not in waiting])
+        self.slots: list[_Slot] = []
+        for settings in run.settings:
+            self._add_slot(settings)
+
+    def run_all(self) -> None:
         admitted: set[str] = set()
         while (self.waiting or self._busy()) and not self.report.stopped:
             for slot in self.slots:
-                # A device gets its other workers when the first clip has shown what one takes.
+                # A device gets more workers once its first clip has shown how much memory one takes.
                 if slot.job is None and self.waiting and self._may_start(slot):
                     slot.submit(self.waiting.popleft())
             for slot in self._finished():
                 job, result = slot.take()
-                device = slot.settings.device
-                if result is not None and result.state == DONE and device not in admitted:
-                    admitted.add(device)
-                    self._admit(slot, result)
-                self._settle(job, result)
+                if result is not None and result.state == DONE and slot.settings.device not in admitted:
+                    admitted.add(slot.settings.device)
+                    self._admit(slot.settings, result)
+                if result is None or result.state == OUT_OF_MEMORY:
+                    why = OUT_OF_MEMORY if result else "its worker died"
+                    self.say(f"{job.name}: {why}; trying it again alone later")
+                    self.again.append(job)
+                else:
+                    self._record(job, result)
         while self.again and not self.report.stopped:
             self._alone(self.again.popleft())
 
     def stop_clean(self) -> None:
-        """Lets every worker stop at its next step, and records a clip that was just finished."""
+        """Lets every worker stop at its next step and records the clips that were just finished."""
         self.report.stopped = "stopped by the user"
         self.stop.set()
-        busy = self._busy()
-        wait([slot.future for slot in busy if slot.future])
-        for slot in busy:
+        for slot in self._busy():
             job, result = slot.take()
             if result is not None and result.state == DONE:
                 self._record(job, result)
+
+    def close_all(self) -> None:
+        for slot in self.slots:
+            slot.close()
+
+    def _add_slot(self, settings: WorkerSettings) -> _Slot:
+        slot = _Slot(len(self.slots), settings, self.events, self.stop)
+        self.slots.append(slot)
+        return slot
 
     def _busy(self) -> list[_Slot]:
         return [slot for slot in self.slots if slot.future is not None]
@@ -237,38 +252,27 @@ class _Run:
         return [slot for slot in busy if slot.future in done]
 
     def _may_start(self, slot: _Slot) -> bool:
-        """Whether there is room for a worker that does not run yet, by measurement."""
-        if slot._executor is not None or self.night.force or not self._busy():
+        """Whether there is room, as measured now, for a worker whose process does not run yet."""
+        if slot.started or self.run.force or not self._busy():
             return True
         known = [result.footprint for result in self.report.results if result.footprint]
         answer = may_load(max(known, default=0), probe.read(slot.settings.device))
         return answer.allowed or answer.free is None
 
-    def _admit(self, first: _Slot, result: ClipResult) -> None:
-        settings = first.settings
+    def _admit(self, settings: WorkerSettings, result: ClipResult) -> None:
+        """Adds as many workers for the device as fit, judging by its first clip."""
         cpu = torch.device(settings.device).type == "cpu"
         total = psutil.virtual_memory().total if cpu else probe.read(settings.device).total.bytes
         if total is None:
-            self.report.admissions.append(f"{settings.device}: its size cannot be read, so it gets one worker")
+            self.report.admissions.append(f"{settings.device}: its memory cannot be read, so it gets one worker")
             return
-        asked = None if self.night.workers is None else max(1, self.night.workers // len(self.night.settings))
+        asked = None if self.run.workers is None else max(1, self.run.workers // len(self.run.settings))
         cores = (os.cpu_count() or 1) if cpu else None
-        found: Workers = admit(result.footprint, total, asked=asked, force=self.night.force, cores=cores)
-        line = f"{settings.device}: {found.reason}"
-        self.report.admissions.append(line)
-        self.say(line)
+        found = admit(result.footprint, total, asked=asked, force=self.run.force, cores=cores)
+        self.report.admissions.append(f"{settings.device}: {found.reason}")
+        self.say(self.report.admissions[-1])
         for _ in range(found.count - 1):
-            self.slots.append(_Slot(len(self.slots), settings, self.events, self.stop))
-
-    def _settle(self, job: Job, result: ClipResult | None) -> None:
-        if result is None:
-            self.say(f"{job.name}: its worker died; it will be done again alone")
-            self.again.append(job)
-        elif result.state == OUT_OF_MEMORY:
-            self.say(f"{job.name}: out of memory; it will be done again alone")
-            self.again.append(job)
-        else:
-            self._record(job, result)
+            self._add_slot(settings)
 
     def _record(self, job: Job, result: ClipResult) -> None:
         if result.state == STOPPED:
@@ -278,7 +282,7 @@ class _Run:
             return
         if result.state == DISK_FULL:
             self.report.stopped = (
-                f"{job.name}: {result.error} What was finished before is safe; make room on the disk and run again."
+                f"{job.name}: {result.error} Finished clips are safe. Make room on the disk and run again."
             )
             self.stop.set()
         self.report.results.append(result)
@@ -289,14 +293,11 @@ class _Run:
         self.say(f"{job.name}: {result.state}{f', {result.error}' if result.error else f', {result.frames} frames'}")
 
     def _alone(self, job: Job) -> None:
-        """Once more, with nothing beside it and the smallest plan; a second failure stands."""
+        """Tries a clip once more, with no other worker and the smallest plan. A second failure is final."""
         self.report.redone.append(job.name)
-        for slot in self.slots:
-            slot.close()
-        slot = _Slot(len(self.slots), self.night.settings[0], self.events, self.stop)
-        self.slots.append(slot)
+        self.close_all()
+        slot = self._add_slot(self.run.settings[0])
         slot.submit(job, small=True)
-        wait([slot.future] if slot.future else [])
         _, result = slot.take()
         slot.close()
         if result is None:
@@ -306,8 +307,8 @@ class _Run:
         self._record(job, result)
 
 
-def growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
-    """How each worker's bytes after a clip grow from clip to clip, the first two left out."""
+def _growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
+    """How the bytes that each worker holds after a clip grow from clip to clip, without its first two."""
     series: dict[int, list[int]] = {}
     for result in results:
         series.setdefault(result.pid, []).append(result.after)
@@ -320,7 +321,7 @@ def growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
 
 
 def folder_settings(settings: WorkerSettings) -> dict[str, Any]:
-    """What of the settings changes a result: the record of a folder depends on it."""
+    """The part of the settings that changes a result. A manifest is valid for one such set."""
     plain = asdict(replace(settings, device="", threads=1))
     weights = Path(settings.model)
     files = [weights] if weights.is_file() else sorted(path for path in weights.glob("*") if path.is_file())

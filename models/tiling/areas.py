@@ -1,4 +1,4 @@
-"""Which part of a frame a tensor holds, and which part a layer has to read for it. Plain integers."""
+"""Parts of a frame that tiles cover and layers read, without overlap or blending. Plain integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Interval(NamedTuple):
     """A part of one axis.
 
     Attributes:
-        start, stop: what is covered.
+        start, stop: the positions covered; `stop` is exclusive.
         length: of the whole axis.
     """
 
@@ -19,20 +19,21 @@ class Interval(NamedTuple):
     stop: int
     length: int
 
-    def grown(self, by: int) -> Interval:
-        """With `by` more on both sides, as far as the axis goes."""
-        return Interval(max(0, self.start - by), min(self.length, self.stop + by), self.length)
+    def grown(self, before: int, after: int | None = None) -> Interval:
+        """With `before` more positions in front and `after` (default: as many) behind, cut at the ends of the axis."""
+        after = before if after is None else after
+        return Interval(max(0, self.start - before), min(self.length, self.stop + after), self.length)
 
-    def doubled(self) -> Interval:
-        """The same part at twice the resolution."""
-        return Interval(2 * self.start, 2 * self.stop, 2 * self.length)
+    def scaled(self, up: int, down: int = 1) -> Interval:
+        """The same part at up / down times the resolution; its edges are multiples of `down`."""
+        return Interval(*(value * up // down for value in self))
 
     def halved(self) -> Interval:
-        """The smallest part at half the resolution that covers it."""
+        """The smallest part at half the resolution that covers this one."""
         return Interval(self.start // 2, -(-self.stop // 2), self.length // 2)
 
     def parts(self, side: int, step: int) -> list[Interval]:
-        """Cut into as few parts of at most `side` as there can be, of nearly equal size, at multiples of `step`."""
+        """Cut at multiples of `step` into the fewest parts of at most `side`, as equal as they can be."""
         steps = -(-(self.stop - self.start) // step)
         count = -(-steps // max(1, side // step))
         edges = [self.start + step * (steps * i // count) for i in range(count)] + [self.stop]
@@ -40,7 +41,7 @@ class Interval(NamedTuple):
 
 
 class Area(NamedTuple):
-    """A part of a frame at one resolution."""
+    """A part of a frame at one resolution. Its methods do to both axes what those of `Interval` do to one."""
 
     rows: Interval
     columns: Interval
@@ -49,11 +50,15 @@ class Area(NamedTuple):
     def whole(cls, height: int, width: int) -> Area:
         return cls(Interval(0, height, height), Interval(0, width, width))
 
-    def grown(self, by: int) -> Area:
-        return Area(self.rows.grown(by), self.columns.grown(by))
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
-    def doubled(self) -> Area:
-        return Area(self.rows.doubled(), self.columns.doubled())
+    def grown(self, before: int, after: int | None = None) -> Area:
+        return Area(self.rows.grown(before, after), self.columns.grown(before, after))
+
+    def scaled(self, up: int, down: int = 1) -> Area:
+        return Area(self.rows.scaled(up, down), self.columns.scaled(up, down))
 
     def halved(self) -> Area:
         return Area(self.rows.halved(), self.columns.halved())
@@ -75,8 +80,4 @@ class Area(NamedTuple):
 
     def __str__(self) -> str:
         (top, bottom, _), (left, right, _) = self
-        return f"rows {top}…{bottom}, columns {left}…{right}"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+        return f"rows {top}–{bottom}, columns {left}–{right}"

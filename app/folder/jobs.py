@@ -1,4 +1,4 @@
-"""Which clips a folder holds, and where their results go."""
+"""Finds the clips in a folder and decides where their results go."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv", ".gif"}
 )
 OUTPUT_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm"})
-"""What the writer can make; a clip of another kind becomes .mp4."""
+"""Containers that the writer can make. A clip in any other becomes .mp4."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip and its result.
+    """One clip and where its result goes.
 
     Attributes:
-        name: of the clip below the input folder, with forward slashes.
+        name: path of the clip relative to the input folder, with forward slashes.
         source, output: paths.
-        size, mtime_ns: of the source, by which a changed clip is known.
+        size, mtime_ns: of the source; they tell whether the clip has changed.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Job:
 
 
 def holds_videos(folder: Path) -> bool:
-    """Whether a folder, or one below it, has a video in it; else it may be a folder of pictures."""
+    """Whether there is a video in the folder or below it. If not, it may be a folder of images."""
     return any(Path(name).suffix.lower() in VIDEO_SUFFIXES for _, _, files in os.walk(folder) for name in files)
 
 
 def find_jobs(source: Path, output: Path) -> list[Job]:
-    """Every video below `source`, in the order of names; sub-folders are kept below `output`.
+    """Every video below `source`, sorted by name, each with its path below `output`. Sub-folders are kept.
 
-    Files whose results would have one name get their suffix into it: clip.avi and clip.mp4 become clip_avi.mp4 and
-    clip.mp4. The output folder may lie inside the input folder; it is not searched.
+    Where two results would have the same name, the suffix becomes part of it: clip.avi and clip.mp4 become clip_avi.mp4
+    and clip.mp4. The output folder may lie inside the input folder; it is not searched.
 
     Raises:
-        ValueError: no folder, no video in it, or both folders are one.
+        ValueError: `source` is no folder or has no video in it, or both folders are the same.
     """
     if not source.is_dir():
         raise ValueError(f"{source}: expected a folder of videos; got {'a file' if source.exists() else 'nothing'}.")
     if source.resolve() == output.resolve():
-        raise ValueError(f"{output}: expected another folder than the videos lie in. Choose another OUT.")
+        raise ValueError(f"{output}: expected a folder other than IN; got the same. Choose another OUT.")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: expected a folder for the results; got a file. Choose another OUT.")
     found = []

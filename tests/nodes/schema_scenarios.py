@@ -1,20 +1,15 @@
-"""Run by a real ComfyUI's Python, in its folder: the schema of every node of the pack, as JSON on the last line.
-
-    python schema_session.py PACK_FOLDER BASE_FOLDER
+"""The schema of every node of the pack.
 
 Choices that list files, devices or what this version of ComfyUI knows are named by what they list, and keywords that
-only newer versions have are left out, so that all versions print the same.
+only newer versions have are left out, so that all versions say the same.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import inspect
+from typing import Any
 
-import phases_host as host  # starts ComfyUI; what follows needs that
-from phases_host import nodes
-
-assert host.FILES
+from host import NODES
 
 LISTS = {
     "unet_name": "files of diffusion_models", "vae_name": "VAEs as Load VAE lists them",
@@ -24,7 +19,7 @@ LISTS = {
 }  # fmt: skip
 
 
-def described(node) -> dict:
+def described(node: Any) -> dict:
     schema = node.define_schema()
     return {
         "display_name": schema.display_name,
@@ -49,6 +44,16 @@ def described(node) -> dict:
     }
 
 
-own = sorted(name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith("SteadyVSR_"))
-found = {name: described(nodes.NODE_CLASS_MAPPINGS[name]) for name in own}
-sys.stdout.write("\n" + json.dumps(found, ensure_ascii=False) + "\n")
+def all_nodes() -> dict:
+    return {name: described(node) for name, node in sorted(NODES.items())}
+
+
+def parameters() -> dict:
+    """Node → ids of its inputs, and parameters of its `execute`."""
+    return {
+        name: [[item.id for item in node.define_schema().inputs], list(inspect.signature(node.execute).parameters)]
+        for name, node in NODES.items()
+    }
+
+
+SCENARIOS = {"all nodes": all_nodes, "parameters": parameters}

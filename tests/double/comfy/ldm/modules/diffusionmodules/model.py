@@ -1,13 +1,14 @@
-"""Encoder and decoder of an image VAE as ComfyUI builds them, small and in plain torch."""
+"""Encoder and decoder of an image VAE as ComfyUI builds them, in plain torch; by themselves they are very small."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS, WIDTHS = 4, (8, 8, 16)
-LATENT_CHANNELS = 4
+GROUPS = 4
+CHANNELS, MULTIPLES, LATENT_CHANNELS = 8, (1, 1, 2), 4
 
 
 class ResnetBlock(nn.Module):
@@ -66,42 +67,62 @@ def _mid(width: int) -> nn.Module:
 
 
 class Encoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        ch: int = CHANNELS,
+        ch_mult: Sequence[int] = MULTIPLES,
+        num_res_blocks: int = 1,
+        z_channels: int = LATENT_CHANNELS,
+        double_z: bool = False,
+        **_: object,
+    ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList()
-        given = WIDTHS[0]
-        for index, made in enumerate(WIDTHS):
+        given = ch
+        for index, multiple in enumerate(ch_mult):
             level = nn.Module()
-            level.block, level.attn = nn.ModuleList([ResnetBlock(given, made)]), nn.ModuleList()
-            if index < len(WIDTHS) - 1:
-                level.downsample = Downsample(made)
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                level.block.append(ResnetBlock(given, ch * multiple))
+                given = ch * multiple
+            if index < len(ch_mult) - 1:
+                level.downsample = Downsample(given)
             self.down.append(level)
-            given = made
         self.mid = _mid(given)
         self.norm_out = nn.GroupNorm(GROUPS, given, eps=1e-6)
-        self.conv_out = nn.Conv2d(given, LATENT_CHANNELS, 3, padding=1)
+        self.conv_out = nn.Conv2d(given, (1 + double_z) * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = level.block[0](h)
+            for block in level.block:
+                h = block(h)
             h = level.downsample(h) if hasattr(level, "downsample") else h
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        ch: int = CHANNELS,
+        ch_mult: Sequence[int] = MULTIPLES,
+        num_res_blocks: int = 0,
+        z_channels: int = LATENT_CHANNELS,
+        **_: object,
+    ) -> None:
         super().__init__()
-        given = WIDTHS[-1]
-        self.conv_in = nn.Conv2d(LATENT_CHANNELS, given, 3, padding=1)
+        given = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, given, 3, padding=1)
         self.mid = _mid(given)
         levels = []
-        for index in reversed(range(len(WIDTHS))):
+        for index in reversed(range(len(ch_mult))):
             level = nn.Module()
-            level.block, level.attn = nn.ModuleList([ResnetBlock(given, WIDTHS[index])]), nn.ModuleList()
-            given = WIDTHS[index]
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                level.block.append(ResnetBlock(given, ch * ch_mult[index]))
+                given = ch * ch_mult[index]
             if index:
                 level.upsample = Upsample(given)
             levels.insert(0, level)
@@ -113,16 +134,7 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for level in reversed(list(self.up)):
-            h = level.block[0](h)
+            for block in level.block:
+                h = block(h)
             h = level.upsample(h) if hasattr(level, "upsample") else h
         return self.conv_out(F.silu(self.norm_out(h)))
-
-
-def random_network(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """All weights random, those of the norms too."""
-    torch.manual_seed(3)
-    network = kind().to(dtype).eval().requires_grad_(False)
-    for name, weight in network.named_parameters():
-        if "norm" in name:
-            weight.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
-    return network

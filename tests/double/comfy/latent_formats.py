@@ -1,0 +1,19 @@
+"""How latents of a VAE are normalised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Wan21:
+    # Mean and standard deviation of each latent channel over the training data (Wan 2.1, wan/modules/vae.py).
+    mean = torch.tensor([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921])  # fmt: skip
+    std = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160])  # fmt: skip
+
+    def process_out(self, latents: Tensor) -> Tensor:
+        """NCTHW, normalised → as the network has them."""
+        shape = (1, -1, 1, 1, 1)
+        return latents * self.std.view(shape).to(latents) + self.mean.view(shape).to(latents)

@@ -1,0 +1,1 @@
+"""Sampling; no test samples on the double."""

@@ -1,0 +1,27 @@
+"""The queue of prompts, as far as its flags."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+
+class PromptQueue:
+    def __init__(self, server: Any) -> None:
+        self.server = server
+        self.mutex = threading.RLock()
+        self.not_empty = threading.Condition(self.mutex)
+        self.currently_running: dict[int, tuple] = {}
+        self.flags: dict[str, Any] = {}
+
+    def set_flag(self, name: str, data: Any) -> None:
+        with self.mutex:
+            self.flags[name] = data
+            self.not_empty.notify()
+
+    def get_flags(self, reset: bool = True) -> dict[str, Any]:
+        with self.mutex:
+            flags = dict(self.flags)
+            if reset:
+                self.flags.clear()
+            return flags
