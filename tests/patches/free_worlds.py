@@ -58,9 +58,6 @@ class PromptQueue:
         return {}
 
 
-Queue = PromptQueue
-
-
 class NodeCache:
     """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
 
@@ -79,9 +76,7 @@ class PromptExecutor:
         self.cache = NodeCache()
 
 
-EXECUTION: Any = types.ModuleType("execution")
-EXECUTION.PromptExecutor, EXECUTION.PromptQueue = PromptExecutor, PromptQueue
-sys.modules["execution"] = EXECUTION
+sys.modules["execution"] = types.SimpleNamespace(PromptExecutor=PromptExecutor, PromptQueue=PromptQueue)
 
 
 class Errors(logging.Handler):
@@ -107,7 +102,7 @@ class World:
         self.reads: dict[str, int] = {}
         self.folder = tempfile.TemporaryDirectory()
         self.prompts = 0
-        self.queue = Queue()
+        self.queue = PromptQueue()
         server = types.ModuleType("server")
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
         sys.modules["server"] = server
