@@ -79,7 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> list[HeaderEntry] | None:
             entries: dict[str, Any] = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         return [
-            HeaderEntry(name, item["dtype"], tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
+            HeaderEntry(name, str(item["dtype"]), tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
             for name, item in entries.items()
         ]
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
