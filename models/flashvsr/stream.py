@@ -40,12 +40,15 @@ class StreamingVAE(Protocol):
 
     def new_cache(self, device: torch.device | None = None) -> Any:
         """Starts a stream; with `device`, its memory rests there."""
+        ...
 
     def copy_cache(self, cache: Any, device: torch.device | None = None) -> Any:
         """A copy for `decode_stream` to change instead of this cache; with `device`, it rests there."""
+        ...
 
     def decode_stream(self, latents: Tensor, cache: Any) -> Tensor:
         """Normalised latents NCTHW → frames NCTHW in -1..1, not clamped: 4T, or 4T - 3 at the start."""
+        ...
 
 
 @dataclass
