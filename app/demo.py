@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..memory.plot import lettering
 from ..models.flashvsr import FlashVSR, StreamOptions
 from ..models.video import ClipWriter, encode_png, open_clip
 from .clip import OutputOptions, RunReport, footage_of, open_writer, upscale_clip
@@ -19,12 +20,6 @@ SEED = HELD_OUT_SEEDS[0]
 """Of a clip that the embedded network was not trained on."""
 HEIGHT, WIDTH, FRAME_RATE = 256, 256, 24
 GAP, LETTER_SCALE, GROUND = 8, 2, 0.08
-_GLYPHS = {
-    # Columns of a 5 × 7 dot matrix, the lowest bit on top.
-    "B": "7f49494936", "C": "3e41414122", "D": "7f4141221c", "G": "3e4149497a", "H": "7f0808087f", "I": "00417f4100",
-    "N": "7f0408107f", "O": "3e4141413e", "P": "7f09090906", "R": "7f09192946", "T": "01017f0101", "U": "3f4040403f",
-    " ": "0000000000",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,13 +96,7 @@ def side_by_side(panels: list[tuple[str, Tensor]]) -> Tensor:
     for index, (label, picture) in enumerate(panels):
         left = GAP + index * (width + GAP)
         sheet[top : top + height, left : left + width] = picture
-        letters = _lettering(label)[:, :width]
+        dots = torch.from_numpy(lettering(label)).float()
+        letters = dots.repeat_interleave(LETTER_SCALE, 0).repeat_interleave(LETTER_SCALE, 1)[:, :width]
         sheet[GAP : GAP + letters.shape[0], left : left + letters.shape[1]] += letters[..., None] * (0.9 - GROUND)
     return sheet
-
-
-def _lettering(text: str) -> Tensor:
-    """HW mask of the text, 7 · LETTER_SCALE rows."""
-    columns = [column for letter in text for column in (*bytes.fromhex(_GLYPHS[letter]), 0)]
-    dots = torch.tensor([[column >> row & 1 for column in columns] for row in range(7)], dtype=torch.float32)
-    return dots.repeat_interleave(LETTER_SCALE, 0).repeat_interleave(LETTER_SCALE, 1)

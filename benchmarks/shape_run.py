@@ -25,19 +25,22 @@ class ShapeTracker(StorageTracker):
         exclude: tensors (weights, say) whose storages never count.
     """
 
-    def __init__(self, exclude: Iterable[Tensor]) -> None:
+    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
         super().__init__(exclude, on_meta=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        aten, settings = torch.ops.aten, (*args[1:], *kwargs.values())
         on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].device.type == "meta"
-        if on_meta and func is torch.ops.aten._local_scalar_dense.default:
+        if on_meta and func is aten._local_scalar_dense.default:
             return 0.5
-        if on_meta and func is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu":
-            return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        # Inference mode hands on `to` itself, other modes what it is made of.
+        moves = on_meta and func.overloadpacket in (aten.to, aten._to_copy)
+        if moves and any(isinstance(value, torch.device) and value.type == "cpu" for value in settings):
+            dtypes = [value for value in settings if isinstance(value, torch.dtype)]
+            return torch.empty(args[0].shape, dtype=dtypes[0] if dtypes else args[0].dtype)
         # Caches in RAM are only mapped, never written: at full size they would not fit here.
-        large = func is torch.ops.aten.copy_.default and args[0].numel() >= LARGE
-        if large and args[0].device.type == "cpu":
+        if func is aten.copy_.default and args[0].device.type == "cpu" and args[0].numel() >= LARGE:
             return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs)
 

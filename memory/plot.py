@@ -117,16 +117,22 @@ def _draw_line(canvas: np.ndarray, points: Sequence[tuple[int, int]], colour: tu
             canvas[np.clip(ys + shift, 0, HEIGHT - 1), np.clip(xs, 0, WIDTH - 1)] = colour
 
 
+def lettering(text: str) -> np.ndarray:
+    """The dots of a line of text in capitals: bool, 7 rows × 6 columns per letter."""
+    glyphs = [GLYPHS.get(letter, UNKNOWN_GLYPH) for letter in text.upper()]
+    rows = np.array(glyphs, np.uint8).reshape(-1, GLYPH_HEIGHT, 1)
+    dots = np.unpackbits(rows, axis=2)[..., 8 - GLYPH_WIDTH :]
+    spaced = np.pad(dots, ((0, 0), (0, 0), (0, GLYPH_STEP - GLYPH_WIDTH)))
+    return spaced.transpose(1, 0, 2).reshape(GLYPH_HEIGHT, -1).astype(bool)
+
+
 def _write(canvas: np.ndarray, x: int, y: int, text: str, colour: tuple[int, int, int]) -> int:
-    """Writes upper-case text and returns where it ended; what leaves the canvas is cut."""
-    for letter in text.upper():
-        for line, bits in enumerate(GLYPHS.get(letter, UNKNOWN_GLYPH)):
-            for place in range(GLYPH_WIDTH):
-                lit = bits >> (GLYPH_WIDTH - 1 - place) & 1
-                if lit and 0 <= y + line < canvas.shape[0] and 0 <= x + place < canvas.shape[1]:
-                    canvas[y + line, x + place] = colour
-        x += GLYPH_STEP
-    return x
+    """Writes text and returns where it ended; what leaves the canvas is cut."""
+    rows, columns = np.nonzero(lettering(text))
+    rows, columns = rows + y, columns + x
+    inside = (rows >= 0) & (rows < canvas.shape[0]) & (columns >= 0) & (columns < canvas.shape[1])
+    canvas[rows[inside], columns[inside]] = colour
+    return x + GLYPH_STEP * len(text)
 
 
 def _image(canvas: np.ndarray) -> Tensor:

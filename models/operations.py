@@ -30,15 +30,8 @@ def weight_and_bias(layer: nn.Linear | nn.Conv2d | nn.Conv3d, like: Tensor) -> t
     return to_like(layer.weight, like), None if bias is None else to_like(bias, like)
 
 
-def _onednn_linear():
-    """oneDNN's matrix product, as torch.compile calls it; None if this PyTorch has none."""
-    try:
-        return torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
-    except AttributeError:
-        return None
-
-
-_ONEDNN_LINEAR = _onednn_linear()
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""oneDNN's matrix product, as torch.compile calls it; None if this PyTorch has none."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,8 +73,3 @@ class LayerNorm(nn.LayerNorm):
 
 
 cast_on_use = SimpleNamespace(Linear=Linear, Conv2d=Conv2d, Conv3d=Conv3d, LayerNorm=LayerNorm)
-
-
-def rms_gain(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last axis, computed in fp32, times `gain`; returned in x's dtype."""
-    return F.rms_norm(x.float(), (x.shape[-1],), gain.to(device=x.device, dtype=torch.float32), eps).to(x.dtype)

@@ -34,17 +34,8 @@ _HASH_CHUNK_BYTES = 4 << 20
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 """Names under which training code stores the state dict inside a checkpoint."""
 _DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+)  # fmt: skip
 """What `torch.load` raises for damaged archives, beside `pickle.UnpicklingError`."""
 
 
@@ -88,7 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> list[HeaderEntry] | None:
             entries: dict[str, Any] = json.loads(file.read(length))
         entries.pop("__metadata__", None)
         return [
-            HeaderEntry(name, item["dtype"], tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
+            HeaderEntry(name, str(item["dtype"]), tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
             for name, item in entries.items()
         ]
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -136,14 +127,9 @@ class WeightFile:
             tensors = _load_pickle(path)
             return cls(path, size, "pickle", {}, {name: _meta(tensor) for name, tensor in tensors.items()})
         _check_safetensors_header(path, size, start)
-        try:
-            with safe_open(path, framework="pt") as file:
-                entries = {name: _meta(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                return cls(path, size, "safetensors", file.metadata() or {}, entries)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: expected a safetensors file; it is damaged ({error}). Fetch it again."
-            ) from error
+        with _safetensors(path) as file:
+            entries = {name: _meta(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return cls(path, size, "safetensors", file.metadata() or {}, entries)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -157,9 +143,8 @@ class WeightFile:
             CheckpointError: the file is damaged, or a tensor holds NaN or infinity in the dtype asked for.
         """
         names = list(names)
-        opened = _safetensors_reader if self.format == "safetensors" else _pickle_reader
         while names:
-            with opened(self.path) as get:
+            with self._reader() as get:
                 mapped = 0
                 while names and mapped < _MAPPED_BYTES:
                     name = names.pop(0)
@@ -167,12 +152,21 @@ class WeightFile:
                     mapped += stored.nbytes
                     tensor = stored.detach().to(device=device, dtype=dtype, copy=True).contiguous()
                     if not _is_finite(tensor):
+                        overflowed = tensor.dtype == torch.float16 != stored.dtype
                         raise CheckpointError(
                             f"{self.path}: expected finite values in {name or 'its tensor'}; got NaN or infinity as "
                             f"{_dtype_name(tensor.dtype)} (stored as {_dtype_name(stored.dtype)}). "
-                            f"{_advice_not_finite(stored.dtype, tensor.dtype)}"
+                            f"{'Load it as bfloat16 or float32, or fetch' if overflowed else 'Fetch'} it again."
                         )
                     yield name, tensor
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[Callable[[str], Tensor]]:
+        if self.format == "pickle":
+            yield _load_pickle(self.path).__getitem__
+        else:
+            with _safetensors(self.path) as file:
+                yield file.get_tensor
 
 
 def file_sha256(path: Path) -> str:
@@ -214,26 +208,15 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def _advice_not_finite(stored: torch.dtype, wanted: torch.dtype) -> str:
-    if wanted == torch.float16 and stored != torch.float16:
-        return "Load it as bfloat16 or float32, or fetch it again."
-    return "Fetch it again."
-
-
 @contextlib.contextmanager
-def _safetensors_reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
+def _safetensors(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            yield file.get_tensor
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: expected a safetensors file; it is damaged ({error}). Fetch it again."
         ) from error
-
-
-@contextlib.contextmanager
-def _pickle_reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    yield _load_pickle(path).__getitem__
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

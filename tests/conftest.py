@@ -39,7 +39,10 @@ if "steadyvsr" not in sys.modules and not installed_from_here():
 hypothesis.settings.register_profile("steadyvsr", deadline=None)
 hypothesis.settings.load_profile("steadyvsr")
 
-# Tiny networks lose more to thread hand-over than they gain; two is what the CI machine has.
+# Tiny networks lose more to thread hand-over than they gain. Alone, the tests take the two cores that a CI machine has;
+# of several workers (pytest-xdist) each takes one, and so does what they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
 
 

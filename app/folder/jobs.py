@@ -59,17 +59,13 @@ def find_jobs(source: Path, output: Path) -> list[Job]:
         suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
         raise ValueError(f"{source}: expected videos ({suffixes}); got none. Choose another folder.")
     found.sort()
-    plain = {path: _result(path.relative_to(source)) for path in found}
-    counts = Counter(str(result).lower() for result in plain.values())
+    names = [path.relative_to(source) for path in found]
+    results = [name if name.suffix in OUTPUT_SUFFIXES else name.with_suffix(".mp4") for name in names]
+    counts = Counter(str(result).lower() for result in results)
     jobs = []
-    for path in found:
-        name, result = path.relative_to(source), plain[path]
+    for path, name, result in zip(found, names, results, strict=True):
         if counts[str(result).lower()] > 1 and path.suffix.lower() != result.suffix:
             result = result.with_name(f"{name.stem}_{name.suffix.lstrip('.').lower()}{result.suffix}")
         stat = path.stat()
         jobs.append(Job(name.as_posix(), path, output / result, stat.st_size, stat.st_mtime_ns))
     return jobs
-
-
-def _result(name: Path) -> Path:
-    return name if name.suffix in OUTPUT_SUFFIXES else name.with_suffix(".mp4")

@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +108,16 @@ class FolderReport:
 
 
 class _Slot:
-    """One worker: an executor with a single process, bound to a device."""
+    """One worker: an executor with a single process, bound to a device, and a pipe of its own to that process.
 
-    def __init__(self, number: int, settings: WorkerSettings, events: Any, stop: Any) -> None:
-        self.settings = settings
-        self._arguments = (settings, number, events, stop)
+    Nothing is shared between workers. A queue or an event for all of them has a lock, and a worker that is killed while
+    it holds that lock makes the others wait for ever.
+    """
+
+    def __init__(self, number: int, settings: WorkerSettings, progress: Progress) -> None:
+        self.number, self.settings, self._progress = number, settings, progress
         self._executor: ProcessPoolExecutor | None = None
+        self._pipe: tuple[Connection, Connection] | None = None
         self.job: Job | None = None
         self.future: Future[ClipResult] | None = None
 
@@ -123,10 +129,18 @@ class _Slot:
     def submit(self, job: Job, small: bool = False) -> None:
         if self._executor is None:
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(1, context, worker.start, self._arguments)
+            ours, theirs = self._pipe = context.Pipe()
+            self._executor = ProcessPoolExecutor(1, context, worker.start, (self.settings, theirs))
+            threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
         plan = (SMALL,) if small else ()
         self.job = job
         self.future = self._executor.submit(worker.upscale, job.name, str(job.source), str(job.output), *plan)
+
+    def stop(self) -> None:
+        """Lets the worker stop at its next step."""
+        if self._pipe is not None:
+            with suppress(OSError):  # it is gone already
+                self._pipe[0].send(None)
 
     def take(self) -> tuple[Job, ClipResult | None]:
         """Waits for the job and returns it with its result; None where the process died."""
@@ -140,9 +154,16 @@ class _Slot:
             return job, None
 
     def close(self) -> None:
-        if self._executor is not None:
+        if self._executor is not None and self._pipe is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
+            self._pipe[1].close()  # the last copy: the listener's end
+            self._executor = self._pipe = None
+
+    def _listen(self, pipe: Connection) -> None:
+        """Passes on what a worker tells, until it ends."""
+        with pipe, suppress(EOFError, OSError):
+            while True:
+                self._progress(self.number, *pipe.recv())
 
 
 def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress = lambda *_: None) -> FolderReport:
@@ -156,20 +177,16 @@ def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress 
         KeyboardInterrupt: after the workers have stopped cleanly; a rerun goes on where this one ended.
     """
     started = time.monotonic()
-    scheduler = _Scheduler(run, manifest, say)
+    scheduler = _Scheduler(run, manifest, say, progress)
     report = scheduler.report
-    listener = threading.Thread(target=_listen, args=(scheduler.events, progress), daemon=True)
-    listener.start()
     try:
         scheduler.run_all()
     except KeyboardInterrupt:
         scheduler.stop_clean()
         raise
     finally:
-        scheduler.stop.set()
+        scheduler.stop_all()
         scheduler.close_all()
-        scheduler.events.put(None)
-        listener.join(5)
         order = {job.name: index for index, job in enumerate(run.jobs)}
         report.results.sort(key=lambda result: order[result.name])
         report.growth = _growth_of(report.results)
@@ -177,25 +194,16 @@ def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress 
     return report
 
 
-def _listen(events: Any, progress: Progress) -> None:
-    for event in iter(events.get, None):
-        progress(*event)
-
-
 class _Scheduler:
     """The workers of one run, and who does which clip.
 
     Attributes:
-        events: queue on which workers tell their progress.
-        stop: set to let every worker stop at its next step.
         waiting: clips that no worker has yet.
         again: clips to try once more, alone.
     """
 
-    def __init__(self, run: FolderRun, manifest: Manifest, say: Say) -> None:
-        self.run, self.manifest, self.say = run, manifest, say
-        context = multiprocessing.get_context("spawn")
-        self.events, self.stop = context.Queue(), context.Event()
+    def __init__(self, run: FolderRun, manifest: Manifest, say: Say, progress: Progress) -> None:
+        self.run, self.manifest, self.say, self.progress = run, manifest, say, progress
         self.waiting = deque(job for job in run.jobs if not manifest.finished(job))
         self.again: deque[Job] = deque()
         waiting = {job.name for job in self.waiting}
@@ -228,18 +236,22 @@ class _Scheduler:
     def stop_clean(self) -> None:
         """Lets every worker stop at its next step and records the clips that were just finished."""
         self.report.stopped = "stopped by the user"
-        self.stop.set()
+        self.stop_all()
         for slot in self._busy():
             job, result = slot.take()
             if result is not None and result.state == DONE:
                 self._record(job, result)
+
+    def stop_all(self) -> None:
+        for slot in self.slots:
+            slot.stop()
 
     def close_all(self) -> None:
         for slot in self.slots:
             slot.close()
 
     def _add_slot(self, settings: WorkerSettings) -> _Slot:
-        slot = _Slot(len(self.slots), settings, self.events, self.stop)
+        slot = _Slot(len(self.slots), settings, self.progress)
         self.slots.append(slot)
         return slot
 
@@ -284,7 +296,7 @@ class _Scheduler:
             self.report.stopped = (
                 f"{job.name}: {result.error} Finished clips are safe. Make room on the disk and run again."
             )
-            self.stop.set()
+            self.stop_all()
         self.report.results.append(result)
         self.manifest.record(
             job, DONE if result.state == DONE else FAILED, frames=result.frames, error=result.error,

@@ -8,8 +8,8 @@ import os
 import signal
 import time
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -84,9 +84,7 @@ class _Worker:
     model: FlashVSR
     device: torch.device
     dtype: torch.dtype
-    events: Any
-    stop: Any
-    number: int
+    pipe: Connection
 
 
 _worker: _Worker | None = None
@@ -94,8 +92,13 @@ _failure = ""
 """Why there is no worker: of an error raised in `start`, an executor would only say that the process broke."""
 
 
-def start(settings: WorkerSettings, number: int, events: Any, stop: Any) -> None:
-    """Turns this process into a worker and loads the model. Ctrl-C is the parent's business: it sets `stop`."""
+def start(settings: WorkerSettings, pipe: Connection) -> None:
+    """Turns this process into a worker and loads the model.
+
+    Args:
+        pipe: takes (clip, frames done, frames in all). Whatever comes from it stops the clip in work, its end too: then
+            the parent is gone. Ctrl-C is the parent's business.
+    """
     global _worker, _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(settings.threads)
@@ -109,7 +112,7 @@ def start(settings: WorkerSettings, number: int, events: Any, stop: Any) -> None
     except (ValueError, OSError, RuntimeError) as error:
         _failure = str(error)
         return
-    _worker = _Worker(settings, model, device, dtype, events, stop, number)
+    _worker = _Worker(settings, model, device, dtype, pipe)
 
 
 def upscale(name: str, source: str, output: str, plan: MemoryPlan = MemoryPlan()) -> ClipResult:  # noqa: B008  frozen
@@ -145,11 +148,11 @@ def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: Memor
 
     def step(phase: str, done: int, total: int | None) -> None:
         nonlocal said
-        if worker.stop.is_set():
+        if worker.pipe.poll():
             raise _Stopped
         if time.perf_counter() - said >= PROGRESS_SECONDS:
             said = time.perf_counter()
-            worker.events.put((worker.number, name, done, total or footage.count))
+            worker.pipe.send((name, done, total or footage.count))
 
     report = upscale_clip(
         worker.model, footage, writer, settings.options, device=worker.device, dtype=worker.dtype, on_step=step,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import check_backend
+from .colour import METHODS
 
 HEAD_DIM = 128
 PATCH = 2
@@ -17,12 +18,20 @@ LATENT_STRIDE = 8
 """Pixels per latent cell, each way."""
 BLOCK_PIXELS = 128
 """One attention block covers 8 × 8 tokens of 16 × 16 pixels: frames are padded to multiples of this."""
-COLOURS = ("adain", "wavelet", "none")
+COLOURS = tuple(METHODS)
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Number formats a user can choose; which of them "auto" means depends on the host and the device."""
 LQ_CACHE_ORDERS = ("fixed", "as_trained")
 TRAINED_AREA = 768 * 1280
 """Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""
+
+
+def check_tile(tile: int | None, field: str) -> None:
+    """Raises a ValueError unless the transformer can work in tiles of this side, or None."""
+    if tile is not None and (not isinstance(tile, int) or tile < 2 * BLOCK_PIXELS or tile % BLOCK_PIXELS):
+        raise ValueError(
+            f"{field}: expected None or a multiple of {BLOCK_PIXELS} of at least {2 * BLOCK_PIXELS}; got {tile!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -153,10 +162,7 @@ class StreamOptions:
         if self.colour not in COLOURS:
             raise ValueError(f"StreamOptions.colour: expected one of {', '.join(COLOURS)}; got {self.colour!r}.")
         check_backend(self.attention, "StreamOptions.attention")
-        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 256 or self.tile % BLOCK_PIXELS):
-            raise ValueError(
-                f"StreamOptions.tile: expected None or a multiple of {BLOCK_PIXELS} of at least 256; got {self.tile!r}."
-            )
+        check_tile(self.tile, "StreamOptions.tile")
 
     @property
     def cached_pairs(self) -> int:

@@ -9,7 +9,7 @@ in front with a cache of frames that the caller owns. The released versions diff
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ KERNEL_FRAMES = 4
 CACHE_FRAMES = 2
 
 
-@dataclass(frozen=True)
-class LQCache:
+class LQCache(NamedTuple):
     """Inputs of the two convolutions at the end of the last clip; each tensor owns exactly its storage.
 
     Attributes:
@@ -130,16 +129,12 @@ class CausalLQ4xProjection(nn.Module):
         padded = frames.new_empty(batch, cache.shape[1], CACHE_FRAMES + time, height + 2, width + 2)
         inner = padded[..., 1:-1, 1:-1]
         inner[:, :, CACHE_FRAMES:].unflatten(1, channels).copy_(frames)
-        inner[:, :, :CACHE_FRAMES] = self._front(inner, cache)
+        inner[:, :, :CACHE_FRAMES] = cache if self.cache_order == "fixed" else inner[:, :, -CACHE_FRAMES:]
         for inside, border in ((1, 0), (-2, -1)):
             padded[..., border, 1:-1] = padded[..., inside, 1:-1]
         for inside, border in ((1, 0), (-2, -1)):
             padded[..., border] = padded[..., inside]
         return padded
-
-    def _front(self, inner: Tensor, cache: Tensor) -> Tensor:
-        """The frames that a clip is padded with."""
-        return cache
 
 
 def _tail(padded: Tensor) -> Tensor:
@@ -186,14 +181,10 @@ class BufferLQ4xProjection(CausalLQ4xProjection):
         if self.cache_order == "fixed" or clip.shape[2] <= FRAMES_PER_CLIP:
             return super().forward(clip, cache)
         # Each clip is padded with its own frames, so clips are computed one by one.
-        head = clip.shape[2] % FRAMES_PER_CLIP or FRAMES_PER_CLIP
-        tokens, cache = super().forward(clip[:, :, :head], cache)
-        layers = [tokens] if tokens is not None else []
-        for part in clip[:, :, head:].split(FRAMES_PER_CLIP, 2):
+        first = clip.shape[2] % FRAMES_PER_CLIP or FRAMES_PER_CLIP
+        tokens, cache = super().forward(clip[:, :, :first], cache)
+        layers = [] if tokens is None else [tokens]
+        for part in clip[:, :, first:].split(FRAMES_PER_CLIP, 2):
             tokens, cache = super().forward(part, cache)
-            assert tokens is not None
-            layers.append(tokens)
+            layers += [] if tokens is None else [tokens]
         return [torch.cat(layer, 1) for layer in zip(*layers, strict=True)], cache
-
-    def _front(self, inner: Tensor, cache: Tensor) -> Tensor:
-        return cache if self.cache_order == "fixed" else inner[:, :, -CACHE_FRAMES:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .config import BLOCK_PIXELS
+from .config import check_tile
 from .plan import padded_size
 
 CHUNK_FRAMES = 4
@@ -56,11 +56,7 @@ class MemoryPlan:
             raise ValueError(
                 f"MemoryPlan.decoder_strip_pixels: expected None or at least 1; got {self.decoder_strip_pixels!r}."
             )
-        if self.tile is not None and (self.tile < 2 * BLOCK_PIXELS or self.tile % BLOCK_PIXELS):
-            raise ValueError(
-                f"MemoryPlan.tile: expected None or a multiple of {BLOCK_PIXELS} of at least {2 * BLOCK_PIXELS}; "
-                f"got {self.tile!r}."
-            )
+        check_tile(self.tile, "MemoryPlan.tile")
 
     def __str__(self) -> str:
         parts = [KV_CACHE] if self.kv_in_ram else []

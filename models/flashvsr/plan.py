@@ -42,15 +42,10 @@ def frame_plan(frames: int) -> FramePlan:
     """
     if frames < 1:
         raise ValueError(f"frame_plan: expected at least 1 frame; got {frames}.")
-    steps = step_count(frames)
+    beyond_first = frames - (FIRST_STEP_FRAMES - LOOK_AHEAD_FRAMES)
+    steps = 1 + max(0, -(-beyond_first // STEP_FRAMES))
     padded = FIRST_STEP_FRAMES + STEP_FRAMES * (steps - 1)
     return FramePlan(frames, padded, steps, FIRST_STEP_LATENTS + STEP_LATENTS * (steps - 1))
-
-
-def step_count(frames: int) -> int:
-    """The fewest process steps whose output covers `frames` frames."""
-    beyond_first = frames - (FIRST_STEP_FRAMES - LOOK_AHEAD_FRAMES)
-    return 1 + max(0, -(-beyond_first // STEP_FRAMES))
 
 
 def step_inputs(step: int) -> tuple[int, int]:

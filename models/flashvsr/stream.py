@@ -135,22 +135,8 @@ def upscale_frames(
     where = model.prompt.device if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else model.prompt.dtype
-    plan = MemoryPlan(tile=options.tile) if plan is None else plan
-    attempts = _Attempts(plan, memory_errors, on_memory_error)
-    return _stream(model, frames, options, noise, vae, where, dtype, on_step or (lambda *_: None), attempts)
-
-
-def _stream(
-    model: FlashVSR,
-    frames: Iterable[Tensor],
-    options: StreamOptions,
-    noise: Tensor | None,
-    vae: StreamingVAE | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_step: OnStep,
-    attempts: _Attempts,
-) -> Generator[Tensor, None, None]:
+    attempts = _Attempts(plan or MemoryPlan(tile=options.tile), memory_errors, on_memory_error)
+    on_step = on_step or (lambda *_: None)
     # The caller's mode at the first frame holds for the whole run: tensors made in inference mode cannot be changed
     # outside it, and the caller may resume this generator in another mode.
     inference = torch.is_inference_mode_enabled()
@@ -163,7 +149,7 @@ def _stream(
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         with _computing(inference):
-            engine = _Engine(model, options, noise, vae, device, dtype, state, attempts.recoverable)
+            engine = _Engine(model, options, noise, vae, where, dtype, state, attempts.recoverable)
         attempt = partial(attempts.make, engine, inference)
         while not state.ended or done < state.frames:
             if state.ended:
@@ -216,9 +202,7 @@ class _Engine:
         self.padded = padded_size(*self.size)
         columns, rows = (side // LATENT_STRIDE for side in self.padded)
         channels = model.transformer.config.in_dim
-        if noise is not None and (
-            noise.ndim != 5 or (noise.shape[:2] != (1, channels) or noise.shape[3:] != (rows, columns))
-        ):
+        if noise is not None and (noise.ndim, *noise.shape[:2], *noise.shape[3:]) != (5, 1, channels, rows, columns):
             raise ValueError(
                 f"upscale_frames: expected noise of shape (1, {channels}, T, {rows}, {columns}) for frames of "
                 f"{self.size[0]} × {self.size[1]}; got {tuple(noise.shape)}."

@@ -76,7 +76,7 @@ def cut(state: TileState, side: int) -> list[TileState]:
         cache = layers.pop(0)
         for part, smaller in zip(parts, made, strict=True):
             blocks = _grid(state.tile, part, BLOCK_CELLS)
-            tensors = (_inner(tensor, *blocks).to(RAM) for tensor in vars(cache).values())
+            tensors = (_inner(tensor, *blocks).to(RAM) for tensor in cache)
             smaller.transformer.layers.append(LayerCache(*tensors))
     return made
 
@@ -89,7 +89,7 @@ def _part(state: TileState, part: Tile, share: Tensor) -> TileState:
         transformer.x = _inner(old.x.unflatten(1, (-1, BLOCK_TOKENS)), *blocks).flatten(1, 2)
     lq_cache = state.lq_cache
     if lq_cache is not None:
-        lq_cache = LQCache(*(owned(tensor[(..., *tokens[1:])]) for tensor in vars(lq_cache).values()))
+        lq_cache = LQCache(*(owned(tensor[(..., *tokens[1:])]) for tensor in lq_cache))
     return TileState(
         Tile(*(span.shifted(around.start) for span, around in zip(part, state.tile, strict=True))),
         part.of(state.weights) * share.to(state.weights.device),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import cast_on_use, rms_gain, to_like, weight_and_bias
+from ..operations import cast_on_use, to_like, weight_and_bias
 from .attention import choose_backend, local_window, pool, select_blocks, sparse_attention
 from .config import LATENT_STRIDE, PATCH, FlashVSRConfig, StreamOptions
 from .plan import step_latents
@@ -33,8 +33,7 @@ LAYER_PARTS = 3
 """Adding the LQ tokens, self-attention, the rest. Each part of a layer is done or not done, never half."""
 
 
-@dataclass
-class LayerCache:
+class LayerCache(NamedTuple):
     """Keys (after rotary), values and pooled keys of one layer's last frame pairs, in ring slots.
 
     Attributes:
@@ -78,7 +77,7 @@ class TransformerState:
         """Moves the caches to `device` (None: `computing`), layer by layer, and keeps them there from now on."""
         self.device = device
         for index, cache in enumerate(self.layers):
-            self.layers[index] = LayerCache(*(tensor.to(device or computing) for tensor in vars(cache).values()))
+            self.layers[index] = LayerCache(*(tensor.to(device or computing) for tensor in cache))
             del cache
 
 
@@ -111,14 +110,15 @@ class _Step:
 
 
 class RMSNorm(nn.Module):
-    """Over all heads together, in fp32."""
+    """Over the last axis, all heads together; computed in fp32, returned in x's dtype."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_gain(x, self.weight, EPS)
+        gain = self.weight.to(device=x.device, dtype=torch.float32)
+        return F.rms_norm(x.float(), x.shape[-1:], gain, EPS).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -318,12 +318,8 @@ def _join(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> 
         return new
     old, filled = state.layers[layer], state.cached_pairs * blocks
     device = new.keys.device
-    return LayerCache(
-        *(
-            torch.cat([getattr(old, name)[:, :filled].to(device), getattr(new, name)], 1)
-            for name in ("keys", "values", "pooled")
-        )
-    )
+    joined = (torch.cat([kept[:, :filled].to(device), added], 1) for kept, added in zip(old, new, strict=True))
+    return LayerCache(*joined)
 
 
 def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int) -> None:
@@ -339,6 +335,6 @@ def _remember(state: TransformerState, layer: int, new: LayerCache, blocks: int)
         slot = (state.pairs + pair) % state.slots * blocks
         span = slice(pair * blocks, (pair + 1) * blocks)
         # Move first, write last: only moving can fail.
-        moved = {name: tensor[:, span].detach().to(where) for name, tensor in vars(new).items()}
-        for name, tensor in moved.items():
-            getattr(cache, name)[:, slot : slot + blocks].copy_(tensor)
+        moved = [tensor[:, span].detach().to(where) for tensor in new]
+        for kept, tensor in zip(cache, moved, strict=True):
+            kept[:, slot : slot + blocks].copy_(tensor)

@@ -98,8 +98,10 @@ class LayeredJob:
         left = self._source.shape[0] - self._sample
         if not left:
             return self.done
-        sizes = self._sizes()
-        counts = [len(self._areas(step, size)) for step, size in zip(self._steps, sizes, strict=True)]
+        (height, width), counts = self._source.shape[-2:], []
+        for step in self._steps:
+            counts.append(len(self._areas(step, (height, width))))
+            height, width = height * step.up // step.down, width * step.up // step.down
         return self.done + len(self._left) + sum(counts[self._index + 1 :]) + (left - 1) * sum(counts)
 
     def cut(self, tile: int) -> None:
@@ -188,15 +190,6 @@ class LayeredJob:
         self._known: list[Tensor] = []
         self._moments: list[Tensor] = []
         self._left = self._areas(self._steps[0], self._map.shape[-2:])
-
-    def _sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each layer's input."""
-        height, width = self._source.shape[-2:]
-        sizes = []
-        for step in self._steps:
-            sizes.append((height, width))
-            height, width = height * step.up // step.down, width * step.up // step.down
-        return sizes
 
     def _areas(self, step: Step, size: Sequence[int]) -> list[Area]:
         whole = Area.whole(*size)

@@ -47,8 +47,6 @@ class TileJob(Protocol):
 
     def advance(self, on_step: OnStep) -> None:
         """Computes one unit."""
-        ...
 
     def cut(self, tile: int) -> None:
         """Goes on in tiles of this side."""
-        ...

@@ -12,10 +12,10 @@ from av.error import FFmpegError
 
 from .reader import Clip, time_origin
 from .source import open_container
+from .waveform import BITS_PER_SECOND
 
 log = logging.getLogger("steadyvsr.video")
 
-REENCODED_BITS_PER_SECOND = 192_000
 _CUSTOMARY_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 
@@ -52,7 +52,7 @@ class AudioCopy:
         else:
             codec, rate = ("libopus", 48_000) if name == "webm" else ("aac", stream.rate)
             target = self._output.add_stream(codec, rate=rate, layout=_layout(stream))
-            target.bit_rate = REENCODED_BITS_PER_SECOND
+            target.bit_rate = BITS_PER_SECOND
             encoded = True
             self.notes.append(f"audio re-encoded from {stream.codec_context.name} to {codec}: {name} cannot hold it")
         if "language" in stream.metadata:

@@ -16,6 +16,7 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from .orientation import Uprighter
+from .part_file import expect_folder, explained
 from .pixels import frame_to_rgb, rgb_to_frame
 from .source import DamagedVideoError, Source, VideoError
 
@@ -156,16 +157,11 @@ class ImageSequenceWriter:
         self._format = "rgb48be" if sixteen_bit else "rgb24"
         self._encoder = _png_encoder(width, height, self._format)
         self._refuse_existing()
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(
-                f"{self.path}: expected an existing folder to write into; {self.path.parent} is none."
-            )
+        expect_folder(self.path)
         self._part = self.path.with_name(self.path.name + ".part")
         shutil.rmtree(self._part, ignore_errors=True)
-        try:
+        with explained(self.path):
             self._part.mkdir()
-        except OSError as error:
-            raise type(error)(error.errno, f"{self.path}: expected a writable folder; got {error.strerror}.") from error
 
     def __enter__(self) -> ImageSequenceWriter:
         return self
@@ -181,15 +177,10 @@ class ImageSequenceWriter:
         check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
         data = encode_png(frame, self._format, self._encoder)
         target = self._part / FRAME_NAME.format(self.frames_written)
-        try:
-            with open(target, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise type(error)(
-                error.errno, f"{target}: could not be written ({error.strerror}). {self.path} is untouched."
-            ) from error
+        with explained(self.path), open(target, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         self.frames_written += 1
 
     def finish(self, to: str | Path | None = None) -> Path:

@@ -22,10 +22,7 @@ class PartFile:
         self.path = Path(path)
         self.force = force
         refuse_existing(self.path, force)
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(
-                f"{self.path}: expected an existing folder to write into; {self.path.parent} is none."
-            )
+        expect_folder(self.path)
         self.part = self.path.with_name(self.path.name + ".part")
         with explained(self.path):
             self.file = open(self.part, "wb")  # noqa: SIM115 - closed by commit and discard
@@ -54,6 +51,12 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path}: expected a file name; got a folder.")
     if path.exists() and not force:
         raise FileExistsError(f"{path}: already exists. Choose another name, or ask for overwriting (--force).")
+
+
+def expect_folder(path: Path) -> None:
+    """Raises FileNotFoundError unless the folder that `path` is to be in exists."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: expected an existing folder to write into; {path.parent} is none.")
 
 
 @contextlib.contextmanager

@@ -187,9 +187,12 @@ class ClipWriter:
 
     def _open(self, frame_rate: Fraction, audio: Clip | Waveform | None, colour: ColourTags, aspect: Fraction) -> None:
         encoding = self.encoding
+        options = {} if encoding.crf is None else {"crf": str(encoding.crf)}
+        if encoding.codec == "libx265":
+            options["x265-params"] = "log-level=none"
         try:
             with explained(self.path):
-                stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=_codec_options(encoding))
+                stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=options)
                 assert isinstance(stream, VideoStream)  # every codec of an Encoding is a video codec
                 stream.width, stream.height, stream.pix_fmt = self.width, self.height, encoding.pixel_format
                 context = stream.codec_context
@@ -284,10 +287,3 @@ class ClipWriter:
         with contextlib.suppress(FFmpegError, OSError, ValueError):
             self._container.close()
         self._part.discard()
-
-
-def _codec_options(encoding: Encoding) -> dict[str, str]:
-    options = {} if encoding.crf is None else {"crf": str(encoding.crf)}
-    if encoding.codec == "libx265":
-        options["x265-params"] = "log-level=none"
-    return options

@@ -7,7 +7,7 @@ Everything is computed on the device and in the dtype of the input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+def frame_chunks(latents: int, started: bool = False) -> Iterator[tuple[int, int]]:
+    """Frames [first, last) of each latent: four, or a single one at the start of a clip."""
+    last = 0
+    for i in range(latents):
+        first, last = last, last + (FRAMES_PER_LATENT if started or i else 1)
+        yield first, last
 
 
 def middle_blocks(channels: int, operations) -> nn.ModuleList:
@@ -328,9 +336,7 @@ class WanVAE(nn.Module):
         first = 0 if cache.started else 1
         count = first + (t - first) // FRAMES_PER_LATENT
         latents = frames.new_empty(n, self.z_dim, count, h // PIXELS_PER_LATENT, w // PIXELS_PER_LATENT)
-        stop = 0
-        for i in range(count):
-            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.started else 1)
+        for i, (start, stop) in enumerate(frame_chunks(count, cache.started)):
             with cache.chunk(last=whole and i == count - 1):
                 moments = self.conv1(self.encoder(frames[:, :, start:stop], cache))
             latents[:, :, i : i + 1] = self.normalise(moments[:, : self.z_dim])
@@ -341,9 +347,7 @@ class WanVAE(nn.Module):
         n, _, t, h, w = latents.shape
         count = FRAMES_PER_LATENT * t - (0 if cache.started else FRAMES_PER_LATENT - 1)
         frames = latents.new_empty(n, 3, count, h * PIXELS_PER_LATENT, w * PIXELS_PER_LATENT)
-        stop = 0
-        for i in range(t):
-            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.started else 1)
+        for i, (start, stop) in enumerate(frame_chunks(t, cache.started)):
             with cache.chunk(last=whole and i == t - 1):
                 frames[:, :, start:stop] = self.decoder(self.conv2(self.denormalise(latents[:, :, i : i + 1])), cache)
         return frames

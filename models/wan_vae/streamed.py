@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from ..tiling.areas import Area
 from .layers import CausalCache
-from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
+from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE, frame_chunks
 
 STREAM_TILE = 512
 """Side in pixels. Every tile's past is kept between latents, so smaller tiles would save little."""
 
 
-@dataclass
 class StreamCache:
     """The past of one stream: that of whole frames at latent resolution, and that of each tile.
 
-    Attributes:
-        device: where it rests; None: where it was computed.
+    It rests on `device` (None: where it was computed).
     """
 
-    device: torch.device | None = None
-    frame: CausalCache = field(init=False)
-    tiles: list[CausalCache] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.frame = CausalCache(self.device)
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.frame = device, CausalCache(device)
+        self.tiles: list[CausalCache] = []
 
     def copy(self, device: torch.device | None = None) -> StreamCache:
         """An independent cache over the same tensors; with `device`, it rests there from now on."""
@@ -76,9 +69,8 @@ class StreamingDecoder:
         cache.tiles = cache.tiles or [CausalCache(cache.device) for _ in tiles]
         first = 0 if cache.frame.started else FRAMES_PER_LATENT - 1
         frames = latents.new_empty(n, 3, FRAMES_PER_LATENT * t - first, height, width)
-        stop, decoder = 0, self.vae.decoder
-        for i in range(t):
-            start, stop = stop, stop + (FRAMES_PER_LATENT if cache.frame.started else 1)
+        decoder = self.vae.decoder
+        for i, (start, stop) in enumerate(frame_chunks(t, cache.frame.started)):
             with cache.frame.chunk():
                 x = self.vae.conv2(self.vae.denormalise(latents[:, :, i : i + 1]))
                 x = decoder.global_stage(x, cache.frame)

@@ -11,7 +11,7 @@ Between two units a job holds nothing on the device, and a unit that raised can 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..tiling.areas import Area
 from ..tiling.job import NotFinite, OnStep
 from .layers import CausalCache
-from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE
+from .model import FRAMES_PER_LATENT, PIXELS_PER_LATENT, WanVAE, frame_chunks
 
 Elementwise = Callable[[Tensor], Tensor]
 """NCTHW to NCTHW, element by element: between a caller's range of values and the network's."""
@@ -60,19 +60,8 @@ def encode_tiled(vae: WanVAE, frames: Tensor, tile: int = 256) -> Tensor:
 def decode_tiled(vae: WanVAE, latents: Tensor, tile: int = 256) -> Tensor:
     """Decodes latents in tiles: what `WanVAE.decode` returns, up to rounding, in the memory of one tile.
 
-        frames = decode_tiled(vae, latents, tile=256)
-
-    Args:
-        vae: the weights, on the device of the latents or in layers that cast on use.
-        latents: NCTHW, normalised; computed on their device, in their dtype.
-        tile: largest side of a tile in output pixels; what the network reads around it is not counted.
-
-    Returns:
-        Frames NCTHW on the CPU, clamped to -1..1, in fp32 at least, 4T - 3 of them.
-
-    Raises:
-        ValueError: wrong shape.
-        NotFinite: NaN or infinity came out. It names the tile.
+    The reverse of `encode_tiled`: `latents` are NCTHW and normalised, `tile` counts pixels of the frames; the 4T - 3
+    frames NCTHW that come out are clamped to -1..1.
     """
     vae.check_latents(latents)
     return _result(TiledDecode(vae, latents, tile, device=latents.device, dtype=latents.dtype))
@@ -84,18 +73,15 @@ def _result(job: TiledJob) -> Tensor:
     return job.result
 
 
-def frame_chunks(latents: int) -> Iterator[tuple[int, int]]:
-    """Frames [first, last) of each latent: one frame, then four at a time."""
-    yield 0, 1
-    for i in range(1, latents):
-        yield FRAMES_PER_LATENT * i - FRAMES_PER_LATENT + 1, FRAMES_PER_LATENT * i + 1
-
-
 class TiledJob(ABC):
     """What encoding and decoding have in common: a `models.tiling.TileJob` whose units are tiles and whole frames.
 
-    Attributes:
+    Args:
+        vae: the weights, on `device`.
         tile: largest side of a tile in pixels of the frames; what the network reads around it is not counted.
+        device, dtype: of the computation.
+
+    Attributes:
         result: NCTHW on the CPU, in fp32 at least.
     """
 
@@ -182,11 +168,8 @@ class TiledJob(ABC):
 class TiledDecode(TiledJob):
     """Decodes latents to frames. In memory the result is NTHWC, as it is mostly wanted.
 
-    Args:
-        vae: the weights, on `device`.
+    Args (the others as of `TiledJob`):
         latents: NCTHW, normalised as `vae` expects.
-        tile: largest side of a tile in pixels of the frames.
-        device, dtype: of the computation.
         finish: applied to each piece of the result in fp32, on the device; None clamps to -1..1.
     """
 
@@ -237,11 +220,8 @@ class TiledDecode(TiledJob):
 class TiledEncode(TiledJob):
     """Encodes frames to latents: the mean of the distribution, normalised as `vae` expects.
 
-    Args:
-        vae: the weights, on `device`.
+    Args (the others as of `TiledJob`):
         frames: NCTHW on the CPU, T = 4k+1, height and width multiples of 8.
-        tile: largest side of a tile in pixels of the frames.
-        device, dtype: of the computation.
         prepare: brings a piece of `frames` to -1..1, on the device; None takes them as they are.
     """
 

@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import comfy.model_management as mm
 import torch
+
+from ...models.weight_file import HeaderEntry, read_header
 
 # As the safetensors format spells them. Other formats (integers, packed ones) are kept as stored.
 FLOATS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-HEADER_LIMIT = 100_000_000
-"""Bytes; the limit of the safetensors library itself."""
 QUANTISED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
 """Ends of keys by which ComfyUI recognises weights that it keeps in the file's own format."""
 DIFFUSION_MODEL, VAE = "model.diffusion_model.", ("first_stage_model.", "vae.")
 """Prefixes in a checkpoint; the rest is the text encoder."""
-
-
-@dataclass(frozen=True)
-class HeaderEntry:
-    """One entry of a header."""
-
-    key: str
-    dtype: str
-    numbers: int
-    bytes: int
-
-
-def header(path: str | Path) -> list[HeaderEntry] | None:
-    """The tensors of a safetensors file; None for another format or a damaged file."""
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > HEADER_LIMIT:
-                return None
-            entries = json.loads(file.read(length))
-            return [
-                HeaderEntry(key, item["dtype"], prod(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0])
-                for key, item in entries.items()
-                if key != "__metadata__"
-            ]
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError):
-        return None
 
 
 def of_diffusion_model(paths: Iterable[str | Path], weight_dtype: str = "default") -> int:
@@ -73,26 +42,26 @@ def of_checkpoint(path: str | Path) -> int:
     """Bytes of diffusion model, VAE and text encoder together."""
 
     def count(tensors: list[HeaderEntry]) -> int:
-        model = [tensor for tensor in tensors if tensor.key.startswith(DIFFUSION_MODEL)]
-        vae = [tensor for tensor in tensors if tensor.key.startswith(VAE)]
-        rest = [tensor for tensor in tensors if not tensor.key.startswith((DIFFUSION_MODEL, *VAE))]
+        model = [tensor for tensor in tensors if tensor.name.startswith(DIFFUSION_MODEL)]
+        vae = [tensor for tensor in tensors if tensor.name.startswith(VAE)]
+        rest = [tensor for tensor in tensors if not tensor.name.startswith((DIFFUSION_MODEL, *VAE))]
         return _diffusion_model(model, None) + _vae(vae) + _as_stored(rest)
 
     return _size(path, count)
 
 
 def _size(path: str | Path, count) -> int:
-    tensors = header(path)
+    tensors = read_header(path)
     return Path(path).stat().st_size if tensors is None else count(tensors)
 
 
 def _diffusion_model(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
-    if any(tensor.key.endswith(QUANTISED) for tensor in tensors):
+    if any(tensor.name.endswith(QUANTISED) for tensor in tensors):
         return _as_stored(tensors)
     if dtype is None:
         numbers = Counter[str]()
         for tensor in tensors:
-            numbers[tensor.dtype] += tensor.numbers
+            numbers[tensor.dtype] += tensor.numel
         most = FLOATS.get(max(numbers, key=numbers.__getitem__, default=""))
         # Without a device, as ComfyUI asks when it loads: the choice does not depend on where the model then goes.
         dtype = mm.unet_dtype(model_params=numbers.total(), weight_dtype=most)
@@ -106,8 +75,8 @@ def _vae(tensors: list[HeaderEntry]) -> int:
 def _converted(tensors: list[HeaderEntry], dtype: torch.dtype | None) -> int:
     if dtype is None:
         return _as_stored(tensors)
-    return sum(t.numbers * dtype.itemsize if t.dtype in FLOATS else t.bytes for t in tensors)
+    return sum(t.numel * dtype.itemsize if t.dtype in FLOATS else t.nbytes for t in tensors)
 
 
 def _as_stored(tensors: list[HeaderEntry]) -> int:
-    return sum(tensor.bytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -21,10 +21,10 @@ PACK, CHECKOUT, ORDER = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 sys.path[:0] = [str(PACK / "tests" / name) for name in ("patches", "session")]
 importlib.import_module("comfyui_place").prepare("comfyui", PACK)
 
-from free_worlds import ERRORS, EVERYTHING, SCENARIOS, A, B, C, Queue, World, hooks, mm  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, SCENARIOS, A, B, C, PromptQueue, World, hooks, mm  # noqa: E402
 
 SERVER: Any = types.ModuleType("server")
-SERVER.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=Queue()))
+SERVER.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=PromptQueue()))
 
 
 class Beside(World):

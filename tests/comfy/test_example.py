@@ -34,12 +34,11 @@ LIMITS = {
 LOADED = {"text encode": ["WanTEModel"], "VAE encode": ["WanVAE"], "sample": ["WAN21"], "VAE decode": ["WanVAE"],
           "upscale": ["CausalLQ4xProjection", "TCDecoder", "Transformer"]}  # fmt: skip
 CARD_NODE = """
-import importlib.util
+import sys
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("phases_card", {script!r})
-phases_card = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(phases_card)
+sys.path.append({folder!r})  # last: ComfyUI has a `server` of its own
+import phases_card
 
 
 class Card(phases_card.SimulatedCard):
@@ -73,8 +72,8 @@ class SmallServer(Server):
 
     def __init__(self, checkout: Path, base: Path) -> None:
         self.capacity = base / "capacity"
-        script = str(ROOT / "tests" / "comfy" / "phases_card.py")
-        node = CARD_NODE.format(script=script, capacity=str(self.capacity), base=str(base))
+        folder = str(ROOT / "tests" / "comfy")
+        node = CARD_NODE.format(folder=folder, capacity=str(self.capacity), base=str(base))
         (base / "custom_nodes" / "simulated_card.py").write_text(node)
         self.capacity.write_text(str(LARGE_CARD))
         super().__init__(checkout, base)

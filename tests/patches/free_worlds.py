@@ -58,9 +58,6 @@ class PromptQueue:
         return {}
 
 
-Queue = PromptQueue
-
-
 class NodeCache:
     """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
 
@@ -77,6 +74,9 @@ class PromptExecutor:
 
     def reset(self) -> None:
         self.cache = NodeCache()
+
+
+sys.modules["execution"] = types.SimpleNamespace(PromptExecutor=PromptExecutor, PromptQueue=PromptQueue)
 
 
 class Errors(logging.Handler):
@@ -102,12 +102,10 @@ class World:
         self.reads: dict[str, int] = {}
         self.folder = tempfile.TemporaryDirectory()
         self.prompts = 0
-        self.queue = Queue()
+        self.queue = PromptQueue()
         server = types.ModuleType("server")
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
-        execution: Any = types.ModuleType("execution")
-        execution.PromptExecutor, execution.PromptQueue = PromptExecutor, PromptQueue
-        sys.modules |= {"server": server, "execution": execution}
+        sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
         for name in ("retention", "presses"):
             state.pop(name, None)

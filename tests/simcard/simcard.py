@@ -53,9 +53,7 @@ def index_of(device: torch.device | str | int | None = None) -> int:
     return device if isinstance(device, int) else (torch.device(device).index or 0)
 
 
-def set_up(
-    device: torch.device | str | int, capacity: int, *, context: int = 0, shared_segment: int = 0
-) -> None:
+def set_up(device: torch.device | str | int, capacity: int, *, context: int = 0, shared_segment: int = 0) -> None:
     """Sets the size of a card.
 
     Args:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,8 @@ def save_merged(
 
 
 def _networks(config: FlashVSRConfig, version: str, lq_cache_order: str, operations) -> dict[str, Any]:
-    if version == "v1.1":
-        projection = CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers, operations=operations)
-    else:
-        projection = BufferLQ4xProjection(
-            config.lq_hidden, config.dim, config.lq_layers, cache_order=lq_cache_order, operations=operations
-        )
+    kind = CausalLQ4xProjection if version == "v1.1" else partial(BufferLQ4xProjection, cache_order=lq_cache_order)
+    projection = kind(config.lq_hidden, config.dim, config.lq_layers, operations=operations)
     return {
         "transformer": Transformer(config, operations=operations),
         "lq_projection": projection,
