@@ -104,7 +104,7 @@ class CausalLQ4xProjection(nn.Module):
             cache = self._start(clip[:, :, :1])
             clip = clip[:, :, 1:]
         if clip.shape[2] == 0:
-            return None, cache
+            return None, LQCache(*(kept.detach() for kept in cache))
         padded = self._pad(space_to_depth(clip), cache.pixels)
         pixels = _tail(padded)
         hidden = F.silu(self.norm1(_convolve(self.conv1, padded)))
@@ -138,8 +138,8 @@ class CausalLQ4xProjection(nn.Module):
 
 
 def _tail(padded: Tensor) -> Tensor:
-    """The last frames without their border: the next clip's cache."""
-    return owned(padded[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
+    """The last frames without their border: the next clip's cache, which remembers values and no graph."""
+    return owned(padded.detach()[:, :, -CACHE_FRAMES:, 1:-1, 1:-1])
 
 
 def _convolve(conv: nn.Conv3d, padded: Tensor) -> Tensor:

@@ -52,6 +52,17 @@ def test_as_trained_has_no_memory_between_clips_and_fixed_has() -> None:
         assert torch.equal(first, second) != remembers
 
 
+@pytest.mark.parametrize("version", ["v1", "v1.1"])
+def test_a_cache_keeps_no_graph_of_the_clips_before(version: str) -> None:
+    """By hand, with gradients on, a stream would otherwise hold every clip that it has seen."""
+    projection = tiny_model(version).lq_projection.requires_grad_(True)
+    cache = None
+    for start, stop in CLIP_RANGES[:3]:
+        tokens, cache = projection(video()[:, :, start:stop], cache)
+        assert not cache.pixels.requires_grad and not cache.features.requires_grad
+    assert tokens[0].requires_grad
+
+
 def test_the_caches_own_exactly_their_storage() -> None:
     _, cache = streamed(tiny_model().lq_projection, video())
     for tensor in (cache.pixels, cache.features):
