@@ -19,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..memory import probe
 from ..memory.host import trim
 from ..models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
 from ..models.flashvsr.config import PRECISIONS
@@ -102,13 +103,13 @@ class Ladder:
         notes: one sentence for each error that the run survived.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
         self.notes: list[str] = []
-        self._size = size
+        self._size, self._device = size, device
 
     def on_memory_error(self, phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
         """For `upscale_frames`."""
-        torch.cuda.empty_cache()
+        probe.empty_cache(self._device)
         found = smaller(plan, phase, self._size)
         if found is None:
             return None
@@ -249,7 +250,7 @@ def upscale_clip(
         on_step: see `upscale_frames`.
         plan: where the run begins on the ladder; None at its top.
     """
-    ladder = Ladder((writer.width, writer.height))
+    ladder = Ladder((writer.width, writer.height), device)
     upscale = partial(
         upscale_frames, model, options=options, vae=vae, device=device, dtype=dtype, on_step=on_step, plan=plan,
         # Not on the CPU: there the system kills the process, and the Wan decoder's cache would be kept twice.

@@ -224,12 +224,7 @@ def _moved_by_torch(model: FlashVSR, device: torch.device, reader: probe.Probe) 
         move=move,
         tensors=lambda: [*parts.named_parameters(), *parts.named_buffers()],
     )
-    return offload.offload(subject, lambda: _empty(device), reader=reader)
-
-
-def _empty(device: torch.device) -> None:
-    if device.type in ("cuda", "xpu", "mps"):
-        getattr(torch, device.type).empty_cache()
+    return offload.offload(subject, lambda: probe.empty_cache(device), reader=reader)
 
 
 def _runs(

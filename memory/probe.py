@@ -220,6 +220,13 @@ def attempt(probe: Probe, device: Device, *, settled: bool = False) -> Reading:
         return Reading(str(device), notes=(f"not readable: {type(error).__name__}: {error}",))
 
 
+def empty_cache(device: Device) -> None:
+    """Gives what torch's allocator keeps unused of a device back to the driver; the CPU has no such pool."""
+    kind = torch.device(device).type
+    if kind in ("cuda", "xpu", "mps"):
+        getattr(torch, kind).empty_cache()
+
+
 def default_device() -> torch.device:
     """The accelerator that torch uses now, else the CPU."""
     if torch.cuda.is_available():

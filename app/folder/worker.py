@@ -177,8 +177,7 @@ def _footprint(device: torch.device) -> int:
 def _returned(device: torch.device) -> tuple[int, str]:
     """Returns freed memory to the system; gives the bytes that this worker still holds and their source."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    probe.empty_cache(device)
     trim()
     reading = probe.read(device, settled=True)
     figure = reading.driver if device.type == "cpu" or reading.process.bytes is not None else reading.reserved

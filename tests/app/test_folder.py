@@ -19,6 +19,7 @@ from steadyvsr import cli
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
 from steadyvsr.app.folder import scheduler, worker
+from steadyvsr.memory.reading import Reading
 from steadyvsr.models.flashvsr import StreamOptions
 from steadyvsr.models.video import ClipWriter, open_clip
 
@@ -302,3 +303,13 @@ def test_workers_make_no_sense_for_a_single_clip(tmp_path, capsys):
     write_clip(tmp_path / "a.mp4")
     assert cli.main(["upscale", str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"), "--workers", "2"]) == 2
     assert "expected a folder of videos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps", "cpu"])
+def test_after_a_clip_the_allocator_of_its_device_gives_its_unused_memory_back(monkeypatch, kind):
+    emptied = []
+    for name in ("cuda", "xpu", "mps"):
+        monkeypatch.setattr(getattr(worker.torch, name), "empty_cache", lambda name=name: emptied.append(name))
+    monkeypatch.setattr(worker.probe, "read", lambda *_, **__: Reading(kind))
+    worker._returned(worker.torch.device(kind))
+    assert emptied == ([] if kind == "cpu" else [kind])

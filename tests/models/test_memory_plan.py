@@ -266,7 +266,7 @@ def test_a_wan_decoder_that_runs_out_of_memory_begins_the_latent_anew(plan: Memo
 
 
 def test_the_command_line_goes_down_the_ladder_and_says_so(undisturbed: Tensor) -> None:
-    ladder = Ladder(SIZE)
+    ladder = Ladder(SIZE, torch.device("cpu"))
     card = Card(lambda running, plan: running != "decode" or plan.kv_in_ram)
     down = ladder.on_memory_error
 
