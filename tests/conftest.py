@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -49,6 +50,13 @@ torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS") or 2)))
 def comfyui_checkouts() -> list[Path]:
     """The checkouts named by COMFYUI_PATH: one folder, or several joined by the system's path separator."""
     return [Path(part) for part in os.environ.get(COMFYUI_PATH, "").split(os.pathsep) if part]
+
+
+def pytest_configure() -> None:
+    # A program that a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests of Ctrl-C
+    # need a program that hears it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.comfy
 A, B, D = "WanTEModel", "WAN21", "WanVAE"
 SETTLE_SECONDS = 40
 FIXTURE = """
-import importlib.util
+import sys
 import time
 from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("phases_card", {script!r})
-phases_card = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(phases_card)
+sys.path.append({folder!r})  # last: ComfyUI has a `server` of its own
+import phases_card
+
 phases_card.take_small_models()
 phases_card.write_models(Path({base!r}))
 phases_card.SimulatedCard(1 << 34).install()
@@ -130,8 +130,8 @@ def started() -> Iterator[list[Server]]:
 
 def start(started: list[Server], checkout: Path, folder: Path, *options: str) -> Turns:
     base = base_folder(folder)
-    script = str(ROOT / "tests" / "comfy" / "phases_card.py")
-    (base / "custom_nodes" / "fixture.py").write_text(FIXTURE.format(script=script, base=str(base)))
+    folder = str(ROOT / "tests" / "comfy")
+    (base / "custom_nodes" / "fixture.py").write_text(FIXTURE.format(folder=folder, base=str(base)))
     started.append(Server(checkout, base, *options))
     started[-1].wait()
     return Turns(started[-1])
