@@ -53,8 +53,8 @@ def comfyui_checkouts() -> list[Path]:
 
 
 def pytest_configure() -> None:
-    # A program that a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests of Ctrl-C
-    # need a program that hears it.
+    # A program that a shell starts in the background ignores Ctrl-C, and so does all that it starts. The tests of
+    # Ctrl-C need a program that hears it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
