@@ -34,8 +34,16 @@ WORLDS = ROOT / "tests" / "patches" / "free_worlds.py"
 
 
 @cache
-def session(comfyui: Path, multigpu: Path, order: str) -> dict:
+def ran_once(comfyui: Path, multigpu: Path, order: str) -> dict:
     return ran(SCRIPT, ROOT, multigpu, order, place=comfyui)
+
+
+def session(comfyui: Path, multigpu: Path, order: str) -> dict:
+    """What the session script saw; the test is skipped where this ComfyUI cannot import that checkout."""
+    seen = ran_once(comfyui, multigpu, order)
+    if seen["refused"]:
+        pytest.skip(f"this ComfyUI cannot import it: {seen['refused']}")
+    return seen
 
 
 @pytest.fixture(params=PLACES, ids=[f"{comfyui.name}-{multigpu.name}" for comfyui, multigpu in PLACES])
@@ -45,10 +53,7 @@ def checkouts(request: pytest.FixtureRequest) -> tuple[Path, Path]:
 
 @pytest.fixture(params=["before", "after"])
 def beside(request: pytest.FixtureRequest, checkouts: tuple[Path, Path]) -> dict:
-    seen = session(*checkouts, request.param)
-    if seen["refused"]:
-        pytest.skip(f"this ComfyUI cannot import it: {seen['refused']}")
-    return seen
+    return session(*checkouts, request.param)
 
 
 @pytest.mark.parametrize("column", OURS)
