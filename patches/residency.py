@@ -48,6 +48,9 @@ class Resident:
     dead: bool
     handle: str
 
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "device": str(self.device)}
+
 
 class _Handles:
     def __init__(self) -> None:
