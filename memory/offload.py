@@ -32,6 +32,12 @@ LARGEST_TOLERANCE = 0.25
 ALIVE_BYTES = 1 * MIB
 """Of the model's storages, by torch's own weak references, which have no noise to allow for."""
 
+LINE_CHARACTERS = 600
+"""Of a receipt as text, at most; `to_json` has everything."""
+WIDTHS = (100, 60, 30, 15)
+"""Of a name in it, the first that fits."""
+NAMED_HOLDERS = 3
+
 
 class Verdict(str, enum.Enum):
     """What an offload came to."""
@@ -114,13 +120,20 @@ class Receipt:
             return f"asked {size_text(0)} · not loaded on {self.device}"
         if self.verdict is Verdict.CANNOT_OFFLOAD:
             return f"asked {size_text(self.asked)} · cannot offload: {self.device} is also where it rests"
+        lines = [self._line(width) for width in WIDTHS]
+        return next((line for line in lines if len(line) <= LINE_CHARACTERS), lines[-1])
+
+    def _line(self, width: int) -> str:
+        """The line with names of at most `width` characters."""
         said = [("asked", self.asked, "")]
         if self.left_tensors is not None:
             said.append(("left the tensors", self.left_tensors, ""))
         if self.left_driver.bytes is not None:
             scope = "" if self.left_driver.confidence == EXACT else f", {self.left_driver.confidence}"
             said.append(("left the driver", self.left_driver.bytes, f" ({self.left_driver.source}{scope})"))
-        said += [("held", holder.bytes, f" by {holder.name}") for holder in self.held]
+        said += [("held", holder.bytes, f" by {holder.words(width)}") for holder in self.held[:NAMED_HOLDERS]]
+        if rest := self.held[NAMED_HOLDERS:]:
+            said.append(("held", sum(holder.bytes for holder in rest), f" by {len(rest)} more"))
         if self.unnamed:
             said.append(("held", self.unnamed, " by nothing that Python shows (C++, or a running function)"))
         numbers = spelled([amount for _, amount, _ in said])
@@ -130,7 +143,7 @@ class Receipt:
         if self.verdict is not Verdict.FREED:
             parts.append(self.verdict.value)
         if self.error:
-            parts.append(self.error)
+            parts.append(holders.shortened(self.error, 3 * width))
         return " · ".join([*parts, f"{self.seconds:.2f} s"])
 
     def to_json(self) -> dict[str, Any]:
