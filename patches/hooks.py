@@ -2,7 +2,7 @@
 
 | function | what the wrapper adds |
 |---|---|
-| unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
+| unload_all_models | kept entries are out of the list meanwhile; a press is for every accelerator with a listed model |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
@@ -29,16 +29,18 @@ from typing import Any
 
 import comfy.model_management as mm
 import psutil
+import torch
 
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
 from . import idle, presses, prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
-from .residency import adopt, is_explicit
+from .residency import EVERYTHING, adopt, is_explicit
 
 log = logging.getLogger("steadyvsr.patches")
 
+CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
 ENOUGH_RAM = 1.5
 """Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
@@ -106,12 +108,22 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
         try:
-            return original(*arguments, **keywords)
+            result = original(*arguments, **keywords)
+            if caller == "button":
+                _attempt("unloading other devices", _unload_everywhere)
+            return result
         finally:
             _attempt("putting kept models back", lambda: _put_back(hidden))
             _attempt("counting yields", lambda: _count_yields(before))
             if press is not None:
                 _attempt("snapshot", press.unloaded)
+
+
+def _unload_everywhere() -> None:
+    """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
+    devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
+    for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
+        mm.free_memory(EVERYTHING, device)
 
 
 def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:

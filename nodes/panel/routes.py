@@ -209,7 +209,7 @@ def _press_receipt(press: presses.Press) -> None:
         if item.bytes
     )
     titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
-    verdict = "FAILED" if press.lost else "DONE"
+    verdict = "FAILED" if press.lost else press.verdict.value
     receipts.give(ReceiptCard(titles[press.caller], press.line, verdict, lines))
 
 

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses  # noqa: E402
 
 probe: Any = importlib.import_module("steadyvsr.memory.probe")
+reading: Any = importlib.import_module("steadyvsr.memory.reading")
 residency: Any = importlib.import_module("steadyvsr.patches.residency")
 
 
@@ -342,6 +343,22 @@ class Lines(logging.Handler):
         self.lines.append((record.levelname, record.getMessage()))
 
 
+@contextmanager
+def card_by(world: World) -> Iterator[None]:
+    """A probe that reads from the networks themselves what is on a device."""
+
+    def read(device: str) -> Any:
+        used = reading.exact(world.used(torch.device(device)), "planted")
+        return reading.Reading(device, allocated=used, reserved=used)
+
+    state = vars(sys.modules["steadyvsr_state"])
+    own, state["probe"] = probe.current(), probe.ScriptedProbe(read)
+    try:
+        yield
+    finally:
+        state["probe"] = own
+
+
 def log(world: World) -> dict:
     """The lines of a press that loses nothing, and of one in which another pack moves a kept model away by itself."""
     lines, logger = Lines(), logging.getLogger("steadyvsr.patches")
@@ -352,7 +369,8 @@ def log(world: World) -> dict:
         world.prompt(A, B)
         lines.lines.clear()
         presses.set_reason("said why")
-        world.tail(**EVERYTHING)
+        with card_by(world):
+            world.tail(**EVERYTHING)
         seen: dict[str, Any] = {"plain": list(lines.lines)}
         world.prompt(A, B)
         lines.lines.clear()

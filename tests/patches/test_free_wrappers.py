@@ -144,7 +144,7 @@ def test_a_press_is_one_line_and_four_snapshots_for_those_who_debug(observed):
     assert [level for level, _ in lines] == ["DEBUG"] * 4 + ["INFO"]
     stages = ["pre-unload", "post-unload", "post-reset", "post-collect"]
     assert [line.split(" ")[0] for _, line in lines[:4]] == stages
-    assert lines[4][1] == "button: 1.00 MiB left the devices: A 1.00 MiB · kept: B 1.00 MiB · said why"
+    assert lines[4][1] == "button: 1.00 MiB left cpu:0: A 1.00 MiB · kept: B 1.00 MiB on cpu:0 · said why"
 
 
 def test_a_kept_model_that_was_lost_is_one_error_with_class_id_and_key(observed):
