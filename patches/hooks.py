@@ -7,6 +7,7 @@
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
 | PromptExecutor.reset | a press has come to its reset |
+| PromptQueue.get | the worker does not wait while there are flags: a press during a garbage collection is heard |
 | PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
 
 The one call of the original empties the caches of all devices of a backend; nothing is added to it.
@@ -319,6 +320,15 @@ def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any
     return result
 
 
+def get(original: Callable[..., Any], queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
+    with idle.lock_of(queue):
+        timeout = keywords.get("timeout", arguments[0] if arguments else None)
+        if timeout is not None and _attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
+            return None  # as if the time were up: the worker then asks for flags
+        return original(queue, *arguments, **keywords)
+
+
 def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     flags = original(*arguments, **keywords)
     _attempt("snapshot", presses.end_open)
@@ -332,6 +342,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "soft_empty_cache": soft_empty_cache,
     "load_models_gpu": load_models_gpu,
     "PromptExecutor.reset": reset,
+    "PromptQueue.get": get,
     "PromptQueue.get_flags": get_flags,
 }
 

@@ -8,8 +8,10 @@ hooks.py wraps the call.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..memory.process import shared
@@ -26,6 +28,12 @@ def run_when_idle(queue: Any, action: Callable[[], None]) -> None:
     """
     _waiting().append(action)
     queue.set_flag(FLAG, True)  # wakes the worker
+
+
+def lock_of(queue: Any) -> AbstractContextManager[Any]:
+    """The lock that a queue waits with, if a thread that has it may take it once more."""
+    lock = getattr(queue, "mutex", None)
+    return lock if isinstance(lock, type(threading.RLock())) else nullcontext()
 
 
 def run_waiting() -> None:

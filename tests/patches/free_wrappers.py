@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,6 +310,28 @@ def garbage(world: World) -> dict:
     return {look.stage: look.devices[0].allocated.bytes for look in presses.latest()}
 
 
+def heard(world: World) -> dict:
+    """How long the worker waits for a flag that was set while it did something else, and for prompts."""
+
+    def timed(timeout: float | None) -> list:
+        start = time.perf_counter()
+        item = world.queue.get(timeout=timeout) if timeout is not None else world.queue.get()
+        return [item and item[0], round(time.perf_counter() - start, 1)]
+
+    seen = {"nothing": timed(0.3)}
+    world.queue.set_flag("unload_models", True)
+    seen["a flag"] = timed(3.0)
+    world.queue.put("prompt")
+    seen["a flag and a prompt"] = timed(3.0)
+    later = threading.Timer(0.3, world.queue.put, ["prompt"])
+    later.start()
+    seen["a flag, without a limit"] = timed(None)
+    seen["flags"] = world.queue.get_flags()
+    threading.Timer(0.3, world.queue.set_flag, ["free_memory", True]).start()
+    seen["a flag while it waits"] = timed(3.0)
+    return seen
+
+
 def missing(world: World) -> dict:
     """A ComfyUI without one of the functions, and without a worker."""
     gone, execution = mm.free_memory, sys.modules.pop("execution")
@@ -409,7 +432,7 @@ SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
     "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
     "log": log, "doubled": doubled, "own failure": own_failure, "stages": stages, "garbage": garbage,
-    "missing": missing,
+    "missing": missing, "heard": heard,
 }  # fmt: skip
 
 

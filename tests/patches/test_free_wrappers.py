@@ -129,9 +129,17 @@ def test_after_the_reset_the_garbage_is_there_and_after_the_collection_it_is_not
 
 def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observed):
     seen = scenario(observed, "missing")
-    gone = ("free_memory", "PromptExecutor.reset", "PromptQueue.get_flags")
+    gone = ("free_memory", "PromptExecutor.reset", "PromptQueue.get", "PromptQueue.get_flags")
     assert seen["status"] == {name: "missing" if name in gone else "on top" for name in (*NAMES, *gone[1:])}
     assert seen["again"] is True
+
+
+def test_a_flag_that_was_set_while_the_worker_collected_garbage_is_heard_at_once(observed):
+    seen = scenario(observed, "heard")
+    assert seen["nothing"] == [None, 0.3] and seen["flags"] == {"unload_models": True}
+    assert seen["a flag"] == [None, 0.0]
+    assert seen["a flag and a prompt"] == ["prompt", 0.0] and seen["a flag, without a limit"] == ["prompt", 0.3]
+    assert seen["a flag while it waits"] == [None, 0.3]
 
 
 def test_the_ring_holds_sixty_four_snapshots(observed):
