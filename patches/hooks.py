@@ -8,7 +8,7 @@
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
 | PromptExecutor.reset | a press has come to its reset |
 | PromptQueue.get | the worker does not wait while there are flags: a press during a garbage collection is heard |
-| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
+| PromptQueue.get_flags | a turn begins: what waits is done, an older press is over, RAM is relieved if short |
 
 The one call of the original empties the caches of all devices of a backend; nothing is added to it.
 
@@ -43,8 +43,6 @@ log = logging.getLogger("steadyvsr.patches")
 
 CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-ENOUGH_RAM = 1.5
-"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
 
 
 class _Thread(threading.local):
@@ -275,7 +273,7 @@ def yield_ram() -> None:
     if prompt.in_work():
         return
     state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
-    if available >= ENOUGH_RAM * least:
+    if available >= idle.ENOUGH_RAM * least:
         state.ram_armed = True
     if not state.ram_armed or available >= least:
         return
@@ -326,6 +324,8 @@ def get(original: Callable[..., Any], queue: Any, *arguments: Any, **keywords: A
         timeout = keywords.get("timeout", arguments[0] if arguments else None)
         if timeout is not None and _attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
             return None  # as if the time were up: the worker then asks for flags
+        if keywords.get("timeout") is not None:
+            keywords["timeout"] = min(keywords["timeout"], idle.LOOK_SECONDS)
         return original(queue, *arguments, **keywords)
 
 
@@ -333,7 +333,7 @@ def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) ->
     flags = original(*arguments, **keywords)
     _attempt("snapshot", presses.end_open)
     idle.run_waiting()
-    return flags
+    return _attempt("RAM relief", lambda: idle.relief().flags(arguments[0], flags), flags)
 
 
 BODIES: dict[str, Callable[..., Any]] = {

@@ -25,7 +25,7 @@ if __name__ == "__main__":
     importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses, ram  # noqa: E402
 
 probe: Any = importlib.import_module("steadyvsr.memory.probe")
 reading: Any = importlib.import_module("steadyvsr.memory.reading")
@@ -332,6 +332,45 @@ def heard(world: World) -> dict:
     return seen
 
 
+def relief(world: World) -> dict:
+    """Turns of ComfyUI's worker while RAM is short and nothing is kept."""
+
+    def turn() -> dict:
+        """What ComfyUI's worker does between two prompts."""
+        flags = world.queue.get_flags()
+        if flags.get("unload_models", flags.get("free_memory", False)):
+            mm.unload_all_models()
+        if flags.get("free_memory", False):
+            world.executor.reset()
+        gc.collect()
+        mm.soft_empty_cache()
+        return flags
+
+    world.prompt(A)
+    held = world.node(*A)  # as a node in the middle of something would
+    world.cache.outputs["image", False] = torch.zeros(1 << 20)
+    seen: dict[str, Any] = {}
+    with ram(0.05):
+        world.queue.put("prompt")
+        seen["a prompt waits"] = turn()
+        world.queue.get()
+        seen["idle"], seen["results"], seen["models"] = turn(), len(world.cache.outputs), world.state()
+        seen["once"] = turn()
+    with ram(0.3):
+        seen["enough"] = turn()
+    idle = importlib.import_module("steadyvsr.patches.idle")
+    with ram(0.05):
+        idle.relief().enabled = False
+        seen["switched off"] = turn()
+        idle.relief().enabled = True
+        kept.registry().least_ram_bytes = 4 << 30  # of 100 GiB, 5 are free
+        seen["above a threshold in bytes"] = turn()
+        kept.registry().least_ram_bytes = 6 << 30
+        world.queue.set_flag("unload_models", True)
+        seen["below it, with a press"] = turn()
+    return seen | {"held": type(held.model).__name__}
+
+
 def missing(world: World) -> dict:
     """A ComfyUI without one of the functions, and without a worker."""
     gone, execution = mm.free_memory, sys.modules.pop("execution")
@@ -432,7 +471,7 @@ SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
     "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
     "log": log, "doubled": doubled, "own failure": own_failure, "stages": stages, "garbage": garbage,
-    "missing": missing, "heard": heard,
+    "missing": missing, "heard": heard, "relief": relief,
 }  # fmt: skip
 
 

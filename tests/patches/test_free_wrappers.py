@@ -142,6 +142,18 @@ def test_a_flag_that_was_set_while_the_worker_collected_garbage_is_heard_at_once
     assert seen["a flag while it waits"] == [None, 0.3]
 
 
+def test_while_idle_and_short_of_ram_the_node_cache_is_reset_though_nothing_is_kept(observed):
+    seen, reset = scenario(observed, "relief"), {"unload_models": False, "free_memory": True}
+    assert (seen["idle"], seen["results"], seen["models"]) == (reset, 0, "A/A")
+    assert (seen["once"], seen["enough"], seen["a prompt waits"]) == ({}, {}, {})
+
+
+def test_relief_can_be_switched_off_and_its_threshold_be_set(observed):
+    seen = scenario(observed, "relief")
+    assert (seen["switched off"], seen["above a threshold in bytes"]) == ({}, {})
+    assert seen["below it, with a press"] == {"unload_models": True, "free_memory": True}
+
+
 def test_the_ring_holds_sixty_four_snapshots(observed):
     seen = scenario(observed, "ring")
     assert (seen["looks"], seen["presses"]) == (64, [5, 20]) and "kept: B 1.00 MiB" in seen["last"]
