@@ -101,6 +101,7 @@ class ReleaseKept(io.ComfyNode):
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
         given_up = registry().release()
+        registry().settle()
         released = [
             {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
             for entry in given_up

@@ -250,8 +250,8 @@ class Loading:
         self._report["admission"] = str(admission)
 
     def _keeping(self, entry: Entry, asked: str) -> None:
-        requests = entry.requests_in(prompt.running())
-        stronger = [node for node, request in requests.items() if request.policy == entry.policy != asked]
+        wishes = entry.wishes_in(prompt.running())
+        stronger = [node for node, wish in wishes.items() if wish == entry.policy != asked]
         reason = f"node {stronger[0]} asks for {entry.policy}" if stronger else ""
         if POLICIES.index(entry.policy) < POLICIES.index(asked):
             reason = f"released: kept models may fill {size_text(registry().budget_bytes())} of RAM together"
