@@ -50,6 +50,9 @@ class Resident:
     dead: bool
     handle: str
 
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "device": str(self.device)}
+
 
 @dataclass(frozen=True)
 class Network:
