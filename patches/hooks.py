@@ -5,7 +5,9 @@
 | unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
+| load_models_gpu | what will not fit is said, and refused beyond the limit of a phase |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+| throw_exception_if_processing_interrupted | a phase that takes more than its gate allows stops |
 | PromptExecutor.reset | a press has come to its reset |
 | PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
 
@@ -33,7 +35,7 @@ import psutil
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
-from . import idle, presses, prompt, versions
+from . import idle, limits, presses, prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
 from .residency import adopt, is_explicit
 
@@ -277,7 +279,12 @@ def yield_ram() -> None:
 
 def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     thread = _state().thread
-    if thread.loading or not registry().keeps_anything:
+    if thread.loading:
+        return original(*arguments, **keywords)
+    stopped = _attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **_named(keywords)))
+    if stopped is not None:
+        raise stopped
+    if not registry().keeps_anything:
         return original(*arguments, **keywords)
     thread.loading = True
     try:
@@ -288,6 +295,18 @@ def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: A
         raise
     finally:
         thread.loading = False
+
+
+def _named(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in ("models", "memory_required") if name in keywords}
+
+
+def throw_if_interrupted(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    result = original(*arguments, **keywords)
+    stopped = _attempt("reading a phase's peak", limits.exceeded)
+    if stopped is not None:
+        raise stopped
+    return result
 
 
 def readopt() -> None:
@@ -319,6 +338,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "free_memory": free_memory,
     "soft_empty_cache": soft_empty_cache,
     "load_models_gpu": load_models_gpu,
+    "throw_exception_if_processing_interrupted": throw_if_interrupted,
     "PromptExecutor.reset": reset,
     "PromptQueue.get_flags": get_flags,
 }
