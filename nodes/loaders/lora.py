@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,6 @@ from ..sockets import keep_loaded_input, offload_input, report_output
 from .loading import CATEGORY, REPORT_TOOLTIP, Loading, file_in, file_input, fingerprint, patchers_in
 
 NODE = "Apply LoRA (Verified)"
-RECENT_FILES = 2
-"""How many LoRA files stay in RAM although nobody keeps them: workflows are run again with another strength."""
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
 
@@ -60,8 +58,8 @@ class ApplyLoRA(io.ComfyNode):
                     **STRENGTH,
                 ),
                 keep_loaded_input(
-                    "Whether the LoRA's file stays in RAM (the model has its own choice on its loader). no: only the "
-                    f"last {RECENT_FILES} files do. keep and pin: until it is released."
+                    "Whether the LoRA's file stays in RAM (the model has its own choice on its loader). no: as long as "
+                    "ComfyUI caches this node's output. keep and pin: until it is released."
                 ),
                 offload_input(
                     "Leaves the models in RAM, off their device; the report verifies that by measurement. Kept and "
@@ -107,9 +105,6 @@ class ApplyLoRA(io.ComfyNode):
         file = registry().obtain(
             Key.of("lora", [path]), keep_loaded, load, lambda value: (), lora_name, size_of=lambda value: value.size
         )
-        recent = shared("recent_loras", lambda: deque(maxlen=RECENT_FILES))
-        if file not in recent:
-            recent.append(file)
         patched, patched_clip = comfy.sd.load_lora_for_models(
             model,
             clip,
@@ -128,6 +123,8 @@ class ApplyLoRA(io.ComfyNode):
                 f"{NODE}: expected a LoRA for {names}; got {lora_name}, of whose {len(file.tensors)} tensors none "
                 "fits. Choose a LoRA that was made for this model."
             )
+        # The file lives as long as this output: in ComfyUI's node cache, until a button or another workflow empties it.
+        shared("lora_files", weakref.WeakKeyDictionary)[patched] = file
         loading.note(source="disk" if reads else "memory: nothing was read", patches=counts, file_bytes=file.size)
         return loading.output(patched, patched_clip)
 

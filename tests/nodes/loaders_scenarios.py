@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.sd
+import comfy.utils
+import folder_paths
 import torch
-from host import BASE, CPU, mm, pack
+from host import BASE, CPU, call, mm, pack
 from torch import nn
 
 CARD = torch.device("cpu", 0)
@@ -140,4 +143,48 @@ def put_there() -> dict:
     return seen
 
 
-SCENARIOS = {"ten runs": ten_runs, "put there": put_there}
+def lora_files() -> dict:
+    """How many LoRA files are in RAM while outputs of Apply LoRA are cached, and when the cache is emptied."""
+    stock = {(folder_paths, "get_full_path"): lambda folder, name: str(BASE / name),
+             (comfy.utils, "load_torch_file"): lambda path, **_: ({"lora": torch.zeros(1000)}, None),
+             (comfy.sd, "load_lora_for_models"): fitting}  # fmt: skip
+    originals = {place: getattr(*place, None) for place in stock}
+    for (module, name), stand_in in stock.items():
+        setattr(module, name, stand_in)
+    seen = {}
+    try:
+        with a_card():
+            for policy in ("no", "keep"):
+                cleared()
+                base, cache = load("no")[0], []
+                for number in range(3):
+                    (BASE / f"lora{number}").touch()
+                    cache.append(call("ApplyLoRA", model=base, lora_name=f"lora{number}", strength_model=1.0,
+                                      keep_loaded=policy))  # fmt: skip
+                alive = [files()]
+                cache.clear()  # "Free model and node cache"
+                del base
+                press()
+                seen[policy] = [*alive, files()]
+            cleared()
+    finally:
+        for (module, name), original in originals.items():
+            setattr(module, name, original) if original is not None else delattr(module, name)
+    return seen
+
+
+def fitting(model: Any, clip: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+    """A LoRA that changes one weight."""
+    made = model.clone()
+    made.patches = {"linear.weight": [None]}
+    return made, None
+
+
+def files() -> int:
+    """LoRA files in RAM, whoever holds them."""
+    gc.collect()
+    kind = pack("nodes.loaders.lora").LoraFile
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+SCENARIOS = {"ten runs": ten_runs, "put there": put_there, "lora files": lora_files}

@@ -40,8 +40,13 @@ def test_a_model_that_was_on_the_card_before_stays_and_the_report_says_so(observ
     assert (seen["after another loader"], seen["stays"]) == (WEIGHTS, WEIGHTS)
 
 
+@pytest.mark.parametrize(("policy", "left"), [("no", 0), ("keep", 3)])
+def test_a_lora_file_that_nobody_keeps_goes_with_the_node_cache(observed, policy, left):
+    assert scenario(observed, "loaders lora files")[policy] == [3, left]
+
+
 @pytest.mark.comfy
 def test_the_double_does_what_comfyui_does(observe, comfyui_path: Path):
-    names = ("loaders ten runs", "loaders put there")
+    names = ("loaders ten runs", "loaders put there", "loaders lora files")
     double, real = observe(None), observe(comfyui_path)
     assert {name: scenario(double, name) for name in names} == {name: scenario(real, name) for name in names}
