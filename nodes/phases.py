@@ -276,7 +276,7 @@ class MemoryReport(io.ComfyNode):
                     device: {name: vars(figure) for name, figure in vars(peak).items()}
                     for device, peak in peaks.items()
                 },
-                "residents": [{**vars(item), "device": str(item.device)} for item in residents],
+                "residents": [item.to_json() for item in residents],
                 "process": vars(process),
                 "growth_over_runs": leaks,
                 "last_press": press and press.to_json(),

@@ -89,7 +89,7 @@ class Card:
             "resident_bytes": self.resident,
             "resident_source": self.source,
             "books_bytes": self.books,
-            "models": [{**vars(model), "device": str(model.device)} for model in self.models],
+            "models": [model.to_json() for model in self.models],
             "reading": self.reading.to_json(),
             "peak": {name: vars(figure) for name, figure in vars(self.peak).items()},
         }
