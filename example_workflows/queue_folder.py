@@ -21,7 +21,9 @@ SUFFIXES = {".mp4", ".mkv", ".mov", ".webm"}
 
 
 def call(url: str, body: bytes | None = None, content: str = "application/json") -> dict:
-    request = urllib.request.Request(url, body, {"Content-Type": content} if body else {})
+    # The second header is what the pack's own routes ask of scripts; ComfyUI does not look at it.
+    headers = {"Content-Type": content, "X-SteadyVSR": "1"} if body else {}
+    request = urllib.request.Request(url, body, headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         text = answer.read()
     return json.loads(text) if text else {}

@@ -20,7 +20,7 @@ from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, r
 from . import model_sets, prediction
 from .memory import CLEAN, RunLimits
 from .model import LoadedFlashVSR, load
-from .run import Run, checked_frames, upscale_video
+from .run import Run, TempVideo, checked_frames, upscale_video
 from .wan_decoder import StreamingWanVAE
 
 CATEGORY = "SteadyVSR/FlashVSR"
@@ -344,5 +344,5 @@ class UpscaleVideo(io.ComfyNode):
         )  # fmt: skip
         limits = RunLimits(budget_gb, tile, clean, log_steps)
         run = Run(UPSCALE_VIDEO, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE_VIDEO), unique_id(cls), limits)
-        upscaled = InputImpl.VideoFromFile(str(upscale_video(run, video)))
+        upscaled = InputImpl.VideoFromFile(TempVideo(upscale_video(run, video)))
         return with_report(upscaled, report=run.report)

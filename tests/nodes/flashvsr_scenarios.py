@@ -316,6 +316,16 @@ def videos() -> dict:
         "components": through(InputImpl.VideoFromComponents(components)),
         "odd": through(InputImpl.VideoFromFile(path), scale=1.4),
     }
+    seen["results of finished runs"] = left = len(list(temp.glob("steadyvsr_*")))
+    (result, _), cut = call("UpscaleVideo", flashvsr=model, video=InputImpl.VideoFromFile(path), **STREAM), []
+    for held in ("the VIDEO", "what was cut from it", "nothing"):
+        if held == "what was cut from it":
+            # A node behind it makes a VIDEO of the same file, and ComfyUI drops the first one.
+            cut, result = [InputImpl.VideoFromFile(result.get_stream_source())], None
+        elif held == "nothing":
+            cut.clear()
+        gc.collect()
+        seen[f"held: {held}"] = len(list(temp.glob("steadyvsr_*"))) - left
     damaged = {"cut.mp4": Path(path).read_bytes()[:-2000], "empty.mp4": b"", "text.mp4": b"no video at all\n"}
     for name, content in damaged.items():
         (BASE / name).write_bytes(content)
