@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from steadyvsr.app.card.random_model import tiny_model
 from steadyvsr.app.clip import Ladder
-from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import HELPS, MemoryPlan, plans, smaller
 from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
