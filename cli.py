@@ -21,10 +21,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .app import card
 from .app.clip import (
     OutputOptions,
     RunReport,
@@ -103,7 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
     demo.add_argument("--seconds", type=_positive, default=1.25, help="length of the clip (default: %(default)s)")
     demo.set_defaults(run=_run_demo)
-    doctor = add("doctor", parents=both, help="check what can be measured here and whether memory comes back (≤ 60 s)")
+    doctor = add("doctor", parents=[device], help="check what can be measured here and whether memory comes back")
+    doctor.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="print a machine-readable report, or write it to FILE"
+    )
+    doctor.add_argument(
+        "--full", action="store_true",
+        help="every promise on this card, in at most 15 minutes: attention, golden vectors, speed, 200 frames three"
+        " times, peaks against predictions, Wan VAE, offloads, workers. Random weights; nothing is downloaded",
+    )  # fmt: skip
+    doctor.add_argument("--reduced", action="store_true", help="with --full: a rehearsal with tiny weights, anywhere")
     doctor.set_defaults(run=_run_doctor)
     return parser
 
@@ -346,7 +357,27 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    device = choose_device(args.device)
+    device, target = choose_device(args.device), Path(args.json) if args.json else None
+    if args.full:
+        return _run_full_doctor(args, device, target)
     findings = examine(lambda: load_flashvsr(NANO_FILE, dtype=choose_dtype("auto", device), device="cpu"), device)
-    _print_report(args, findings.to_json(), "\n".join(findings.lines()))
+    if target is None:
+        _print_report(argparse.Namespace(json=args.json is not None), findings.to_json(), "\n".join(findings.lines()))
+    else:
+        card.save(findings.to_json(), target)
+        print("\n".join(findings.lines()))
     return findings.exit_code
+
+
+def _run_full_doctor(args: argparse.Namespace, device: torch.device, target: Path | None) -> int:
+    vectors = Path(__file__).parent / "tests" / "data" / "golden"
+    setting = card.Setting(device, choose_dtype("auto", device), args.reduced, golden=vectors)
+
+    def on_block(record: dict[str, Any]) -> None:
+        _say(f"{list(record['blocks'])[-1]}: done")
+        if target is not None:
+            card.save(record, target)
+
+    record = card.measure(setting, card.FULL, on_block)
+    _print_report(argparse.Namespace(json=args.json == ""), record, card.page(record))
+    return record["exit_code"]
