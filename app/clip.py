@@ -127,6 +127,14 @@ class Ladder:
         return found[1]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, or the CPU's, for which PyTorch has no exception of its own."""
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """The device of that name; auto: CUDA if there is any, else the CPU. Raises ValueError for one torch lacks."""
     if name == "auto":
