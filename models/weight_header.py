@@ -99,7 +99,7 @@ def checked_header(path: Path) -> tuple[list[HeaderEntry], dict[str, str]]:
         text = file.read(length) if length <= HEADER_LIMIT_BYTES else b""
     if length > HEADER_LIMIT_BYTES:
         raise CheckpointError(f"{path}: expected a safetensors header of at most {HEADER_LIMIT_BYTES:,} bytes.")
-    needed = 8 + length
+    needed, entries, metadata = 8 + length, [], {}
     try:
         if len(text) == length:
             entries, metadata = _parsed(text)
@@ -145,23 +145,23 @@ def _entry(name: str, item: Any) -> HeaderEntry:
     label = f"describes {printable(name)} wrongly: "
     if not isinstance(item, dict):
         raise ValueError(f"{label}it is no table")
-    shape, offsets, dtype = item.get("shape"), item.get("data_offsets"), item.get("dtype")
-    if not _are_counts(shape) or len(shape) > AXES_LIMIT or math.prod(max(1, side) for side in shape) > NUMEL_LIMIT:
-        raise ValueError(f"{label}its shape is {shape}")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"{label}its offsets are {offsets}")
-    known = isinstance(dtype, str) and (dtype in _DTYPES or dtype in _PACKED_BITS)
-    if not known:
+    shape, offsets, dtype = _counts(item.get("shape")), _counts(item.get("data_offsets")), item.get("dtype")
+    if shape is None or len(shape) > AXES_LIMIT or math.prod(max(1, side) for side in shape) > NUMEL_LIMIT:
+        raise ValueError(f"{label}its shape is {item.get('shape')}")
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{label}its offsets are {item.get('data_offsets')}")
+    if not isinstance(dtype, str) or (dtype not in _DTYPES and dtype not in _PACKED_BITS):
         raise ValueError(f"{label}its type is {dtype!r}")
     bits = _PACKED_BITS[dtype] if dtype in _PACKED_BITS else 8 * _DTYPES[dtype].itemsize
-    entry = HeaderEntry(name, dtype, tuple(shape), *offsets)
+    entry = HeaderEntry(name, dtype, shape, *offsets)
     if entry.numel * bits != 8 * entry.nbytes:
         raise ValueError(f"{label}{entry.nbytes} bytes for {dtype} of shape {shape}")
     return entry
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _counts(value: Any) -> tuple[int, ...] | None:
+    """A list of whole numbers from 0 on; None for anything else (`true` is no number here)."""
+    return tuple(value) if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value) else None
 
 
 def _check_disjoint(entries: Iterable[HeaderEntry]) -> None:

@@ -79,7 +79,8 @@ def _load(path: Path) -> Any:
         # torch.load would unpack it, as an archive of PyTorch's first years.
         raise CheckpointError(f"{path}: expected safetensors or torch.save weights; it is a tar archive.")
     with path.open("rb") as file:
-        return torch.load(file if is_zip else _FewReads(file), map_location="cpu", weights_only=True)
+        stream: Any = file if is_zip else _FewReads(file)
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def _are_all_stored(path: Path) -> bool:
