@@ -33,6 +33,7 @@ from .app.clip import (
     choose_device,
     choose_dtype,
     footage_of,
+    is_out_of_memory,
     open_writer,
     peak_cuda_bytes,
     peak_rss_bytes,
@@ -48,18 +49,21 @@ from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from .models.printable import printable
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DOWNLOAD_VERSION = "v1.1"
-LISTED_KEYS = 8
+LISTED_KEYS, LINE_CHARACTERS = 8, 2000
 MIB = 1 << 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; argparse itself exits with 2 for arguments that do not parse."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_EscapingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     options = _parser().parse_args(arguments)
     fix_heap_growth()
     try:
@@ -67,12 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("Stopped. Nothing was left behind.")
         return EXIT_INTERRUPTED
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        _say(f"Error: out of memory: {reason} Try a smaller --scale, or --tile 512 (costs quality).")
-        return EXIT_MACHINE
     except DownloadError as error:
         _say(f"Error: {error}")
+        return EXIT_MACHINE
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or "Python has none left.").splitlines()[0]
+        _say(f"Error: out of memory: {reason} Try a smaller --scale, or --tile 512 (costs quality).")
         return EXIT_MACHINE
     except (ValueError, OSError) as error:
         _say(f"Error: {_message(error)}")
@@ -80,7 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(_escaped(text), file=sys.stderr)
+
+
+def _escaped(text: str) -> str:
+    """The text with control characters as escapes: names, keys and metadata come from files of strangers."""
+    return "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+class _EscapingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _escaped(super().format(record))
 
 
 def _message(error: ValueError | OSError) -> str:
@@ -260,7 +276,7 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
         def say(line: str) -> None:
             total.n = sum(manifest.finished(job) for job in jobs)
             total.refresh()
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(_escaped(line), file=sys.stderr)
 
         run = FolderRun(tuple(jobs), tuple(settings), args.workers or None, args.force)
         report = run_folder(run, manifest, say, show)
@@ -286,7 +302,7 @@ def _print_report(args: argparse.Namespace, data: object, text: str) -> None:
     if args.json:
         print(json.dumps(data, indent=2))
     elif text:
-        print(text)
+        print(_escaped(text))
 
 
 def _run_text(report: RunReport) -> str:
@@ -310,7 +326,8 @@ def _run_inspect(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             _say(f"Error: {_message(error)}")
             code = EXIT_BAD_INPUT
-    texts = [line for report in reports for line in _checkpoint_lines(report)]
+    # Line by line: a key with a line end in it must not look like a line of ours.
+    texts = [printable(line, LINE_CHARACTERS) for report in reports for line in _checkpoint_lines(report)]
     _print_report(args, [dataclasses.asdict(report) for report in reports], "\n".join(texts))
     return code
 
