@@ -5,6 +5,7 @@ The command line, the workers of a folder run and the VIDEO node all go through 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -24,7 +25,16 @@ from ..memory.host import trim
 from ..models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
 from ..models.flashvsr.config import PRECISIONS
 from ..models.flashvsr.memory_plan import MemoryPlan, smaller
-from ..models.video import Clip, ClipWriter, ColourTags, DamagedVideoError, ImageSequenceWriter, VideoError, Waveform
+from ..models.video import (
+    Clip,
+    ClipWriter,
+    ColourTags,
+    DamagedVideoError,
+    ImageSequenceWriter,
+    MuxingError,
+    VideoError,
+    Waveform,
+)
 
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
@@ -187,8 +197,8 @@ def write_footage(
     """Pulls the footage through the engine into the writer and finishes the file.
 
     Footage that turns out damaged on the way loses nothing: all frames before the damage are upscaled and stored as
-    `NAME.partial.EXT`. Any other exception leaves through here with the writer's file removed and both generators
-    closed.
+    `NAME.partial.EXT`, and so are those before a `MuxingError`, whose message then says so. Any other exception leaves
+    through here with the writer's file removed and both generators closed.
 
     Args:
         on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
@@ -198,6 +208,7 @@ def write_footage(
 
     Raises:
         DamagedVideoError: not one frame can be read.
+        MuxingError: the output's container cannot hold this.
     """
     times: deque[Fraction] = deque()
     damage: list[DamagedVideoError] = []
@@ -224,6 +235,14 @@ def write_footage(
                 writer.write(frame, times.popleft())
                 on_frame(frame)
         path = writer.finish(_partial_name(writer.path) if damage else None)
+    except MuxingError as error:
+        try:
+            assert isinstance(writer, ClipWriter)  # images are not muxed
+            kept = writer.keep(_partial_name(writer.path))
+        except BaseException:
+            writer.abort()
+            raise error from None
+        raise MuxingError(f"{error} The frames before it are in {kept}.") from error
     except BaseException:
         writer.abort()
         raise
@@ -280,7 +299,7 @@ def _partial_name(path: Path) -> Path:
     """The first free name of clip.partial.mp4, clip.partial2.mp4, …"""
     for number in range(1, 10_000):
         candidate = path.with_name(f"{path.stem}.partial{number if number > 1 else ''}{path.suffix}")
-        if not candidate.exists():
+        if not os.path.lexists(candidate):
             return candidate
     raise VideoError(f"{path}: expected a free name for the readable part; all of {path.stem}.partial* are taken.")
 

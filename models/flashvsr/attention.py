@@ -223,6 +223,7 @@ def check_backend(name: str, field: str = "attention") -> None:
         raise ValueError(f"{field}: expected one of {', '.join(backend_choices())}; got {name!r}.")
 
 
+@functools.lru_cache(maxsize=64)
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Settles which backend computes the attention of a run, and logs it.
 
@@ -237,11 +238,6 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         AttentionBackendError: the backend asked for by name fails its self-check; with "auto", all of them do.
     """
     check_backend(name)
-    return _choose_backend(name, torch.device(device), dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     ranked = sorted(BACKENDS, key=lambda known: BACKENDS[known].rank, reverse=True)
     candidates = [known for known in ranked if BACKENDS[known].available(device)] if name == "auto" else [name]
     problem = None

@@ -206,9 +206,9 @@ def test_ctrl_c_ends_a_running_process_cleanly(tmp_path, package_environment):
     source, out = make_clip(tmp_path / "in.mp4", 400), tmp_path / "out.mp4"
     command = [sys.executable, "-m", "steadyvsr", "upscale", str(source), str(out), "--device", "cpu"]
     process = subprocess.Popen(command, env=package_environment, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / "out.mp4.part"
+
     deadline = time.monotonic() + 60
-    while not part.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out.mp4.*.part")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

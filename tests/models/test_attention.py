@@ -104,9 +104,9 @@ def test_less_than_one_block_is_raised_to_one_with_one_warning(caplog: pytest.Lo
 
 @pytest.fixture
 def fresh_choice():
-    attention._choose_backend.cache_clear()
+    attention.choose_backend.cache_clear()
     yield
-    attention._choose_backend.cache_clear()
+    attention.choose_backend.cache_clear()
 
 
 @pytest.mark.parametrize("fault", ["dense", "shifted", "stale", "not a number", "raises"])
