@@ -6,7 +6,7 @@ says how it ended.
 """
 
 from .admission import admit
-from .jobs import find_jobs, holds_videos
+from .jobs import Job, find_jobs, holds_videos
 from .lock import FolderLock
 from .manifest import Manifest, folder_settings
 from .report import FolderReport, printable
@@ -15,6 +15,7 @@ from .worker import WorkerSettings
 
 __all__ = [
     "FolderLock",
+    "Job",
     "Manifest",
     "FolderRun",
     "FolderReport",

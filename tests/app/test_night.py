@@ -362,6 +362,38 @@ def test_a_worker_ends_when_its_pipe_closes_whatever_it_is_doing():
     assert process.wait(5) == 1
 
 
+DIES_WHILE_IT_TELLS = """
+import os, signal, sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+MARK, SENDS = Path({mark!r}), {sends}
+if "--multiprocessing-fork" in sys.orig_argv and not MARK.exists():
+    send = Connection._send_bytes
+    def dying(self, data):
+        global SENDS
+        SENDS -= 1
+        if not SENDS:
+            MARK.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        send(self, data)
+    Connection._send_bytes = dying
+"""
+"""A sitecustomize.py: the first worker is killed as it sends, with any lock that this takes in its hand."""
+
+
+@posix
+@pytest.mark.parametrize("sends", [1, 2], ids=["that it is ready", "its progress"])
+def test_a_worker_that_is_killed_while_it_tells_something_holds_up_no_other(tmp_path, monkeypatch, sends):
+    for index in range(2):
+        write_clip(tmp_path / "in" / f"{index}.mp4", index)
+    (tmp_path / "code").mkdir()
+    text = DIES_WHILE_IT_TELLS.format(mark=str(tmp_path / "died"), sends=sends)
+    (tmp_path / "code" / "sitecustomize.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
+    report = run(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "died").exists() and len(report.done) == 2
+
+
 def start_night(folder: Path, environment: dict[str, str]) -> subprocess.Popen:
     """`steadyvsr upscale` of long clips, in a process group of its own."""
     arguments = ["upscale", "in", "out", "--scale", "2", "--workers", "1", "--device", "cpu"]
