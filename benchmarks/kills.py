@@ -15,7 +15,6 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -195,9 +194,9 @@ def _run(source: Path, output: Path, log: Path) -> None:
         with log.open("a") as file:
             file.write(f"{line}\n")
 
-    def submitted(worker: WorkerProcess, job: batch.Job, *arguments: Any) -> None:
+    def submitted(self: WorkerProcess, job: batch.Job, place: Path, small: bool = False) -> None:
         write(f"b {job.name}")
-        submit(worker, job, *arguments)
+        submit(self, job, place, small)
 
     def say(line: str) -> None:
         name, _, what = line.partition(": ")

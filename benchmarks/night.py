@@ -108,7 +108,9 @@ def bad_night(folder: Path, clips: int) -> dict[str, Any]:
     bad = run(folder / "mixed", folder / "bad", 2, kill)
     same = [frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name) for result in bad.done]
     time.sleep(1)
-    left = [path.name for path in (folder / "bad").rglob("*") if ".part" in path.name]
+    left = [
+        path.name for path in (folder / "bad").iterdir() if path.suffix != ".mp4" and path.name != ".steadyvsr.json"
+    ]
     again = run(folder / "mixed", folder / "bad", 2)
     return {
         "done": len(bad.done),

@@ -15,6 +15,8 @@ OUTPUT_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm"})
 """Containers that the writer can make. A clip in any other becomes .mp4."""
 RECORD = ".steadyvsr.json"
 """Name of the record in a folder of results."""
+PLACE = ".steadyvsr-"
+"""With which the names of folders begin that hold a result as it grows; a killed run may have left one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def _find_videos(source: Path, output: Path, note: Callable[[str], object]) -> I
     for folder, folders, files in os.walk(source, onerror=unreadable):
         inside = []
         for path in sorted(Path(folder) / name for name in folders):
+            if path.name.startswith(PLACE):
+                continue
             if path.is_symlink():
                 note(f"{path}: a linked folder, which is not searched. Give it as IN of a run of its own.")
             elif path.resolve() != output.resolve():

@@ -9,13 +9,14 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from .jobs import PLACE
+
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
 FILE = ".steadyvsr.lock"
-PREFIX = ".steadyvsr-"
 
 
 class FolderLock:
@@ -50,7 +51,7 @@ class FolderLock:
         """A new, empty folder inside `folder`, which no other process uses; on the same disk, so that what grows in it
         can be renamed to its final name."""
         while True:
-            place = folder / f"{PREFIX}{os.urandom(6).hex()}"
+            place = folder / f"{PLACE}{os.urandom(6).hex()}"
             # Listed before it exists: a run that is killed in between leaves a line too many, never a folder too many.
             self._write(f"{os.fsencode(os.path.relpath(place, self.folder)).hex()}\n")
             with suppress(FileExistsError):
@@ -98,7 +99,7 @@ class FolderLock:
             with suppress(ValueError, OSError):
                 place = Path(os.fsdecode(bytes.fromhex(line)))
                 # The list is only a file: whatever it names, nothing is removed but what this program makes.
-                inside = not place.is_absolute() and ".." not in place.parts and place.name.startswith(PREFIX)
+                inside = not place.is_absolute() and ".." not in place.parts and place.name.startswith(PLACE)
                 if inside and stat.S_ISDIR((self.folder / place).lstat().st_mode):
                     shutil.rmtree(self.folder / place, ignore_errors=True)
 

@@ -24,9 +24,10 @@ from .worker import READY, ClipResult, Progress, WorkerSettings
 SILENCE_SECONDS = 120.0
 """So long a worker may be silent at least. A step of a large clip on a slow machine takes its time."""
 SILENCE_STEPS = 20
-"""And so many times its longest step until then."""
+"""And so many times the longest step of the kind that it is at."""
 UNMEASURED = 10
-"""Times as much where there are no steps: while a model loads, a file is checked, or an index is written."""
+"""Times as much where nothing was measured: in the first step of a kind, while a model loads, a file is checked, or an
+index is written."""
 KILL_SECONDS = 2.0
 
 _context: Any = multiprocessing.get_context("spawn")
@@ -50,8 +51,9 @@ class WorkerProcess:
         self.job: Job | None = None
         self.place: Path | None = None
         self.small = self.ready = False
-        self._silence, self._longest = silence, 0.0
-        self._heard, self._stepping = 0.0, False
+        self._silence = silence
+        self._heard = 0.0
+        self._usual: float | None = None
         self._process: Any = None
         self._pipe: Any = None
 
@@ -70,7 +72,7 @@ class WorkerProcess:
         self.job, self.place, self.small = job, place, small
         if not self.started:
             self._start()
-        self._heard, self._stepping = time.monotonic(), False
+        self._heard, self._usual = time.monotonic(), None
         self._send((job.name, str(job.source), str(place / job.output.name), small))
 
     def messages(self) -> list[Progress | ClipResult | None]:
@@ -93,8 +95,9 @@ class WorkerProcess:
 
     def hangs(self) -> bool:
         """Whether no step was finished for much longer than steps take."""
-        usual = max(self._silence, SILENCE_STEPS * self._longest)
-        return self.silent > (usual if self._stepping else UNMEASURED * usual)
+        if self._usual is None:
+            return self.silent > UNMEASURED * self._silence
+        return self.silent > max(self._silence, SILENCE_STEPS * self._usual)
 
     def excuse(self, seconds: float) -> None:
         """Does not count so much of its silence."""
@@ -133,12 +136,9 @@ class WorkerProcess:
             self._pipe.send(value)
 
     def _listen(self, message: Progress | ClipResult | str) -> None:
-        now = time.monotonic()
+        self._heard = time.monotonic()
         if isinstance(message, Progress):
-            if self._stepping:
-                self._longest = max(self._longest, now - self._heard)
             # After the last frame the file is completed: of that no step tells.
-            self._stepping = message.total is None or message.frames < message.total
+            self._usual = message.usual if message.frames != message.total else None
         elif message == READY:
             self.ready = True
-        self._heard = now

@@ -56,15 +56,17 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker says every half second while it works on a clip.
+    """What a worker says every half second while it works on a clip, and before a step that may take longer than told.
 
     Attributes:
         frames, total: done, and in all (None where nothing says how many).
+        usual: seconds that the longest step of the kind that begins now took in this clip; None for the first.
         in_use: part of the device's memory that is in use, by all processes, as measured; None if it cannot be read.
     """
 
     frames: int
     total: int | None
+    usual: float | None
     in_use: float | None
 
 
@@ -173,27 +175,51 @@ def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: Memor
     settings = worker.settings
     footage = footage_of(open_clip(source))
     writer = open_writer(footage, output, settings.options.scale, settings.output)
-    said, seen = 0.0, []
+    watch = _StepWatch()
 
     def step(phase: str, done: int, total: int | None) -> None:
-        nonlocal said
         if worker.stop.is_set():
             raise _Stopped
-        if time.perf_counter() - said >= PROGRESS_SECONDS:
-            said = time.perf_counter()
-            in_use = _share_in_use(worker.device)
-            seen.append(in_use)
-            worker.pipe.send(Progress(done, total or footage.count, in_use))
+        if watch.begin(phase):
+            worker.pipe.send(watch.progress(done, total or footage.count, worker.device))
 
     report = upscale_clip(
         worker.model, footage, writer, settings.options, device=worker.device, dtype=worker.dtype, on_step=step,
         plan=plan,
     )  # fmt: skip
-    in_use = max((share for share in seen if share is not None), default=None)
-    result = ClipResult(name, DONE, frames=report.frames, notes=report.notes, in_use=in_use)
+    result = ClipResult(name, DONE, frames=report.frames, notes=report.notes, in_use=watch.most_in_use)
     if report.complete:
         return result
     return replace(result, state=FAILED, error=report.notes[-1])
+
+
+class _StepWatch:
+    """How long the steps of one clip take, by kind, and when to tell the parent of it."""
+
+    def __init__(self) -> None:
+        self.most_in_use: float | None = None
+        self._longest: dict[str, float] = {}
+        self._phase, self._began = "", 0.0
+        self._told, self._usual = 0.0, 0.0
+
+    def begin(self, phase: str) -> bool:
+        """A step of that kind begins, and so the one before it is done. Says whether the parent should hear of it."""
+        now = time.perf_counter()
+        if self._phase:
+            self._longest[self._phase] = max(now - self._began, self._longest.get(self._phase, 0.0))
+        self._phase, self._began = phase, now
+        usual = self._longest.get(phase)
+        # A step that the parent takes for a shorter one would look like a worker that hangs.
+        longer = usual is None or usual > max(self._usual, PROGRESS_SECONDS)
+        return longer or now - self._told >= PROGRESS_SECONDS
+
+    def progress(self, done: int, total: int | None, device: torch.device) -> Progress:
+        """What to tell now."""
+        usual = self._longest.get(self._phase)
+        self._told, self._usual = self._began, usual or 0.0
+        in_use = _share_in_use(device)
+        self.most_in_use = max((share for share in (in_use, self.most_in_use) if share is not None), default=None)
+        return Progress(done, total, usual, in_use)
 
 
 def _share_in_use(device: torch.device) -> float | None:

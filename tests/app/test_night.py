@@ -17,6 +17,7 @@ import av
 import numpy as np
 import psutil
 import pytest
+import torch
 from steadyvsr import cli
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
@@ -214,7 +215,7 @@ def test_a_hung_worker_is_ended_and_its_clip_done_again_alone(tmp_path, in_threa
     def hangs_once(owner, name, source, output, plan):
         calls.append((name, plan))
         if len(calls) == 1:
-            owner.pipe.send(worker.Progress(1, FRAMES, None))
+            owner.pipe.send(worker.Progress(1, FRAMES, 0.01, None))
             time.sleep(20)
         return upscale(owner, name, source, output, plan)
 
@@ -227,24 +228,36 @@ def test_a_hung_worker_is_ended_and_its_clip_done_again_alone(tmp_path, in_threa
     assert any("0.mp4: its worker hung: no step was finished for" in line for line in said)
 
 
-def test_a_worker_may_be_silent_for_twenty_of_its_longest_steps(monkeypatch):
+def test_a_worker_may_be_silent_for_twenty_steps_of_the_kind_that_it_is_at(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(batch.process.time, "monotonic", lambda: clock[0])
     one = batch.process.WorkerProcess(0, settings(), silence=120.0)
     one._listen(worker.READY)
-    clock[0] = 1199.0
+    for usual, patience in ((None, 1200.0), (0.1, 120.0), (10.0, 200.0)):
+        one._listen(worker.Progress(1, 9, usual, None))
+        clock[0] += patience - 1
+        assert not one.hangs()
+        clock[0] += 2
+        assert one.hangs()
+        one.excuse(10.0)  # the whole machine stood still
+        assert not one.hangs()
+    one._listen(worker.Progress(9, 9, 0.1, None))  # the file is completed now
+    clock[0] += 1199
     assert not one.hangs()
-    for clock[0] in (2000.0, 2010.0):
-        one._listen(worker.Progress(1, 9, None))
-    clock[0] += 199.0
-    assert not one.hangs()
-    clock[0] += 2.0
-    assert one.hangs()
-    one.excuse(10.0)
-    assert not one.hangs()
-    one._listen(worker.Progress(9, 9, None))
-    clock[0] += 1999.0
-    assert not one.hangs()
+
+
+def test_a_worker_tells_of_a_step_that_may_take_longer_than_the_parent_knows(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock[0])
+    watch, told = worker._StepWatch(), []
+    for phase, seconds in [("project", 0.2), ("transform", 30.0), ("decode", 0.1)] * 2 + [("project", 0.2)] * 4:
+        if watch.begin(phase):
+            told.append((phase, watch.progress(1, 9, torch.device("cpu")).usual))
+        clock[0] += seconds
+    rounded = [(phase, usual and round(usual, 1)) for phase, usual in told]
+    assert rounded == [
+        ("project", None), ("transform", None), ("decode", None), ("transform", 30.0), ("decode", 0.1), ("project", 0.2)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [
