@@ -192,6 +192,7 @@ def test_an_existing_output_needs_force(tmp_path, capsys, engine):
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "Stopped"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--tile"),
     (ValueError("frame 3: NaN"), 2, "frame 3: NaN"), (OSError(28, "No space left on device"), 2, "No space left"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 96 GB"), 1, "--tile"), (MemoryError(), 1, "no more"),
 ])  # fmt: skip
 def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, error, code, words):
     source = make_clip(tmp_path / "in.mp4", 8, sound=True)
@@ -199,6 +200,17 @@ def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, e
     assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == code
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_sigterm_is_heard_as_ctrl_c(tmp_path, capsys, engine, monkeypatch):
+    source = make_clip(tmp_path / "in.mp4", 8)
+    monkeypatch.setattr(upscale, "trim", lambda: signal.raise_signal(signal.SIGTERM))  # called as frames are pulled
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == 130
+    assert capsys.readouterr().err.endswith("Stopped. Nothing was left behind.\n") and list(tmp_path.iterdir()) == [
+        source
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT goes to a whole console there")
