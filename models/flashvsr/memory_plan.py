@@ -73,7 +73,8 @@ def smaller(plan: MemoryPlan, phase: str | None, size: tuple[int, int]) -> tuple
         smaller(MemoryPlan(), "decode", (1280, 768))  # ("KV cache in RAM", MemoryPlan(kv_in_ram=True))
 
     Args:
-        phase: what did not fit (set up | project | transform | decode): rungs that cannot help it are skipped. None skips none.
+        phase: what did not fit (set up | project | transform | decode): rungs that cannot help it are skipped. None
+            skips none.
         size: width and height of the output.
     """
     for rung, phases in HELPS.items():

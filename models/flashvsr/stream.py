@@ -121,10 +121,10 @@ def upscale_frames(
         plan: how to spend memory; default: everything on the device, with `options.tile`, which a given plan replaces.
         memory_errors: exceptions that mean that memory ran out.
         on_memory_error: called as on_memory_error(phase, plan, error) after one of these, with nothing of the failed
-            work alive; before the first step the phase is "set up". The plan it returns, the same or a smaller one (see `memory_plan.smaller`), holds from then on,
-            and the run resumes at the layer or frame that failed: no frame is lost or made twice. None raises the
-            error; a tile larger than the current one is ignored. With `vae`, a second copy of the decoder's cache
-            exists while it works, so that a latent can be started again.
+            work alive; before the first step the phase is "set up". The plan it returns, the same or a smaller one (see
+            `memory_plan.smaller`), holds from then on, and the run resumes at the layer or frame that failed: no frame
+            is lost or made twice. None raises the error; a tile larger than the current one is ignored. With `vae`, a
+            second copy of the decoder's cache exists while it works, so that a latent can be started again.
 
     Yields:
         HWC fp32 frames in 0..1 on the CPU.

@@ -429,7 +429,8 @@ models_folder = tiny_flashvsr.write_tiny_model(pack, (16, 32), (16, 16, 8, 8), p
 (models_folder / "broken" / "model.safetensors").write_bytes(b"")
 SCENARIOS = {
     "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
-    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "short at the start": short_at_the_start, "growth": growth,
+    "short at the start": short_at_the_start,
+    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,
     "loader errors": loader_errors, "vae decoder": vae_decoder, "videos": videos, "told": told,
     "same as the engine": same_as_the_engine, "weights changed on use": weights_changed_on_use,
 }  # fmt: skip
