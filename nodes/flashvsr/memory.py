@@ -27,8 +27,7 @@ from .wan_decoder import StreamingWanVAE
 PHASE = "FlashVSR"
 CLEAN = ("pressure", "never", "every step")
 ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "did not fit", "tried": "then"}
-"""Of an attempt: the engine's phase (set up, project, transform or decode), the output frames that were finished, the
-plan."""
+"""Of an attempt: the phase (set up, project, transform or decode), the output frames that were finished, the plan."""
 
 
 @dataclass(frozen=True)
