@@ -30,7 +30,7 @@ from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from .kept import Entry, registry
 from .residency import Resident, handle_of, residents
-from .versions import torch_devices
+from .versions import is_dynamic, torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
 
@@ -53,6 +53,7 @@ class Kept:
         dead: how many of those have lost their patcher.
         resident: bytes on the device.
         size: of all its weights.
+        dynamic: whether the driver moves its pages (dynamic VRAM).
     """
 
     id: str
@@ -68,6 +69,7 @@ class Kept:
     hits: int
     loads: int
     yields: int
+    dynamic: bool
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,9 @@ def _is_lost(before: Kept, now: Kept | None) -> bool:
     """Whether a kept model left its device or ComfyUI's list though nobody gave it up and it did not yield."""
     if now is None or now.yields > before.yields:
         return False
-    return now.resident < before.resident or now.listed < min(1, before.listed)
+    # With dynamic VRAM the driver takes pages and brings them back when they are used.
+    fewer = now.resident < before.resident and not now.dynamic
+    return fewer or now.listed < min(1, before.listed)
 
 
 def _bytes_now(after: Snapshot, item: Resident) -> int:
@@ -344,4 +348,5 @@ def _kept(entry: Entry, there: Iterable[Resident]) -> Kept:
         hits=entry.hits,
         loads=entry.loads,
         yields=entry.yields,
+        dynamic=any(is_dynamic(patcher) for patcher in patchers),
     )
