@@ -2,7 +2,7 @@
 
 | function | what the wrapper adds |
 |---|---|
-| unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
+| unload_all_models | kept entries are out of the list meanwhile; a press is for every accelerator with a listed model |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | unload_model_and_clones | nothing is protected from a caller that names the model it wants gone (since 0.33) |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
@@ -10,7 +10,8 @@
 | PromptExecutor.execute | wishes of the prompt's loaders are read before it; after it, no kept model is in use |
 | execution.execute | between two nodes, values are given up as asked, and RAM is yielded if it is short |
 | PromptExecutor.reset | a press has come to its reset |
-| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
+| PromptQueue.get | the worker does not wait while there are flags: a press during a garbage collection is heard |
+| PromptQueue.get_flags | a turn begins: what waits is done, an older press is over, RAM is relieved if short |
 
 The one call of the original empties the caches of all devices of a backend; nothing is added to it. With nothing kept,
 models are not touched. chain.py says how a wrapper keeps our failures from ComfyUI.
@@ -27,17 +28,17 @@ from typing import Any
 
 import comfy.model_management as mm
 import psutil
+import torch
 
 from ..memory.host import trim
 from ..memory.reading import size_text
 from . import chain, idle, presses, prompt, versions
 from .chain import Hook, attempt, state
 from .kept import KEPT, PINNED, registry, same_model
-from .residency import adopt, explicit, is_explicit, look
+from .residency import EVERYTHING, adopt, explicit, is_explicit, look
 
+CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-ENOUGH_RAM = 1.5
-"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
 
 
 @contextmanager
@@ -67,13 +68,23 @@ def unload_all_models(original: chain.Original, *arguments: Any, **keywords: Any
         before = attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
         try:
-            return original(*arguments, **keywords)
+            result = original(*arguments, **keywords)
+            if caller == "button":
+                attempt("unloading other devices", _unload_everywhere)
+            return result
         finally:
             attempt("putting kept models back", lambda: _put_back(hidden))
             attempt("counting yields", lambda: _count_yields(before))
             if press is not None:
                 attempt("snapshot", press.unloaded)
             attempt("looking at models", look)
+
+
+def _unload_everywhere() -> None:
+    """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
+    devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
+    for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
+        versions.free_memory(EVERYTHING, device, [])
 
 
 def _hide(original: chain.Original, out_of_memory: bool) -> list[tuple[int, Any]]:
@@ -178,7 +189,7 @@ def unload_model_and_clones(original: chain.Original, *arguments: Any, **keyword
 
 def soft_empty_cache(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     thread, press = state().thread, presses.open_press()
-    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
+    if thread.depth > 0 or thread.emptying:
         return original(*arguments, **keywords)
     # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
@@ -234,7 +245,7 @@ def yield_ram(running: prompt.RunningPrompt | None = None) -> None:
         running: a prompt whose models stay.
     """
     available, least = psutil.virtual_memory().available, registry().least_available_bytes()
-    if available >= ENOUGH_RAM * least:
+    if available >= idle.ENOUGH_RAM * least:
         state().ram_armed = True
     if not state().ram_armed or available >= least:
         return
@@ -320,6 +331,18 @@ def reset(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     return result
 
 
+def get(original: chain.Original, queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    prompt.worker_is_here()
+    # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
+    with idle.lock_of(queue):
+        timeout = keywords.get("timeout", arguments[0] if arguments else None)
+        if timeout is not None and attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
+            return None  # as if the time were up: the worker then asks for flags
+        if keywords.get("timeout") is not None:
+            keywords["timeout"] = min(keywords["timeout"], idle.LOOK_SECONDS)
+        return original(queue, *arguments, **keywords)
+
+
 def get_flags(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     flags = original(*arguments, **keywords)
     prompt.worker_is_here()
@@ -327,7 +350,7 @@ def get_flags(original: chain.Original, *arguments: Any, **keywords: Any) -> Any
     attempt("giving up models", registry().settle)
     idle.run_waiting()
     attempt("looking at models", look)
-    return flags
+    return attempt("RAM relief", lambda: idle.relief().flags(arguments[0], flags), flags)
 
 
 STAY = "kept models stay"
@@ -357,6 +380,7 @@ HOOKS = {
         ),
         Hook("execution.execute", between_nodes, "kept models yield RAM, and are released, while a prompt runs"),
         Hook("PromptExecutor.reset", reset, "a press tells what dropping the node cache did", ("self",)),
+        Hook("PromptQueue.get", get, "a press during a garbage collection is heard", ("self", "timeout")),
         Hook("PromptQueue.get_flags", get_flags, "the panel's buttons act between prompts", ("self",)),
     )
 }

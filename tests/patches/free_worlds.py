@@ -73,7 +73,7 @@ class World:
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
         sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
-        for name in ("retention", "presses"):
+        for name in ("retention", "presses", "relief"):
             state.pop(name, None)
         mm.current_loaded_models.clear()
         mm.DISABLE_SMART_MEMORY = False
@@ -424,7 +424,7 @@ def s12(world: World) -> dict:
     with ram(0.09):
         mm.soft_empty_cache()
         seen["armed_again"] = owned()
-    return seen | {"flags": world.queue.flags}
+    return seen | {"flags": sorted(world.queue.flags)}
 
 
 def owned() -> str:
