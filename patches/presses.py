@@ -36,7 +36,7 @@ from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from .kept import Entry, registry
 from .residency import Resident, handle_of, node_outputs, residents
-from .versions import stream_buffers, torch_devices
+from .versions import is_dynamic, stream_buffers, torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
 
@@ -60,6 +60,7 @@ class Kept:
         dead: how many of those have lost their patcher.
         resident: bytes on the devices that it computes on.
         size: of all its weights.
+        dynamic: whether the driver moves its pages (dynamic VRAM).
         places: bytes by where they are: a device, or "RAM".
     """
 
@@ -77,6 +78,7 @@ class Kept:
     hits: int
     loads: int
     yields: int
+    dynamic: bool
 
     def __str__(self) -> str:
         """`wan.safetensors 3.33 MiB in RAM`, `wan.safetensors 3.33 MiB: 1.00 MiB on cuda:0, 2.33 MiB in RAM`"""
@@ -391,7 +393,9 @@ def _is_lost(before: Kept, now: Kept | None) -> bool:
     """Whether a kept model left its device or ComfyUI's list though nobody gave it up and it did not yield."""
     if now is None or now.yields > before.yields:
         return False
-    return now.resident < before.resident or now.listed < min(1, before.listed)
+    # With dynamic VRAM the driver takes pages and brings them back when they are used.
+    fewer = now.resident < before.resident and not now.dynamic
+    return fewer or now.listed < min(1, before.listed)
 
 
 def _said(receipt: offload.Receipt) -> str:
@@ -438,4 +442,5 @@ def _kept(entry: Entry, there: Iterable[Resident]) -> Kept:
         hits=entry.hits,
         loads=entry.loads,
         yields=entry.yields,
+        dynamic=any(is_dynamic(patcher) for patcher in patchers),
     )
