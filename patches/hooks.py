@@ -351,7 +351,7 @@ def reset(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
 def get(original: chain.Original, queue: Any, *arguments: Any, **keywords: Any) -> Any:
     prompt.worker_is_here()
     # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
-    with idle.lock_of(queue):
+    with idle.lock_of(queue, original.function):
         timeout = keywords.get("timeout", arguments[0] if arguments else None)
         if timeout is not None and attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
             return None  # as if the time were up: the worker then asks for flags
