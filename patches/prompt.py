@@ -50,6 +50,11 @@ def in_work() -> bool:
     return get_executing_context() is not None or bool(_queued())
 
 
+def definition() -> Mapping[str, Any]:
+    """All nodes of the prompt in work, between its nodes too; empty where there is none or no queue tells it."""
+    return next((item[2] for item in _queued()), {})
+
+
 def server() -> Any | None:
     """ComfyUI's server; None where it runs without one."""
     # Looked up, not imported: the module starts things.
