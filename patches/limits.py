@@ -18,6 +18,7 @@ from ..memory import budget, probe
 from ..memory.process import shared
 from ..memory.reading import Figure, size_text
 from . import prompt, residency, versions
+from .chain import Refusal
 from .kept import PINNED, registry
 
 log = logging.getLogger("steadyvsr.patches")
@@ -29,7 +30,7 @@ PERIOD_SECONDS = 0.1
 the allocator meanwhile, so none is missed where it has such a counter."""
 
 
-class PhaseLimitExceeded(RuntimeError):
+class PhaseLimitExceeded(Refusal):
     """A phase takes more than its gate allows."""
 
 
@@ -77,7 +78,7 @@ def limit_of(running: prompt.RunningPrompt) -> PhaseLimit | None:
 def exceeded() -> PhaseLimitExceeded | None:
     """The error with which the executing node has to stop because its phase took too much; None goes on."""
     watch = _watched()
-    if watch.node is None and any(_limits(prompt.definition())):
+    if watch.node is None and (queued := prompt.queued()) is not None and any(_limits(queued.nodes)):
         # ComfyUI asks once before each node, outside of it.
         watch.before = {device: figure.bytes or 0 for device, figure in _peaks().items()}
     if watch.limit is None or (now := time.perf_counter()) < watch.next_reading:
