@@ -270,8 +270,6 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
     stopped = attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **asked))
     if stopped is not None:
         raise stopped
-    if not registry().keeps_anything:
-        return original(*arguments, **keywords)
     thread.loading = True
     try:
         if registry().keeps_anything:

@@ -184,7 +184,7 @@ def _occupant(item: residency.Resident) -> budget.Occupant:
     entry = next((entry for entry in registry().owned() if entry.id == item.id), None)
     if entry is None:
         return budget.Occupant(item.name, item.bytes, movable=not item.dead)
-    nodes = ", ".join(sorted(entry.requests_in(prompt.running()))) or "another workflow"
+    nodes = ", ".join(sorted(entry.wishes_in(prompt.running()))) or "another workflow"
     by = f"{'pinned' if entry.policy == PINNED else 'kept'} by {'node ' * (nodes != 'another workflow')}{nodes}"
     return budget.Occupant(f"{item.name} ({entry.name}, {by})", item.bytes, movable=entry.policy != PINNED)
 

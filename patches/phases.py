@@ -195,7 +195,7 @@ def _rests(model: Any) -> str:
     The nodes that use such a model move it themselves: there is nothing to offload through ComfyUI's books.
     """
     network = getattr(model, "model", None)
-    if residency.is_model(model) or not isinstance(network, torch.nn.Module):
+    if not isinstance(network, torch.nn.Module) or residency.is_model(model):
         return ""
     found = ", ".join(f"{exact_text(size)} on {device}" for device, size in where(network.named_parameters()).items())
     return f"{type(network).__name__}: ComfyUI does not manage it; {found or 'it has no weights'}"

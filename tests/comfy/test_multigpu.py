@@ -22,12 +22,8 @@ CHECKOUTS = [Path(part) for part in os.environ.get("STEADYVSR_MULTIGPU", "").spl
 PLACES = [(comfyui, multigpu) for comfyui in comfyui_checkouts() for multigpu in CHECKOUTS]
 OURS = ("keep", "pin")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-OTHERS = (
-    "throw_exception_if_processing_interrupted",
-    "PromptExecutor.reset",
-    "PromptQueue.get",
-    "PromptQueue.get_flags",
-)
+STEP = "throw_exception_if_processing_interrupted"
+WORKER = ("PromptExecutor.reset", "PromptQueue.get", "PromptQueue.get_flags")
 
 pytestmark = [
     pytest.mark.comfy,
