@@ -266,8 +266,7 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
     thread = state().thread
     if thread.loading:
         return original(*arguments, **keywords)
-    asked = {name: keywords[name] for name in ("models", "memory_required") if name in keywords}
-    stopped = attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **asked))
+    stopped = attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **_named(keywords)))
     if stopped is not None:
         raise stopped
     thread.loading = True
@@ -283,6 +282,10 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
     finally:
         thread.loading = False
         attempt("looking at models", look)
+
+
+def _named(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in ("models", "memory_required") if name in keywords}
 
 
 def throw_if_interrupted(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
@@ -378,8 +381,19 @@ HOOKS = {
             ("memory_required", "device", "keep_loaded"),
         ),
         Hook("soft_empty_cache", soft_empty_cache, f"{STAY} usable when a copy of them is gone, and yield RAM"),
-        Hook("load_models_gpu", load_models_gpu, f"{STAY} in ComfyUI's books after a load has failed", ("models",)),
-        Hook("throw_exception_if_processing_interrupted", throw_if_interrupted, "peak_gb acts while its phase runs"),
+        Hook(
+            "load_models_gpu",
+            load_models_gpu,
+            f"{STAY} in ComfyUI's books after a load has failed, and what will not fit is said before",
+            ("models",),
+            raises=(limits.PhaseLimitExceeded,),
+        ),
+        Hook(
+            "throw_exception_if_processing_interrupted",
+            throw_if_interrupted,
+            "a phase that takes more than its gate allows is stopped at its gate, not before",
+            raises=(limits.PhaseLimitExceeded,),
+        ),
         Hook(
             "unload_model_and_clones",
             unload_model_and_clones,

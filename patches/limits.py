@@ -18,7 +18,6 @@ from ..memory import budget, probe
 from ..memory.process import shared
 from ..memory.reading import Figure, size_text
 from . import prompt, residency, versions
-from .chain import Refusal
 from .kept import PINNED, registry
 
 log = logging.getLogger("steadyvsr.patches")
@@ -30,7 +29,7 @@ PERIOD_SECONDS = 0.1
 the allocator meanwhile, so none is missed where it has such a counter."""
 
 
-class PhaseLimitExceeded(Refusal):
+class PhaseLimitExceeded(RuntimeError):
     """A phase takes more than its gate allows."""
 
 

@@ -47,15 +47,15 @@ def running() -> RunningPrompt | None:
     return RunningPrompt(context.prompt_id, context.node_id, nodes)
 
 
+def queued() -> RunningPrompt | None:
+    """The prompt that ComfyUI's worker has taken from its queue, also between two nodes; None while it is idle."""
+    return next((RunningPrompt(item[1], "", item[2]) for item in _queued()), None)
+
+
 def executing() -> tuple[str, str] | None:
     """The prompt and the node that are executing in this thread; cheaper than `running`."""
     context = executing_context()
     return None if context is None else (context.prompt_id, context.node_id)
-
-
-def queued() -> RunningPrompt | None:
-    """The prompt that ComfyUI's worker has taken from its queue, also between two nodes; None while it is idle."""
-    return next((RunningPrompt(item[1], "", item[2]) for item in _queued()), None)
 
 
 def in_work() -> bool:

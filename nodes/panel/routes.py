@@ -220,7 +220,7 @@ POSTS: dict[str, tuple[Handler, dict[str, Kind]]] = {
     "settings": (
         settings,
         {
-            "warn_percent": NUMBER, "critical_percent": NUMBER, "kept_ram_gib": NUMBER, "least_ram_gib": NUMBER,
+            **dict.fromkeys(("warn_percent", "critical_percent", "kept_ram_gib", "least_ram_gib"), NUMBER),
             "reset_when_short": bool,
         },
     ),
