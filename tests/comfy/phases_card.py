@@ -99,7 +99,8 @@ class SimulatedCard:
             return asked
 
         mm.get_torch_device = lambda: self.device
-        mm.get_all_torch_devices = lambda *_, **__: list(self.devices)
+        if hasattr(mm, "get_all_torch_devices"):  # since 0.33
+            mm.get_all_torch_devices = lambda *_, **__: list(self.devices)
         mm.text_encoder_device = lambda: self.device
         mm.get_free_memory = answer("get_free_memory", self.free)
         mm.get_total_memory = answer("get_total_memory", lambda device: self.capacity)
