@@ -2,12 +2,13 @@
 
 | function | what the wrapper adds |
 |---|---|
-| unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
+| unload_all_models | kept entries are out of the list meanwhile; a press is for every accelerator with a listed model |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
 | PromptExecutor.reset | a press has come to its reset |
-| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
+| PromptQueue.get | the worker does not wait while there are flags: a press during a garbage collection is heard |
+| PromptQueue.get_flags | a turn begins: what waits is done, an older press is over, RAM is relieved if short |
 
 The one call of the original empties the caches of all devices of a backend; nothing is added to it.
 
@@ -29,19 +30,19 @@ from typing import Any
 
 import comfy.model_management as mm
 import psutil
+import torch
 
 from ..memory.host import trim
 from ..memory.process import shared
 from ..memory.reading import size_text
 from . import idle, presses, prompt, versions
 from .kept import KEPT, PINNED, registry, same_model
-from .residency import adopt, is_explicit
+from .residency import EVERYTHING, adopt, is_explicit
 
 log = logging.getLogger("steadyvsr.patches")
 
+CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-ENOUGH_RAM = 1.5
-"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
 
 
 class _Thread(threading.local):
@@ -101,12 +102,22 @@ def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords:
         before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
         hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
         try:
-            return original(*arguments, **keywords)
+            result = original(*arguments, **keywords)
+            if caller == "button":
+                _attempt("unloading other devices", _unload_everywhere)
+            return result
         finally:
             _attempt("putting kept models back", lambda: _put_back(hidden))
             _attempt("counting yields", lambda: _count_yields(before))
             if press is not None:
                 _attempt("snapshot", press.unloaded)
+
+
+def _unload_everywhere() -> None:
+    """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
+    devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
+    for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
+        mm.free_memory(EVERYTHING, device)
 
 
 def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
@@ -257,7 +268,7 @@ def yield_ram() -> None:
     if prompt.in_work():
         return
     state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
-    if available >= ENOUGH_RAM * least:
+    if available >= idle.ENOUGH_RAM * least:
         state.ram_armed = True
     if not state.ram_armed or available >= least:
         return
@@ -301,11 +312,22 @@ def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any
     return result
 
 
+def get(original: Callable[..., Any], queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
+    with idle.lock_of(queue):
+        timeout = keywords.get("timeout", arguments[0] if arguments else None)
+        if timeout is not None and _attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
+            return None  # as if the time were up: the worker then asks for flags
+        if keywords.get("timeout") is not None:
+            keywords["timeout"] = min(keywords["timeout"], idle.LOOK_SECONDS)
+        return original(queue, *arguments, **keywords)
+
+
 def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     flags = original(*arguments, **keywords)
     _attempt("snapshot", presses.end_open)
     idle.run_waiting()
-    return flags
+    return _attempt("RAM relief", lambda: idle.relief().flags(arguments[0], flags), flags)
 
 
 BODIES: dict[str, Callable[..., Any]] = {
@@ -314,6 +336,7 @@ BODIES: dict[str, Callable[..., Any]] = {
     "soft_empty_cache": soft_empty_cache,
     "load_models_gpu": load_models_gpu,
     "PromptExecutor.reset": reset,
+    "PromptQueue.get": get,
     "PromptQueue.get_flags": get_flags,
 }
 

@@ -177,6 +177,8 @@ class Registry:
         self.lock = threading.RLock()
         self.ram_budget_bytes: int | None = None
         """For all owned entries together; None is half of the machine's RAM."""
+        self.least_ram_bytes: int | None = None
+        """Below this much available RAM, what can go goes; None is a tenth of the machine's."""
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
         self._owned = 0
 
@@ -312,7 +314,7 @@ class Registry:
         return int(psutil.virtual_memory().total * RAM_SHARE)
 
     def least_available_bytes(self) -> int:
-        return int(psutil.virtual_memory().total * AVAILABLE_SHARE)
+        return self.least_ram_bytes or int(psutil.virtual_memory().total * AVAILABLE_SHARE)
 
     def keep_within_budget(self) -> list[Entry]:
         """Gives up the least recently used kept entries until the rest fits the RAM budget; returns them.

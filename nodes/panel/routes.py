@@ -164,19 +164,32 @@ def offload(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(body: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the server acts on: {warn_percent, critical_percent, kept_ram_gib}."""
-    book, kept = ledger.current(), registry()
+    """The settings that the server acts on.
+
+    {warn_percent, critical_percent, kept_ram_gib, least_ram_gib, reset_when_short}
+    """
+    book, kept, relief = ledger.current(), registry(), idle.relief()
     warn = _taken(body, "warn_percent", (int, float), book.levels.warn * 100)
     critical = _taken(body, "critical_percent", (int, float), book.levels.critical * 100)
     ram = _taken(body, "kept_ram_gib", (int, float), (kept.ram_budget_bytes or 0) / GIB)
     if not 0 <= ram <= 1e6:
         raise BadRequest(f"kept_ram_gib: expected 0 (half of the RAM) or more GiB; got {ram}.")
+    least = _taken(body, "least_ram_gib", (int, float), (kept.least_ram_bytes or 0) / GIB)
+    if not 0 <= least <= 1e6:
+        raise BadRequest(f"least_ram_gib: expected 0 (a tenth of the RAM) or more GiB; got {least}.")
+    reset = _taken(body, "reset_when_short", bool, relief.enabled)
     try:
         book.levels = ledger.Levels(warn=warn / 100, critical=critical / 100)
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    kept.ram_budget_bytes = int(ram * GIB) or None
-    return {"levels": asdict(book.levels), "kept_budget_bytes": kept.budget_bytes()}
+    kept.ram_budget_bytes, kept.least_ram_bytes = int(ram * GIB) or None, int(least * GIB) or None
+    relief.enabled = reset
+    return {
+        "levels": asdict(book.levels),
+        "kept_budget_bytes": kept.budget_bytes(),
+        "least_ram_bytes": kept.least_available_bytes(),
+        "reset_when_short": relief.enabled,
+    }
 
 
 def predict(body: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +218,7 @@ def _press_receipt(press: presses.Press) -> None:
         if item.bytes
     )
     titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
-    verdict = "FAILED" if press.lost else "DONE"
+    verdict = "FAILED" if press.lost else press.verdict.value
     receipts.give(ReceiptCard(titles[press.caller], press.line, verdict, lines))
 
 

@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import tempfile
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -48,14 +49,35 @@ class PromptQueue:
     """As much of ComfyUI's prompt queue as anybody asks for."""
 
     def __init__(self) -> None:
-        self.flags: list[str] = []
+        self.mutex = threading.RLock()
+        self.not_empty = threading.Condition(self.mutex)
+        self.queue: list[Any] = []
+        self.flags: dict[str, object] = {}
         self.currently_running: dict[int, tuple] = {}
 
-    def set_flag(self, name: str, value: object) -> None:
-        self.flags.append(name)
+    def put(self, item: Any) -> None:
+        with self.mutex:
+            self.queue.append(item)
+            self.not_empty.notify()
 
-    def get_flags(self) -> dict[str, bool]:
-        return {}
+    def get(self, timeout: float | None = None) -> Any:
+        """The next prompt; None when the time is up, or when somebody wakes the worker while it waits."""
+        with self.not_empty:
+            while not self.queue:
+                self.not_empty.wait(timeout=timeout)
+                if timeout is not None and not self.queue:
+                    return None
+            return self.queue.pop(0), 0
+
+    def set_flag(self, name: str, value: object) -> None:
+        with self.mutex:
+            self.flags[name] = value
+            self.not_empty.notify()
+
+    def get_flags(self) -> dict[str, object]:
+        with self.mutex:
+            flags, self.flags = self.flags, {}
+            return flags
 
 
 class NodeCache:
@@ -107,7 +129,7 @@ class World:
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
         sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
-        for name in ("retention", "presses"):
+        for name in ("retention", "presses", "relief"):
             state.pop(name, None)
         mm.current_loaded_models.clear()
         mm.DISABLE_SMART_MEMORY = False
@@ -440,7 +462,7 @@ def s12(world: World) -> dict:
     with ram(0.09):
         mm.soft_empty_cache()
         seen["armed_again"] = owned()
-    return seen | {"flags": world.queue.flags}
+    return seen | {"flags": sorted(world.queue.flags)}
 
 
 def owned() -> str:
