@@ -58,10 +58,6 @@ def live() -> list[int]:
     return [simcard.statistics(card)["live"] for card in CARD.devices]
 
 
-def lost(before: list[int], after: list[int]) -> list[int]:
-    return [was - now for was, now in zip(before, after, strict=True)]
-
-
 def clean() -> None:
     HELD.clear()
     loaders.clean()
@@ -80,7 +76,8 @@ def press() -> dict:
     found = pack("patches.presses").last_press()
     told = found.to_json()
     told.pop("snapshots")
-    return {"lost": lost(before, live()), "line": found.line, "told": told}
+    lost = [was - now for was, now in zip(before, live(), strict=True)]
+    return {"lost": lost, "line": found.line, "told": told}
 
 
 def presses() -> dict:
@@ -95,10 +92,8 @@ def presses() -> dict:
         mm.load_models_gpu([*patchers_of([model, vae]), *foreign])
         weights = sorted((weight.data for weight in model.model.parameters()), key=lambda weight: -weight.nbytes)
         HELD.extend({"nobody": [], "the largest weight": weights[:1], "all weights": weights}[holder])
-        on_card = live()
-        largest, size = weights[0].nbytes, sum(weight.nbytes for weight in weights)
         del weights
-        seen[holder] = {"before": on_card, "held": sum(x.nbytes for x in HELD), "largest": largest, "size": size}
+        seen[holder] = {"before": live(), "held": sum(weight.nbytes for weight in HELD)}
         kept = patchers_of([vae])[0]
         seen[holder] |= press() | {"kept_stays": kept.loaded_size() == kept.model_size()}
         del model, vae, foreign, kept
