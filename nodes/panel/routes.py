@@ -19,7 +19,7 @@ from ...memory.offload import Verdict
 from ...memory.process import shared
 from ...memory.reading import GIB, size_text
 from ...patches import idle, presses, prompt, residency
-from ...patches.kept import POLICIES, registry
+from ...patches.kept import EJECTABLE, POLICIES, registry
 from .. import receipts
 from ..flashvsr import prediction
 from ..receipts import Line, ReceiptCard
@@ -113,11 +113,12 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
         if not all(isinstance(id, str) for id in ids):
             raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
         # Before anything is released: a list with one wrong id changes nothing.
-        known = {entry.id for entry in registry().owned()}
+        known = {entry.id for entry in registry().entries() if entry.wanted != EJECTABLE}
         unknown = [id for id in ids if id not in known]
         if unknown:
             raise BadRequest(f"no kept model has the id {unknown[0][:40]!r}.", 404)
     given_up = registry().release(ids)
+    _settle()
     title = f"Release {given_up[0].name}" if len(given_up) == 1 else "Release kept models"
     line = "none is kept"
     if given_up:
@@ -135,22 +136,27 @@ def policy(body: dict[str, Any]) -> dict[str, Any]:
         entry = registry().set_policy(id, wanted)
     except KeyError as error:
         raise BadRequest(f"no model has the id {id[:40]!r}.", 404) from error
+    _settle()
     words = {"no": "no longer kept", "keep": "kept", "pin": "pinned"}[wanted]
     line = f"{size_text(entry.size_bytes)} of weights, {words} until a loader node asks otherwise"
     return {"receipt": receipts.give(ReceiptCard(f"{entry.name}: {words}", line, "DONE"))}
 
 
+def _settle() -> None:
+    """Has ComfyUI's worker take or give up models as the policies now say: after the running node, or at once."""
+    idle.run_when_idle(PromptServer.instance.prompt_queue, registry().settle)
+
+
 def offload(body: dict[str, Any]) -> dict[str, Any]:
     """Moves one network off its device, after the running prompt, and measures. {handle}"""
     handle = _taken(body, "handle", str)
-    patcher = panel_state.patcher_of(handle)
-    if patcher is None:
+    name = next((network.name for network in residency.networks() if network.handle == handle), None)
+    if name is None:
         raise BadRequest(f"no model {handle[:40]!r} is loaded or kept any more.", 404)
-    title, id = f"Offload {type(patcher.model).__name__}", receipts.new_id()
-    del patcher  # or this request would keep it alive until it is moved
+    title, id = f"Offload {name}", receipts.new_id()
 
     def move() -> None:
-        found = panel_state.patcher_of(handle)
+        found = residency.patcher_of(handle)
         line, verdict = "it was gone before its turn came", Verdict.NOT_LOADED
         if found is not None:
             (receipt,) = residency.offload_model(found)

@@ -1,4 +1,4 @@
-"""The queue of prompts, as far as its worker waits for it and asks for flags."""
+"""The queue of prompts, as far as its worker waits for it, and what runs them, as far as it has names."""
 
 from __future__ import annotations
 
@@ -40,3 +40,18 @@ class PromptQueue:
             if reset:
                 self.flags.clear()
             return flags
+
+
+class PromptExecutor:
+    def __init__(self, server: Any) -> None:
+        self.server = server
+
+    def reset(self) -> None:
+        pass
+
+    def execute(self, prompt: Any, prompt_id: str, extra_data: Any = None, execute_outputs: Any = ()) -> None:
+        pass
+
+
+async def execute(*_: Any) -> None:
+    """One node."""

@@ -16,11 +16,10 @@ import json
 import logging
 import sys
 import tempfile
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ if __name__ == "__main__":
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from free_worker import NodeCache, PromptExecutor, PromptQueue  # noqa: E402
 
 mm: Any = importlib.import_module("comfy.model_management")
 ModelPatcher: Any = importlib.import_module("comfy.model_patcher").ModelPatcher
@@ -43,62 +43,6 @@ hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
 FIRST, SECOND, REST = torch.device("cpu:0"), torch.device("cpu:1"), torch.device("cpu")
 EVERYTHING = {"unload_models": True, "free_memory": True}
 STOCK = "stock"
-
-
-class PromptQueue:
-    """As much of ComfyUI's prompt queue as anybody asks for."""
-
-    def __init__(self) -> None:
-        self.mutex = threading.RLock()
-        self.not_empty = threading.Condition(self.mutex)
-        self.queue: list[Any] = []
-        self.flags: dict[str, object] = {}
-        self.currently_running: dict[int, tuple] = {}
-
-    def put(self, item: Any) -> None:
-        with self.mutex:
-            self.queue.append(item)
-            self.not_empty.notify()
-
-    def get(self, timeout: float | None = None) -> Any:
-        """The next prompt; None when the time is up, or when somebody wakes the worker while it waits."""
-        with self.not_empty:
-            while not self.queue:
-                self.not_empty.wait(timeout=timeout)
-                if timeout is not None and not self.queue:
-                    return None
-            return self.queue.pop(0), 0
-
-    def set_flag(self, name: str, value: object) -> None:
-        with self.mutex:
-            self.flags[name] = value
-            self.not_empty.notify()
-
-    def get_flags(self) -> dict[str, object]:
-        with self.mutex:
-            flags, self.flags = self.flags, {}
-            return flags
-
-
-class NodeCache:
-    """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[tuple, Any] = {}
-        self.changed = {"cache": self}
-
-
-class PromptExecutor:
-    """ComfyUI's, as far as its node cache goes."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.cache = NodeCache()
-
-
-sys.modules["execution"] = types.SimpleNamespace(PromptExecutor=PromptExecutor, PromptQueue=PromptQueue)
 
 
 class Errors(logging.Handler):
@@ -233,24 +177,42 @@ class World:
     def prompt(self, *steps: tuple, fails: BaseException | None = None, together: bool = False, **options: Any) -> None:
         """A workflow: every step's loader, LoRA and use. With `fails` its last use raises."""
         self.prompts += 1
-        self.queue.currently_running[0] = (0, f"p{self.prompts}", {step[0]: {} for step in steps})
+        inputs = {name: {"name": name, "keep": keep, **options} for name, keep, *_ in steps}
+        nodes = {name: {"class_type": "Load", "inputs": given} for name, given in inputs.items()}
+        self.queue.currently_running[0] = (0, f"p{self.prompts}", nodes)
+
+        def used(step: tuple) -> None:
+            patcher = self.node(*step, **options)
+            with CurrentNodeContext(f"p{self.prompts}", "use"):
+                mm.load_models_gpu([patcher])
+
+        def work() -> None:
+            try:
+                if together:
+                    mm.load_models_gpu([self.node(*step, **options) for step in steps])
+                for step in () if together else steps:
+                    self.executed(lambda step=step: used(step))
+                if fails is not None:
+                    raise fails
+            except mm.OOM_EXCEPTION:
+                mm.unload_all_models()  # as the executor's handler does
+            except mm.InterruptProcessingException:
+                pass
+
+        self.executor.work = work
         try:
-            if together:
-                mm.load_models_gpu([self.node(*step, **options) for step in steps])
-            for step in () if together else steps:
-                patcher = self.node(*step, **options)
-                with CurrentNodeContext(f"p{self.prompts}", "use"):
-                    mm.load_models_gpu([patcher])
-            if fails is not None:
-                raise fails
-        except mm.OOM_EXCEPTION:
-            mm.unload_all_models()  # as the executor's handler does
-        except mm.InterruptProcessingException:
-            pass
+            self.executor.execute(nodes, f"p{self.prompts}")
         finally:
             self.queue.currently_running.clear()
+            del self.executor.work
         if mm.DISABLE_SMART_MEMORY:
             mm.unload_all_models()
+
+    @staticmethod
+    def executed(node: Callable[[], None]) -> None:
+        """Has the executor's module execute a node, which waits for nothing."""
+        with suppress(StopIteration):
+            sys.modules["execution"].execute(node).send(None)
 
     def tail(self, unload_models: bool = False, free_memory: bool = False) -> dict[str, str]:
         """The end of a turn of ComfyUI's worker, with these flags; what was there after each of its steps."""

@@ -78,13 +78,20 @@ def explicit(world: World) -> dict:
 
 
 def meant(world: World) -> dict:
-    """A call that asks for all of a device and spares all but a pinned model, and 0.33's function that does so."""
+    """A call that asks for all of a device and spares all but a pinned model, our own, and 0.33's function for one."""
     world.prompt(A, B, C)
     kept.registry().set_policy(next(e.id for e in kept.registry().owned() if e.name == "C"), "pin")
     others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
     mm.free_memory(1e30, FIRST, keep_loaded=others)
-    seen = {"after": world.state()}
-    world.prompt(C)
+    seen = {"others": world.state()}
+    del others
+    world.prompt(A, B)
+    a = world.node(*A)
+    residency.unload_others(FIRST, [a])
+    seen["the ladders"] = world.state()
+    residency.unload_others(FIRST, [a])
+    seen["again"] = world.state()
+    del a
     if hasattr(mm, "unload_model_and_clones"):
         mm.unload_model_and_clones(world.node(*C))
         seen["by ComfyUI"] = world.state()
@@ -221,9 +228,9 @@ def installing(world: World) -> dict:
         if kind == "telling":
             foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
         mm.unload_all_models = foreign
-        found = [hooks.status_of("unload_all_models")]
+        found = [hooks.status()["unload_all_models"]]
         hooks.uninstall()
-        found.append(hooks.status_of("unload_all_models"))
+        found.append(hooks.status()["unload_all_models"])
         world.cache.outputs.clear()
         world.prompt(B)
         mm.unload_all_models()

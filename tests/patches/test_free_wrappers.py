@@ -31,9 +31,12 @@ def test_an_owner_s_own_wish_is_not_filtered_and_holds_for_its_thread_only(obser
     assert seen == {"without": "C/ABC", "other thread": "BC/ABC", "within": "-/ABC", "after": "BC/ABC", "lost": 0}
 
 
-def test_a_call_that_spares_all_but_a_kept_model_means_that_model(observed):
+def test_a_pinned_model_goes_only_for_who_names_it(observed):
+    """Not for another pack's call that spares all but it, nor for "unload others" of the ladders."""
     seen = scenario(observed, "meant")
-    assert seen["after"] == seen.get("by ComfyUI", "AB/ABC") == "AB/ABC"
+    assert seen["others"] == "ABC/ABC"
+    assert seen["the ladders"] == seen["again"] == "AC/ABC"
+    assert seen.get("by ComfyUI", "A/ABC") == "A/ABC"
 
 
 def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_prompt(observed):
@@ -129,8 +132,11 @@ def test_after_the_reset_the_garbage_is_there_and_after_the_collection_it_is_not
 
 def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observed):
     seen = scenario(observed, "missing")
-    gone = ("free_memory", "PromptExecutor.reset", "PromptQueue.get", "PromptQueue.get_flags")
-    assert seen["status"] == {name: "missing" if name in gone else "on top" for name in (*NAMES, *gone[1:])}
+    queue = ("PromptQueue.get", "PromptQueue.get_flags")
+    worker = ("PromptExecutor.execute", "execution.execute", "PromptExecutor.reset", *queue)
+    gone = ("free_memory", *worker)
+    required = {name: status for name, status in seen["status"].items() if name != "unload_model_and_clones"}
+    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, *worker)}
     assert seen["again"] is True
 
 
