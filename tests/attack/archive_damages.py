@@ -277,7 +277,7 @@ def old_pickle(tensors: Tensors, rng: random.Random) -> Spoilt:
     content = bytearray(good)
     if kind == "a size of a storage":
         numbers = [pos for op, _, pos in pickletools.genops(good[ends[2] :]) if op.name == "BININT"]
-        place = ends[2] + rng.choice(numbers) + 1
+        place = ends[2] + rng.choice(numbers or [0]) + 1
         content[place : place + 4] = struct.pack("<i", rng.choice([2**31 - 1, -1, 2**30, 0]))
     elif kind == "no end":
         content += b"\xff" * 8
