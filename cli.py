@@ -40,7 +40,7 @@ from .app.demo import run_demo
 from .app.doctor import examine
 from .app.folder import FolderRun, Manifest, WorkerSettings, find_jobs, folder_settings, holds_videos, run_folder
 from .memory.host import fix_heap_growth
-from .models.flashvsr import FlashVSR, StreamOptions
+from .models.flashvsr import StreamOptions
 from .models.flashvsr.attention import backend_choices
 from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
@@ -171,10 +171,8 @@ def _workers(text: str) -> int:
 
 
 def _run_upscale(args: argparse.Namespace) -> int:
-    options = StreamOptions(
-        scale=args.scale, seed=args.seed, sparse_ratio=args.sparse_ratio, kv_ratio=args.kv_ratio,
-        local_range=args.local_range, colour=args.colour, attention=args.attention, tile=args.tile,
-    )  # fmt: skip
+    given = (field.name for field in dataclasses.fields(StreamOptions) if field.name in args)
+    options = StreamOptions(**{name: getattr(args, name) for name in given})
     if (args.decoder == "vae") != (args.vae is not None):
         raise ValueError("--vae: expected together with --decoder vae, and only there.")
     if args.download and args.model is None:
@@ -194,7 +192,9 @@ def _run_upscale(args: argparse.Namespace) -> int:
     try:
         if args.download:
             _download(args)
-        model = _load_model(args, dtype, device)
+        if args.model is None:
+            _say("No --model: using the embedded nano network, a tiny one that shows that everything works.")
+        model = load_flashvsr(args.model or NANO_FILE, args.version, args.lq_cache_order, dtype=dtype, device=device)
         vae = StreamingDecoder(load_wan_vae(args.vae, dtype, device)) if args.vae else None
         with tqdm(total=clip.frame_count, unit="frame", disable=None, desc=clip.name) as bar:
 
@@ -226,12 +226,14 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
     jobs = find_jobs(Path(args.input), Path(args.output))
     output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
     cores = os.cpu_count() or 1
+    every_card = args.device == "auto" and torch.cuda.is_available()
+    devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if every_card else [choose_device(args.device)]
     settings = [
         WorkerSettings(
             str(device), str(args.model or NANO_FILE), options, output, args.version, args.lq_cache_order,
             args.precision, threads=max(1, cores // (args.workers or cores)),
         )
-        for device in _all_devices(args.device)
+        for device in devices
     ]  # fmt: skip
     manifest = Manifest(Path(args.output), folder_settings(settings[0]))
     bars: dict[int, tqdm] = {}
@@ -255,19 +257,6 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
             bar.close()
     _print_report(args, report.to_json(), report.table())
     return EXIT_MACHINE if report.failed or report.stopped else 0
-
-
-def _all_devices(name: str) -> list[torch.device]:
-    """auto: every CUDA device, else the CPU."""
-    if name == "auto" and torch.cuda.is_available():
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [choose_device(name)]
-
-
-def _load_model(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> FlashVSR:
-    if args.model is None:
-        _say("No --model: using the embedded nano network, a tiny one that shows that everything works.")
-    return load_flashvsr(args.model or NANO_FILE, args.version, args.lq_cache_order, dtype=dtype, device=device)
 
 
 def _download(args: argparse.Namespace) -> None:

@@ -15,14 +15,20 @@ from pathlib import Path
 
 import torch
 from steadyvsr.benchmarks.shape_run import released_model
-from steadyvsr.memory.budget import CONTEXT_BYTES, POOL_SHARE, RESERVE_BYTES, Need, fit, gib
-from steadyvsr.memory.reading import GIB
+from steadyvsr.memory.budget import RESERVE_BYTES, Need, fit, gib
+from steadyvsr.memory.reading import GIB, MIB
 from steadyvsr.models.flashvsr import FlashVSRConfig, padded_size
 from steadyvsr.models.flashvsr.footprint import activation_bytes, cache_bytes, decoder_state_bytes
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, plans
 
 CARDS_GB = (6, 8, 12, 16, 24)
 SIZES = ((1280, 720), (1920, 1080), (2560, 1440), (3840, 2160))
+CONTEXT_BYTES = 512 * MIB
+"""What a CUDA process takes besides its tensors: the context with loaded kernels is 300 to 600 MiB by common report.
+Predicted, not measured here."""
+POOL_SHARE = 0.10
+"""What the allocator's pool holds beyond live tensors at a peak. ComfyUI itself asks for 10 % more than a model's size
+before a load (`load_models_gpu`: total · 1.1)."""
 CONFIG, KV_RATIO, ITEMSIZE = FlashVSRConfig(), 3.0, 2
 
 

@@ -14,6 +14,7 @@ import gc
 import sys
 import threading
 import time
+import traceback
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,15 +37,12 @@ GRAPH_NODES = 20_000
 
 NEVER_ENTERED = (str, bytes, int, float, type, types.ModuleType)
 
-Storage = int
-"""`data_ptr` of an untyped storage."""
-
 
 @dataclass(frozen=True)
 class Watched:
-    """A storage that is expected to go."""
+    """A storage that is expected to go; `pointer` is its `data_ptr`."""
 
-    pointer: Storage
+    pointer: int
     bytes: int
     name: str
     reference: StorageWeakRef
@@ -90,7 +88,7 @@ class Found:
 
 def watch(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Watched]:
     """Weak references to the unique storages of tensors. Nothing is kept alive."""
-    watched: dict[Storage, Watched] = {}
+    watched: dict[int, Watched] = {}
     for name, tensor in named_tensors:
         pointer = storage_of(tensor)
         if pointer is not None and pointer not in watched:
@@ -99,7 +97,7 @@ def watch(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Watched]:
     return list(watched.values())
 
 
-def storage_of(tensor: Tensor) -> Storage | None:
+def storage_of(tensor: Tensor) -> int | None:
     """Address of the tensor's memory; None for tensors that have none (meta, sparse, fake)."""
     if tensor.device.type == "meta":
         return None
@@ -159,11 +157,11 @@ class _TimeUp(Exception):
 
 
 class _Search:
-    def __init__(self, held: Mapping[Storage, Watched], deadline: float, clock: Callable[[], float]) -> None:
+    def __init__(self, held: Mapping[int, Watched], deadline: float, clock: Callable[[], float]) -> None:
         self.held = held
         self.deadline = deadline
         self.clock = clock
-        self.by_name: dict[str, set[Storage]] = {}
+        self.by_name: dict[str, set[int]] = {}
 
     def run(self, roots: Mapping[str, Any]) -> bool:
         """Fills `by_name`; False when the time was up first."""
@@ -195,18 +193,17 @@ class _Search:
         for item in self._timed(objects):
             kind = type(item)
             if kind not in place:
-                matching = [i for i, base in enumerate((Tensor, nn.Module, BaseException)) if issubclass(kind, base)]
-                place[kind] = found[matching[0]] if matching else None
-            chosen = place[kind]
-            if chosen is not None:
+                bases = zip((Tensor, nn.Module, BaseException), found, strict=True)
+                place[kind] = next((into for base, into in bases if issubclass(kind, base)), None)
+            if (chosen := place[kind]) is not None:
                 chosen.append(item)
         return found
 
-    def _note(self, name: str, pointer: Storage | None) -> None:
+    def _note(self, name: str, pointer: int | None) -> None:
         if pointer in self.held:
             self.by_name.setdefault(name, set()).add(pointer)  # type: ignore[arg-type]
 
-    def _named(self, pointer: Storage | None) -> bool:
+    def _named(self, pointer: int | None) -> bool:
         return any(pointer in pointers for pointers in self.by_name.values())
 
     def _labelled(self, roots: Mapping[str, Any]) -> None:
@@ -229,15 +226,13 @@ class _Search:
         """Locals of finished frames that stored exceptions keep. No other frame is looked at."""
         running = set(map(id, _running_frames()))
         for error in self._timed(errors):
-            step = error.__traceback__
-            while step is not None:
-                frame = step.tb_frame
-                if id(frame) not in running:
-                    for variable, value in list(frame.f_locals.items()):
-                        for tensor in _reachable(value, WALKED_IN_FRAMES):
-                            where = f"local {variable} of {frame.f_code.co_name}()"
-                            self._note(f"traceback of {type(error).__name__}: {where}", storage_of(tensor))
-                step = step.tb_next
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if id(frame) in running:
+                    continue
+                for variable, value in list(frame.f_locals.items()):
+                    where = f"local {variable} of {frame.f_code.co_name}()"
+                    for tensor in _reachable(value, WALKED_IN_FRAMES):
+                        self._note(f"traceback of {type(error).__name__}: {where}", storage_of(tensor))
 
     def _graphs(self, tensors: list[Tensor]) -> None:
         """Tensors whose autograd graph saved a held storage."""
@@ -274,8 +269,8 @@ class _Search:
             for referrer in self._timed(referrers):
                 if id(referrer) in own or id(referrer) in seen or isinstance(referrer, types.FrameType):
                     continue
-                for target, entries in _referred(referrer, level):
-                    for _, below, tensor in entries:
+                for target in [child for child in gc.get_referents(referrer) if id(child) in level]:
+                    for _, below, tensor in level[id(target)]:
                         if id(tensor) in done:
                             continue
                         if id(referrer) in globals_of:
@@ -306,10 +301,7 @@ def _opened(root: Any) -> Any:
 def _running_frames() -> Iterator[types.FrameType]:
     """Frames of all threads that have not returned. Reading their locals would keep them alive (Python < 3.13)."""
     for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            yield frame
-            frame = frame.f_back
+        yield from (frame for frame, _ in traceback.walk_stack(top))
 
 
 def _reachable(root: Any, limit: int) -> Iterator[Tensor]:
@@ -336,7 +328,7 @@ def _children(item: Any) -> Iterable[Any]:
     return gc.get_referents(item)
 
 
-def _saved(root: Any) -> Iterator[tuple[str, Storage]]:
+def _saved(root: Any) -> Iterator[tuple[str, int]]:
     """Names of autograd nodes below `root` with the storages that they saved."""
     queue, seen = deque([root]), {root}
     while queue and len(seen) < GRAPH_NODES:
@@ -354,12 +346,6 @@ def _saved(root: Any) -> Iterator[tuple[str, Storage]]:
             if child is not None and child not in seen:
                 seen.add(child)
                 queue.append(child)
-
-
-def _referred(referrer: Any, level: Mapping[int, list]) -> Iterator[tuple[Any, list]]:
-    for child in gc.get_referents(referrer):
-        if id(child) in level:
-            yield child, level[id(child)]
 
 
 def _key_of(mapping: Mapping[Any, Any], value: Any) -> Any:

@@ -11,7 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -114,21 +114,17 @@ class Receipt:
             return f"asked {size_text(0)} · not loaded on {self.device}"
         if self.verdict is Verdict.CANNOT_OFFLOAD:
             return f"asked {size_text(self.asked)} · cannot offload: {self.device} is also where it rests"
-        amounts, words = [self.asked], ["asked {}"]
+        said = [("asked", self.asked, "")]
         if self.left_tensors is not None:
-            amounts.append(self.left_tensors)
-            words.append("left the tensors {}")
+            said.append(("left the tensors", self.left_tensors, ""))
         if self.left_driver.bytes is not None:
             scope = "" if self.left_driver.confidence == EXACT else f", {self.left_driver.confidence}"
-            amounts.append(self.left_driver.bytes)
-            words.append(f"left the driver {{}} ({self.left_driver.source}{scope})")
-        for holder in self.held:
-            amounts.append(holder.bytes)
-            words.append(f"held {{}} by {_braced(holder.name)}")
+            said.append(("left the driver", self.left_driver.bytes, f" ({self.left_driver.source}{scope})"))
+        said += [("held", holder.bytes, f" by {holder.name}") for holder in self.held]
         if self.unnamed:
-            amounts.append(self.unnamed)
-            words.append("held {} by nothing that Python shows (C++, or a running function)")
-        parts = [word.format(number) for word, number in zip(words, spelled(amounts), strict=True)]
+            said.append(("held", self.unnamed, " by nothing that Python shows (C++, or a running function)"))
+        numbers = spelled([amount for _, amount, _ in said])
+        parts = [f"{verb} {number}{more}" for (verb, _, more), number in zip(said, numbers, strict=True)]
         if self.left_tensors is None:
             parts.append("tensors not countable")
         if self.verdict is not Verdict.FREED:
@@ -140,14 +136,8 @@ class Receipt:
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {
-            **vars(self),
+            **asdict(self),
             "verdict": self.verdict.value,
-            "left_driver": vars(self.left_driver),
-            "held": [{**vars(holder), "tensors": list(holder.tensors)} for holder in self.held],
-            "parameters": dict(self.parameters),
-            "before": self.before and self.before.to_json(),
-            "after": self.after and self.after.to_json(),
-            "notes": list(self.notes),
             "line": str(self),
         }
 
@@ -229,9 +219,8 @@ def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Rea
     if alive > ALIVE_BYTES:
         notes.append(f"storages of {size_text(alive)} are alive")
     held = still_loaded > 0 or alive > ALIVE_BYTES
-    tensors = _tensor_drop(before, after)
+    tensors, process = _tensor_drop(before, after), _dropped(before.process, after.process)
     if tensors is None:
-        process = _dropped(before.process, after.process)
         if held:
             return Verdict.STILL_HELD, notes
         if process is None or process < asked - _tolerance(asked, PROCESS_FLOOR_BYTES, PROCESS_SHARE):
@@ -247,15 +236,12 @@ def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Rea
 
 def where(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Bytes of unique storages by device. Tensors without memory (meta) count 0 under their device."""
-    seen: dict[tuple[str, int | None], int] = {}
+    found: dict[str, dict[int | None, int]] = {}
     for _, tensor in tensors:
         pointer = holders.storage_of(tensor)
         size = 0 if pointer is None else tensor.untyped_storage().nbytes()
-        seen[str(tensor.device), pointer] = size
-    found: dict[str, int] = {}
-    for (device, _), size in seen.items():
-        found[device] = found.get(device, 0) + size
-    return found
+        found.setdefault(str(tensor.device), {})[pointer] = size
+    return {device: sum(sizes.values()) for device, sizes in found.items()}
 
 
 def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> bool:
@@ -266,8 +252,7 @@ def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> 
         # Dynamic weights lie outside the pool.
         pool += _dropped(before.dynamic, after.dynamic) or 0
     process = _dropped(before.process, after.process)
-    known = [drop for drop in (pool, process) if drop is not None]
-    if known:
+    if known := [drop for drop in (pool, process) if drop is not None]:
         return min(known) >= asked - tolerance
     device = _dropped(before.used, after.used)
     if device is not None and device >= asked - _tolerance(asked, DEVICE_FLOOR_BYTES, DEVICE_SHARE):
@@ -317,18 +302,12 @@ def _dropped(before: Figure, after: Figure) -> int | None:
 
 
 def _tensor_drop(before: Reading, after: Reading) -> int | None:
-    if before.allocated.bytes is None or after.allocated.bytes is None:
-        return None
-    return _dropped(before.tensors, after.tensors)
+    counted = before.allocated.bytes is not None and after.allocated.bytes is not None
+    return _dropped(before.tensors, after.tensors) if counted else None
 
 
 def _driver_drop(before: Reading, after: Reading) -> Figure:
     for first, second in ((before.process, after.process), (before.used, after.used)):
-        drop = _dropped(first, second)
-        if drop is not None:
+        if (drop := _dropped(first, second)) is not None:
             return Figure(drop, first.source, first.confidence)
     return Figure(note="the driver's side could not be read before and after from one source")
-
-
-def _braced(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")

@@ -134,6 +134,7 @@ class PhaseGate(io.ComfyNode):
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
         for line in ended.lines():
             log.info("%s: %s", phase[0], line)
+        # Before a violation is raised: the node and the panel show what was measured even if the workflow stops.
         show(ended, unique_id(cls))
         if ended.violations:
             said = "\n".join(f"{GATE}: expected {wanted}; got {got}. {todo}" for wanted, got, todo in ended.violations)
@@ -154,12 +155,8 @@ def show(ended: gate.Ended, node_id: str | None) -> None:
     node_status.send(node_id, receipt={"line": line, "verdict": verdict})
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """JSON without figures that are unknown and have no note."""
-    return as_json(_known(report))
-
-
 def _known(value: Any) -> Any:
+    """Plain values without figures that are unknown and have no note."""
     if isinstance(value, dict):
         return {key: _known(item) for key, item in value.items() if item != NOTHING_KNOWN}
     return [_known(item) for item in value] if isinstance(value, list | tuple) else value
@@ -252,7 +249,7 @@ class MemoryReport(io.ComfyNode):
             *([] if press is None else [f"last press ({press.caller}): {press.line}"]),
             *([] if press is None else [f"last press, {look.line}" for look in press.looks]),
         ]
-        report = as_text(
+        report = _known(
             {
                 "node": REPORT,
                 "label": label[0],
@@ -261,7 +258,7 @@ class MemoryReport(io.ComfyNode):
                     device: {name: vars(figure) for name, figure in vars(peak).items()}
                     for device, peak in peaks.items()
                 },
-                "residents": [{**vars(item), "device": str(item.device)} for item in residents],
+                "residents": [item.to_json() for item in residents],
                 "process": vars(process),
                 "growth_over_runs": leaks,
                 "last_press": press and press.to_json(),
@@ -270,4 +267,5 @@ class MemoryReport(io.ComfyNode):
         )
         devices = dict.fromkeys(mark.reading.device for mark in run.marks)
         picture = torch.cat([plot.draw(run, device) for device in devices])
-        return io.NodeOutput(value, report, picture, ui=ui.PreviewText(report))
+        text = as_json(report)
+        return io.NodeOutput(value, text, picture, ui=ui.PreviewText(text))

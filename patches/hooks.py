@@ -75,11 +75,6 @@ def _inside() -> Iterator[None]:
         thread.depth -= 1
 
 
-def _idle() -> bool:
-    """Whether a wrapper has nothing to do: another one called it, or nothing is kept."""
-    return _state().thread.depth > 0 or not registry().keeps_anything
-
-
 def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any:
     """Runs our own part of a wrapper; a failure is logged once with its traceback and changes nothing else."""
     try:
@@ -146,7 +141,7 @@ def _put_back(hidden: list[tuple[int, Any]]) -> None:
 
 
 def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    if _idle() or is_explicit():
+    if _state().thread.depth > 0 or not registry().keeps_anything or is_explicit():
         return original(*arguments, **keywords)
     asked = _attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
     with _inside():
@@ -239,13 +234,13 @@ def repair() -> None:
     models = mm.current_loaded_models
     dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
     if not dead:
-        return
+        return  # asked at every step of sampling
     owners = {id(patcher.model): patcher for entry in registry().owned() for patcher in entry.patchers}
     listed = {id(loaded.model.model) for loaded in models if loaded.model is not None}
     for loaded in dead:
         module = loaded.real_model()
         patcher = owners.get(id(module))
-        if patcher is None or module is None:
+        if patcher is None:
             continue
         if id(module) in listed:
             # By identity: two dead entries are equal.
@@ -294,10 +289,9 @@ def readopt() -> None:
     """Lists kept models again that are on their device, but that ComfyUI lost in the middle of a load."""
     repair()
     known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
-    for entry in registry().owned():
-        for patcher in entry.patchers:
-            if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
-                adopt(patcher)
+    for patcher in (patcher for entry in registry().owned() for patcher in entry.patchers):
+        if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
+            adopt(patcher)
 
 
 def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -370,7 +364,7 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, str]:
-    """For each function: on top | in chain | replaced | missing."""
+    """For each function: on top | in chain | replaced | missing; see `status_of`."""
     return {name: status_of(name) for name in BODIES}
 
 

@@ -15,8 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +107,7 @@ class Entry:
         policy: no | keep | pin. An entry with "no" is known, not owned: its value is held weakly.
         size_bytes: of all its weights.
         loads, hits, yields: times read from disk, handed out without reading, and moved off the device for others.
-        created, last_used: seconds of `time.time`.
+        last_used: seconds of `time.time`.
         requests: by node id.
     """
 
@@ -120,7 +119,6 @@ class Entry:
     loads: int = 1
     hits: int = 0
     yields: int = 0
-    created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     requests: dict[str, Request] = field(default_factory=dict)
     _strong: Any = None
@@ -147,16 +145,13 @@ class Entry:
     def hold(self, value: Any, policy: str) -> None:
         """Takes or gives up ownership of `value`."""
         self.policy = policy
-        self._strong = value if policy != EJECTABLE else None
-        self._weak = None if policy != EJECTABLE else _weak_reference(value)
+        self._strong, self._weak = (value, None) if self.owned else (None, _weak_reference(value))
 
     def intact(self) -> bool:
         """Whether its value is alive, and the weights of its networks (a LoRA file has none) still have memory."""
-        if self.value is None:
-            return False
-        patchers = self.patchers
-        first = [next(patcher.model.parameters(), None) for patcher in patchers]
-        return all(weight is not None and weight.device.type != "meta" for weight in first)
+        first = [next(patcher.model.parameters(), None) for patcher in self.patchers]
+        alive = all(weight is not None and weight.device.type != "meta" for weight in first)
+        return alive and self.value is not None
 
     def requests_in(self, running: prompt.RunningPrompt | None) -> dict[str, Request]:
         """By node id: requests of the loaders in the running prompt, those that ComfyUI has cached included."""
@@ -176,14 +171,13 @@ class Entry:
 
 
 class Registry:
-    """All entries of the process. Safe to use from several threads; files are read outside its lock."""
+    """All entries of the process. Safe to read from several threads; ComfyUI's worker alone obtains values."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.ram_budget_bytes: int | None = None
         """For all owned entries together; None is half of the machine's RAM."""
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
-        self._loading: dict[tuple, threading.RLock] = {}
         self._owned = 0
 
     def obtain(
@@ -198,8 +192,8 @@ class Registry:
     ) -> Any:
         """The model of that key: the one that is there, else a new one from `load()`.
 
-        A second request for a key that is being loaded waits for the first. A predecessor (another state of the same
-        files) and entries beyond the RAM budget are dropped before the files are read.
+        A predecessor (another state of the same files) and entries beyond the RAM budget are dropped before the files
+        are read: two of the size of one may not fit.
 
         Args:
             policy: of the asking node; the strongest policy among the loader nodes of the running prompt applies.
@@ -217,36 +211,35 @@ class Registry:
         """
         if policy not in POLICIES:
             raise ValueError(f"keep_loaded: expected {', '.join(POLICIES)}; got {policy!r}.")
-        with self._in_flight(key.slot):
-            running = prompt.running()
-            with self.lock:
-                entry = self._entries.get(key.slot)
-                if entry is not None and (entry.key != key or not entry.intact()):
-                    reason = "its files changed" if entry.key != key else "its weights are gone"
-                    if entry.owned:
-                        log.info("%s (%s): dropped, %s", entry.name, entry.id, reason)
-                    del self._entries[key.slot]
-                    self._count()
-                    entry = None
-                value = None if entry is None else entry.value
-            if entry is None or value is None:
-                self.keep_within_budget()
-                before_load()
-                value = load()
-                size = size_of(value) if size_of else sum(patcher.model_size() for patcher in patchers_of(value))
-                entry = Entry(key, name, policy, size, patchers_of)
-            else:
-                entry.hits += 1
-            with self.lock:
-                if running is not None:
-                    entry.requests[running.node] = Request(policy, running.id, running.definition(running.node))
-                entry.hold(value, entry.strongest(running, policy))
-                entry.last_used = time.time()
-                self._entries[key.slot] = entry
-                self._entries.move_to_end(key.slot)
+        running = prompt.running()
+        with self.lock:
+            entry = self._entries.get(key.slot)
+            if entry is not None and (entry.key != key or not entry.intact()):
+                reason = "its files changed" if entry.key != key else "its weights are gone"
+                if entry.owned:
+                    log.info("%s (%s): dropped, %s", entry.name, entry.id, reason)
+                del self._entries[key.slot]
                 self._count()
+                entry = None
+            value = None if entry is None else entry.value
+        if entry is None or value is None:
             self.keep_within_budget()
-            return value
+            before_load()
+            value = load()
+            size = size_of(value) if size_of else sum(patcher.model_size() for patcher in patchers_of(value))
+            entry = Entry(key, name, policy, size, patchers_of)
+        else:
+            entry.hits += 1
+        with self.lock:
+            if running is not None:
+                entry.requests[running.node] = Request(policy, running.id, running.definition(running.node))
+            entry.hold(value, entry.strongest(running, policy))
+            entry.last_used = time.time()
+            self._entries[key.slot] = entry
+            self._entries.move_to_end(key.slot)
+            self._count()
+        self.keep_within_budget()
+        return value
 
     def entries(self) -> tuple[Entry, ...]:
         """Every entry whose value is alive, least recently used first."""
@@ -270,10 +263,8 @@ class Registry:
 
     def owner_of(self, patcher: Any) -> Entry | None:
         """The entry whose module a patcher patches: that module itself, or a copy of it for another device."""
-        for entry in self.entries():
-            if any(same_model(patcher, own) for own in entry.patchers):
-                return entry
-        return None
+        entries = self.entries()
+        return next((entry for entry in entries if any(same_model(patcher, own) for own in entry.patchers)), None)
 
     def listed(self, *policies: str) -> list[Any]:
         """ComfyUI's LoadedModels that belong to owned entries (of these policies), in the order of its list."""
@@ -348,13 +339,6 @@ class Registry:
     def _count(self) -> None:
         self._owned = sum(entry.owned for entry in self._entries.values())
 
-    @contextmanager
-    def _in_flight(self, slot: tuple) -> Iterator[None]:
-        with self.lock:
-            guard = self._loading.setdefault(slot, threading.RLock())
-        with guard:
-            yield
-
 
 def registry() -> Registry:
     """The registry of the process."""
@@ -363,10 +347,8 @@ def registry() -> Registry:
 
 def same_model(first: Any, second: Any) -> bool:
     """Whether two patchers patch one model: one module, or its copy on another device."""
-    if first.model is second.model:
-        return True
     base = versions.base_uuid(first)
-    return base is not None and base == versions.base_uuid(second)
+    return first.model is second.model or (base is not None and base == versions.base_uuid(second))
 
 
 def _weak_reference(value: Any) -> Callable[[], Any]:

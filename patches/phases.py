@@ -85,7 +85,7 @@ class Card:
             "resident_bytes": self.resident,
             "resident_source": self.source,
             "books_bytes": self.books,
-            "models": [{**vars(model), "device": str(model.device)} for model in self.models],
+            "models": [model.to_json() for model in self.models],
             "reading": self.reading.to_json(),
             "peak": {name: vars(figure) for name, figure in vars(self.peak).items()},
         }
@@ -207,15 +207,12 @@ def _memory_of(running: prompt.RunningPrompt | None) -> _GateMemory:
 
 
 def _beyond(limits: PhaseLimits) -> bool:
+    """Whether the cards are fuller now than a gate allows."""
     for device in accelerators() if limits.resident is not None else ():
-        reading = probe.read(device, settled=True)
-        card = Card(tuple(residency.residents(device)), reading, ledger.Peak())
+        card = Card(tuple(residency.residents(device)), probe.read(device, settled=True), ledger.Peak())
         if card.resident > (limits.resident or 0):
             return True
-    if limits.free is None:
-        return False
-    admission = residency.may_load(limits.free, mm.get_torch_device())
-    return admission.short > 0
+    return limits.free is not None and residency.may_load(limits.free, mm.get_torch_device()).short > 0
 
 
 def _name(device: torch.device, readings: dict[str, Reading]) -> str:
@@ -231,25 +228,21 @@ def _violations(
     cards: tuple[Card, ...],
     admission: budget.Admission | None,
 ) -> Iterable[tuple[str, str, str]]:
+    end = f'at the end of phase "{phase}"'
     for receipt in receipts:
+        wanted = f"{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} {end}"
         if receipt.verdict is Verdict.STILL_HELD:
             there = receipt.still_loaded or receipt.asked - (receipt.left_tensors or 0)
-            yield (
-                f'{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} at the end of phase "{phase}"',
-                f"{exact_text(there)} still there: {receipt}",
-                "Remove what holds it, or press Free model and node cache, and queue again.",
-            )
+            todo = "Remove what holds it, or press Free model and node cache, and queue again."
+            yield wanted, f"{exact_text(there)} still there: {receipt}", todo
+        # On the CPU nothing can be offloaded, and nothing has to be.
         if receipt.verdict is Verdict.CANNOT_OFFLOAD and torch.device(receipt.device) != CPU:
-            yield (
-                f'{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} at the end of phase "{phase}"',
-                "a model that rests where it computes",
-                "Start ComfyUI without --gpu-only and --highvram.",
-            )
+            todo = "Start ComfyUI without --gpu-only and --highvram."
+            yield wanted, "a model that rests where it computes", todo
     for card in cards:
         if limits.resident is not None and card.resident > limits.resident:
             yield (
-                f"at most {exact_text(limits.resident)} resident on {card.reading.device} "
-                f'at the end of phase "{phase}"',
+                f"at most {exact_text(limits.resident)} resident on {card.reading.device} {end}",
                 f"{exact_text(card.resident)} by {card.source}: {card.contents()}",
                 "Connect these models to the gate, or raise budget_gb.",
             )
@@ -262,7 +255,7 @@ def _violations(
             )
     if admission is not None and admission.short:
         yield (
-            f'{exact_text(admission.needed)} free on {admission.device} at the end of phase "{phase}"',
+            f"{exact_text(admission.needed)} free on {admission.device} {end}",
             f"{exact_text(admission.free or 0)} ({admission}). ".removesuffix(". "),
             "Connect to the gate what is in the way, end other programs on this card, or lower needs_gb.",
         )

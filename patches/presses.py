@@ -21,17 +21,15 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import comfy.model_management as mm
 
 from ..memory import probe
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
-from .kept import Key, registry
-from .residency import Resident, residents
+from .kept import Entry, registry
+from .residency import Resident, handle_of, residents
 from .versions import torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
@@ -39,8 +37,8 @@ log = logging.getLogger("steadyvsr.patches")
 RING_SNAPSHOTS = 64
 BUTTON, OUT_OF_MEMORY, HOUSEKEEPING = "button", "OOM", "housekeeping"
 PRESSED, UNLOADED, RESET, COLLECTED, ENDED = "pressed", "unloaded", "reset", "collected", "ended"
-WENT_TO = {"pre-unload": "before unloading", "post-unload": "after unloading", "post-reset": "after the reset"}
 STAGES = {PRESSED: "pre-unload", UNLOADED: "post-unload", RESET: "post-reset", COLLECTED: "post-collect"}
+WENT_TO = {"pre-unload": "before unloading", "post-unload": "after unloading", "post-reset": "after the reset"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Kept:
 
     Attributes:
         id, name, kind, policy: of the registry's entry.
-        key: kind, files and options that make it this model; no path.
+        key: kind, files and options that make it this model, without paths: `vae wan.safetensors, device='cuda:0'`.
         networks: classes of its networks.
         listed: how many of its networks are in ComfyUI's list.
         dead: how many of those have lost their patcher.
@@ -101,7 +99,7 @@ class Snapshot:
         return {
             **{name: getattr(self, name) for name in ("press", "stage", "caller", "reason", "time")},
             "kept": [asdict(entry) for entry in self.kept],
-            "residents": [{**vars(item), "device": str(item.device)} for item in self.residents],
+            "residents": [item.to_json() for item in self.residents],
             "devices": [reading.to_json() for reading in self.devices],
         }
 
@@ -207,13 +205,14 @@ class Press:
         }
 
     def _enter(self, state: str) -> None:
+        there = tuple(residents())
         snapshot = Snapshot(
             self.number,
             STAGES[state],
             self.caller,
             self.reason,
-            tuple(_kept(entry) for entry in registry().owned()),
-            tuple(residents()),
+            tuple(_kept(entry, there) for entry in registry().owned()),
+            there,
             tuple(probe.attempt(probe.current(), device) for device in torch_devices()),
         )
         self.state = state
@@ -326,33 +325,23 @@ def _bytes_now(after: Snapshot, item: Resident) -> int:
     return sum(other.bytes for other in after.residents if other.handle == item.handle)
 
 
-def _kept(entry: Any) -> Kept:
+def _kept(entry: Entry, there: Iterable[Resident]) -> Kept:
     patchers = entry.patchers
-    modules = {id(patcher.model) for patcher in patchers}
-    listed = dead = 0
-    for loaded in list(mm.current_loaded_models):
-        module = loaded.real_model() if loaded.real_model is not None else None
-        if module is not None and id(module) in modules:
-            listed += 1
-            dead += loaded.model is None
+    files = " ".join(os.path.basename(file.path) for file in entry.key.files)
+    handles = {handle_of(patcher.model) for patcher in patchers}
+    listed = [item for item in there if item.handle in handles]
     return Kept(
         id=entry.id,
         name=entry.name,
         kind=entry.key.kind,
         policy=entry.policy,
-        key=_key_text(entry.key),
+        key=", ".join([f"{entry.key.kind} {files}", *(f"{name}={value}" for name, value in entry.key.options)]),
         networks=tuple(type(patcher.model).__name__ for patcher in patchers),
-        listed=listed,
-        dead=dead,
+        listed=len(listed),
+        dead=sum(item.dead for item in listed),
         resident=sum(patcher.loaded_size() for patcher in patchers),
         size=entry.size_bytes,
         hits=entry.hits,
         loads=entry.loads,
         yields=entry.yields,
     )
-
-
-def _key_text(key: Key) -> str:
-    """`vae wan.safetensors, device='cuda:0'`"""
-    files = " ".join(os.path.basename(file.path) for file in key.files)
-    return ", ".join([f"{key.kind} {files}", *(f"{name}={value}" for name, value in key.options)])

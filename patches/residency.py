@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -48,22 +49,15 @@ class Resident:
     dead: bool
     handle: str
 
-
-class _Handles:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-        self.count = 0
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "device": str(self.device)}
 
 
 def handle_of(module: Any) -> str:
     """A short name for a network, valid as long as it lives and never given again; no address can be read from it."""
-    handles = shared("handles", _Handles)
-    with handles.lock:
-        if module not in handles.names:
-            handles.count += 1
-            handles.names[module] = f"m{handles.count}"
-        return handles.names[module]
+    handles, numbers = shared("handles", weakref.WeakKeyDictionary), shared("handle_numbers", itertools.count)
+    # A number that two threads have drawn for one network is lost, no more.
+    return handles[module] if module in handles else handles.setdefault(module, f"m{next(numbers)}")
 
 
 def patchers_of(value: Any) -> list[Any]:
@@ -83,33 +77,23 @@ def patchers_of(value: Any) -> list[Any]:
 
 def residents(device: torch.device | None = None) -> list[Resident]:
     """What ComfyUI's list says is loaded, on one device or on all, largest first."""
-    found = []
-    for loaded in list(mm.current_loaded_models):
-        if device is not None and loaded.device != device:
-            continue
-        patcher = loaded.model
-        if patcher is None:
-            module = loaded.real_model() if loaded.real_model is not None else None
-            if module is not None:
-                size = getattr(module, "model_loaded_weight_memory", 0)
-                found.append(
-                    Resident(type(module).__name__, loaded.device, size, size, None, None, True, handle_of(module))
-                )
-            continue
-        entry = registry().owner_of(patcher)
-        found.append(
-            Resident(
-                type(patcher.model).__name__,
-                loaded.device,
-                patcher.loaded_size(),
-                patcher.model_size(),
-                entry and entry.policy,
-                entry and entry.id,
-                False,
-                handle_of(patcher.model),
-            )
-        )
+    listed = [loaded for loaded in list(mm.current_loaded_models) if device is None or loaded.device == device]
+    found = [resident for loaded in listed if (resident := _resident(loaded)) is not None]
     return sorted(found, key=lambda resident: -resident.bytes)
+
+
+def _resident(loaded: Any) -> Resident | None:
+    patcher = loaded.model
+    module = patcher.model if patcher is not None else loaded.real_model and loaded.real_model()
+    if module is None:
+        return None
+    name, handle = type(module).__name__, handle_of(module)
+    if patcher is None:
+        size = getattr(module, "model_loaded_weight_memory", 0)
+        return Resident(name, loaded.device, size, size, None, None, True, handle)
+    entry = registry().owner_of(patcher)
+    policy, id = (None, None) if entry is None else (entry.policy, entry.id)
+    return Resident(name, loaded.device, patcher.loaded_size(), patcher.model_size(), policy, id, False, handle)
 
 
 def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:

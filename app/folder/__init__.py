@@ -6,8 +6,8 @@ clips, worker is the process that upscales them.
 
 from .admission import admit
 from .jobs import find_jobs, holds_videos
-from .manifest import Manifest
-from .scheduler import FolderReport, FolderRun, folder_settings, run_folder
+from .manifest import Manifest, folder_settings
+from .scheduler import FolderReport, FolderRun, run_folder
 from .worker import WorkerSettings
 
 __all__ = [

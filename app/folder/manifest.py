@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .jobs import Job
+from .worker import DONE, WorkerSettings
 
 FILE = ".steadyvsr.json"
-DONE, FAILED = "done", "failed"
 FORMAT = 1
 
 
@@ -68,3 +69,13 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self.path)
+
+
+def folder_settings(settings: WorkerSettings) -> dict[str, Any]:
+    """The part of the settings that changes a result. A manifest is valid for one such set."""
+    plain = asdict(replace(settings, device="", threads=1))
+    weights = Path(settings.model)
+    files = [weights] if weights.is_file() else sorted(path for path in weights.glob("*") if path.is_file())
+    plain["weights"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    plain["model"] = weights.name
+    return plain

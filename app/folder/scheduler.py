@@ -17,7 +17,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -330,13 +329,3 @@ def _growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
         if growth is not None:
             found[f"worker {number}"] = str(growth)
     return found
-
-
-def folder_settings(settings: WorkerSettings) -> dict[str, Any]:
-    """The part of the settings that changes a result. A manifest is valid for one such set."""
-    plain = asdict(replace(settings, device="", threads=1))
-    weights = Path(settings.model)
-    files = [weights] if weights.is_file() else sorted(path for path in weights.glob("*") if path.is_file())
-    plain["weights"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    plain["model"] = weights.name
-    return plain

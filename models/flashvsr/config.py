@@ -147,20 +147,18 @@ class StreamOptions:
             numeric = field.name not in ("colour", "attention")
             if numeric and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"StreamOptions.{field.name}: expected a finite number; got {value!r}.")
-        if not 1.0 <= self.scale <= 8.0:
-            raise ValueError(f"StreamOptions.scale: expected 1.0 to 8.0; got {self.scale}.")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
-            raise ValueError(f"StreamOptions.seed: expected an integer from 0 to 2**63 - 1; got {self.seed!r}.")
-        if self.sparse_ratio <= 0:
-            raise ValueError(f"StreamOptions.sparse_ratio: expected a positive number; got {self.sparse_ratio}.")
-        if self.topk_ratio is not None and self.topk_ratio <= 0:
-            raise ValueError(f"StreamOptions.topk_ratio: expected a positive number or None; got {self.topk_ratio}.")
-        if self.kv_ratio < 2:
-            raise ValueError(f"StreamOptions.kv_ratio: expected at least 2; got {self.kv_ratio}.")
-        if not (isinstance(self.local_range, int) and self.local_range >= 1):
-            raise ValueError(f"StreamOptions.local_range: expected an integer of at least 1; got {self.local_range!r}.")
-        if self.colour not in COLOURS:
-            raise ValueError(f"StreamOptions.colour: expected one of {', '.join(COLOURS)}; got {self.colour!r}.")
+        seed_fits = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        for name, fits, expected in (
+            ("scale", 1.0 <= self.scale <= 8.0, "1.0 to 8.0"),
+            ("seed", seed_fits, "an integer from 0 to 2**63 - 1"),
+            ("sparse_ratio", self.sparse_ratio > 0, "a positive number"),
+            ("topk_ratio", self.topk_ratio is None or self.topk_ratio > 0, "a positive number or None"),
+            ("kv_ratio", self.kv_ratio >= 2, "at least 2"),
+            ("local_range", isinstance(self.local_range, int) and self.local_range >= 1, "an integer of at least 1"),
+            ("colour", self.colour in COLOURS, f"one of {', '.join(COLOURS)}"),
+        ):
+            if not fits:
+                raise ValueError(f"StreamOptions.{name}: expected {expected}; got {getattr(self, name)!r}.")
         check_backend(self.attention, "StreamOptions.attention")
         check_tile(self.tile, "StreamOptions.tile")
 

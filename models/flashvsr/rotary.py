@@ -14,18 +14,6 @@ from .windows import WINDOW, Grid
 BASE = 10000.0
 
 
-def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Channels of one head that turn with the frame, the row and the column (Wan 2.1: 44, 42, 42 of 128)."""
-    third = head_dim // 3
-    return head_dim - 2 * third, third, third
-
-
-def axis_angles(start: int, count: int, dim: int) -> Tensor:
-    """Angles of positions start … start+count-1 on one axis: count × dim/2, float64 on the CPU."""
-    frequencies = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies
-
-
 def rotation(
     grid: Grid, first_frame: int, head_dim: int, device: torch.device, corner: tuple[int, int] = (0, 0)
 ) -> tuple[Tensor, Tensor]:
@@ -39,13 +27,14 @@ def rotation(
     Returns:
         Two fp32 tensors, L × 1 × head_dim/2, in window order.
     """
-    angles = [
-        axis_angles(start, count, dim)
-        for start, count, dim in zip((first_frame, *corner), grid, axis_dims(head_dim), strict=True)
-    ]
+    third = head_dim // 3
+    # Channels of one head that turn with the frame, the row and the column (Wan 2.1: 44, 42, 42 of 128).
+    dims = (head_dim - 2 * third, third, third)
     blocks = [count // side for count, side in zip(grid, WINDOW, strict=True)]
     parts = []
-    for axis, angle in enumerate(angles):
+    for axis, (start, count, dim) in enumerate(zip((first_frame, *corner), grid, dims, strict=True)):
+        frequencies = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angle = torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies
         # [frame blocks, row blocks, column blocks, 2, 8, 8, pairs], constant along the two other axes
         shape = [1] * 6 + [-1]
         shape[axis], shape[axis + 3] = blocks[axis], WINDOW[axis]

@@ -149,7 +149,7 @@ def upscale_frames(
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         with _computing(inference):
-            engine = _Engine(model, options, noise, vae, where, dtype, state, attempts.recoverable)
+            engine = _Engine(model, options, noise, vae, where, dtype, state, on_memory_error is not None)
         attempt = partial(attempts.make, engine, inference)
         while not state.ended or done < state.frames:
             if state.ended:
@@ -355,11 +355,6 @@ class _Attempts:
 
     def __init__(self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None) -> None:
         self.plan, self._errors, self._on_error = plan, errors, on_error
-
-    @property
-    def recoverable(self) -> bool:
-        """Whether failed work is tried again."""
-        return self._on_error is not None
 
     def make(self, engine: _Engine, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
         while True:

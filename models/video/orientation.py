@@ -55,10 +55,3 @@ class Uprighter:
         if frame.rotation != self._rotation:
             self._rotation, self._matrix = frame.rotation, display_matrix(frame)
         return upright(picture, self._matrix)
-
-
-def clockwise_degrees(matrix: np.ndarray | None) -> int:
-    """How far `upright` turns the picture clockwise: 0, 90, 180 or 270."""
-    if matrix is None:
-        return 0
-    return round(float(np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0])))) % 360

@@ -69,10 +69,6 @@ class PixelLayout:
     def dtype(self) -> np.dtype:
         return np.dtype("u1") if self.bits == 8 else np.dtype("<u2")
 
-    def divides(self, width: int, height: int) -> bool:
-        """Whether a frame of this size has whole chroma samples."""
-        return width % self.x_step == 0 and height % self.y_step == 0
-
 
 def pixel_layout(name: str) -> PixelLayout | None:
     """The layout of a planar format by FFmpeg's name (little endian above 8 bits), or None if it is not planar."""
@@ -94,7 +90,7 @@ def can_hold(pixel_format: str, width: int, height: int) -> bool:
     layout = pixel_layout(pixel_format)
     if layout is None:
         return pixel_format in PACKED_RGB
-    return layout.kind != "grey" and layout.divides(width, height)
+    return layout.kind != "grey" and width % layout.x_step == 0 and height % layout.y_step == 0
 
 
 def bit_depth(frame: av.VideoFrame) -> int:
@@ -125,15 +121,19 @@ def frame_to_rgb(frame: av.VideoFrame) -> Tensor:
         return torch.stack(planes, dim=-1).div_(2**layout.bits - 1)
     tagged = int(frame.color_range)
     full_range = tagged == RANGE_FULL or (layout.full_range and tagged != RANGE_LIMITED)
-    luma = _luma_from_codes(planes[0], layout.bits, full_range)
+    top, unit = 2**layout.bits - 1, 2 ** (layout.bits - 8)
+    luma = planes[0].div_(top) if full_range else planes[0].sub_(16 * unit).div_(219 * unit)
     if layout.kind == "grey":
         return luma.clamp_(0, 1).unsqueeze(-1).repeat(1, 1, 3)
     # JPEG's chroma samples lie between luma columns, those of MPEG-2 and everything after it on the even ones.
     centred = layout.name.startswith("yuvj")
-    cb, cr = (
-        _upsample_chroma(_chroma_from_codes(plane, layout.bits, full_range), layout, luma.shape, centred)
-        for plane in planes[1:]
-    )
+    height, width = luma.shape
+    differences = []
+    for plane in planes[1:]:
+        chroma = plane.sub_(128 * unit).div_(top if full_range else 224 * unit)
+        chroma = _interpolate(chroma, 0, layout.y_step, height, centred=True)
+        differences.append(_interpolate(chroma, 1, layout.x_step, width, centred))
+    cb, cr = differences
     kr, kb = LUMA_WEIGHTS[matrix_of(frame)]
     kg = 1 - kr - kb
     rgb = torch.empty(*luma.shape, 3)
@@ -221,24 +221,6 @@ def _write_plane(frame: av.VideoFrame, index: int, codes: np.ndarray, dtype: np.
 def _codes(values: Tensor, top: int) -> np.ndarray:
     codes = values.round().clamp_(0, top)
     return codes.to(torch.uint8 if top == 255 else torch.int32).contiguous().cpu().numpy()
-
-
-def _luma_from_codes(codes: Tensor, bits: int, full_range: bool) -> Tensor:
-    if full_range:
-        return codes.div_(2**bits - 1)
-    unit = 2 ** (bits - 8)
-    return codes.sub_(16 * unit).div_(219 * unit)
-
-
-def _chroma_from_codes(codes: Tensor, bits: int, full_range: bool) -> Tensor:
-    codes = codes.sub_(2 ** (bits - 1))
-    return codes.div_(2**bits - 1 if full_range else 224 * 2 ** (bits - 8))
-
-
-def _upsample_chroma(chroma: Tensor, layout: PixelLayout, size: torch.Size, centred: bool) -> Tensor:
-    height, width = size
-    chroma = _interpolate(chroma, 0, layout.y_step, height, centred=True)
-    return _interpolate(chroma, 1, layout.x_step, width, centred)
 
 
 def _interpolate(chroma: Tensor, dim: int, step: int, length: int, centred: bool) -> Tensor:

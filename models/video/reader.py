@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from . import images
-from .orientation import Uprighter, clockwise_degrees, display_matrix, turns_sideways, upright
+from .orientation import Uprighter, display_matrix, turns_sideways, upright
 from .pixels import (
     MATRIX_BT709,
     PRIMARIES_BT709,
@@ -52,10 +52,8 @@ class Clip:
         frame_rate: the average, frames per second.
         time_base: seconds per tick of the source's timestamps.
         frame_count: frames within the window according to the header; None if it does not say.
-        duration: seconds of the window according to the header; None if unknown.
         start, window: the part asked for, in seconds; window None = to the end.
         sample_aspect_ratio: width / height of one upright pixel.
-        rotation: degrees clockwise by which the stored frames are turned to be upright.
         damaged: "raise" or "keep", as given to `open_clip`.
         images: the files of an image sequence; empty for a video.
         notes: what a user should be told (alpha dropped, interlaced, …).
@@ -68,10 +66,8 @@ class Clip:
     frame_rate: Fraction
     time_base: Fraction
     frame_count: int | None
-    duration: float | None
     has_audio: bool
     sample_aspect_ratio: Fraction
-    rotation: int
     bit_depth: int
     colour: ColourTags
     start: Fraction
@@ -170,9 +166,9 @@ def _open_images(source, name, listed, frame_rate, begin, window, damaged) -> Cl
         )
     return Clip(
         source=source, images=tuple(listed), name=name, width=rgb.shape[1], height=rgb.shape[0], frame_rate=frame_rate,
-        time_base=1 / frame_rate, frame_count=len(chosen), duration=float(len(chosen) / frame_rate), has_audio=False,
-        sample_aspect_ratio=Fraction(1), rotation=0, bit_depth=bit_depth(first), colour=ColourTags(), start=begin,
-        window=window, damaged=damaged, notes=("alpha dropped",) if has_alpha(first) else (),
+        time_base=1 / frame_rate, frame_count=len(chosen), has_audio=False, sample_aspect_ratio=Fraction(1),
+        bit_depth=bit_depth(first), colour=ColourTags(), start=begin, window=window, damaged=damaged,
+        notes=("alpha dropped",) if has_alpha(first) else (),
     )  # fmt: skip
 
 
@@ -199,8 +195,8 @@ def _describe(source, name, container: InputContainer, begin, window, damaged) -
     assert stream.time_base is not None  # FFmpeg sets it for every stream it opens
     return Clip(
         source=source, name=name, width=width, height=height, frame_rate=Fraction(rate),
-        time_base=Fraction(stream.time_base), frame_count=count, duration=None if seconds is None else float(seconds),
-        has_audio=bool(container.streams.audio), rotation=clockwise_degrees(matrix), bit_depth=bit_depth(first),
+        time_base=Fraction(stream.time_base), frame_count=count, has_audio=bool(container.streams.audio),
+        bit_depth=bit_depth(first),
         sample_aspect_ratio=1 / aspect if turns_sideways(matrix) else aspect,
         colour=ColourTags(
             matrix_of(first) if not first.format.is_rgb else MATRIX_BT709,

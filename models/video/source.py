@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -34,25 +33,18 @@ class DamagedVideoError(VideoError):
         self.frames_read = frames_read
 
 
-class _SharedFile(io.RawIOBase):
+class _SharedFile:
     """A separate read position on a file object that others also read; nothing is copied, the file stays open."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
+    def read(self, size: int) -> bytes:
         self._file.seek(self._position)
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
+        data = self._file.read(size)
         self._position += len(data)
-        return len(data)
+        return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:

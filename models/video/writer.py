@@ -51,7 +51,6 @@ def choose_encoding(
     codec: str | None = None,
     crf: int | None = None,
     ten_bit: bool = False,
-    pixel_format: str | None = None,
 ) -> Encoding:
     """Chooses container (by the file's ending), codec, pixel format (4:2:0; 4:4:4 for odd sizes) and quality.
 
@@ -78,19 +77,13 @@ def choose_encoding(
     if encoder.type != "video":
         raise ValueError(f"{name}: expected a video codec; got {codec!r}, which is for {encoder.type}.")
     offered: list[str] = [video_format.name for video_format in encoder.video_formats or ()] or list(_CHOICES_8_BIT)
+    pixel_format = _pixel_format(codec, offered, width, height, ten_bit)
     if pixel_format is None:
-        pixel_format = _pixel_format(codec, offered, width, height, ten_bit)
-        if pixel_format is None:
-            even = f"{width + width % 2}x{height + height % 2}"
-            wanted = f"{'ten bits' if ten_bit else 'pictures'} of {width}x{height}"
-            raise ValueError(
-                f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got only"
-                f" {', '.join(offered)}. Ask for {even}, or use libx264 in .mp4 or .mkv."
-            )
-    elif pixel_format not in offered or not can_hold(pixel_format, width, height):
+        even = f"{width + width % 2}x{height + height % 2}"
+        wanted = f"{'ten bits' if ten_bit else 'pictures'} of {width}x{height}"
         raise ValueError(
-            f"{name}: expected a pixel format of {codec} that holds {width}x{height} (of {', '.join(offered)});"
-            f" got {pixel_format}."
+            f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got only"
+            f" {', '.join(offered)}. Ask for {even}, or use libx264 in .mp4 or .mkv."
         )
     if crf is not None and codec not in _DEFAULT_CRF:
         raise ValueError(f"{name}: expected no crf for {codec}, which has none; got {crf}.")
@@ -129,7 +122,7 @@ class ClipWriter:
         audio: a clip, whose sound within its window goes along, or samples, which become AAC.
         colour: primaries and transfer to tag, as in `Clip.colour`.
         sample_aspect_ratio: width / height of one pixel.
-        codec, crf, ten_bit, pixel_format: see `choose_encoding`.
+        codec, crf, ten_bit: see `choose_encoding`.
 
     Attributes:
         frames_written: so far.
@@ -156,14 +149,11 @@ class ClipWriter:
         codec: str | None = None,
         crf: int | None = None,
         ten_bit: bool = False,
-        pixel_format: str | None = None,
         force: bool = False,
     ):
         self.path = Path(path)
         self.width, self.height = width, height
-        self.encoding = choose_encoding(
-            path, width, height, codec=codec, crf=crf, ten_bit=ten_bit, pixel_format=pixel_format
-        )
+        self.encoding = choose_encoding(path, width, height, codec=codec, crf=crf, ten_bit=ten_bit)
         self.frames_written = 0
         self.notes: list[str] = []
         self._step = 1 / Fraction(frame_rate)

@@ -302,7 +302,7 @@ class Upscale(io.ComfyNode):
         with closing(run.upscale(checked_frames(image, UPSCALE), width, height, count)) as frames:
             for index, frame in enumerate(frames):
                 upscaled[index] = frame
-        return with_report(upscaled, report=run.report())
+        return with_report(upscaled, report=run.report)
 
 
 class UpscaleVideo(io.ComfyNode):
@@ -344,4 +344,4 @@ class UpscaleVideo(io.ComfyNode):
         limits = RunLimits(budget_gb, tile, clean, log_steps)
         run = Run(UPSCALE_VIDEO, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE_VIDEO), unique_id(cls), limits)
         upscaled = InputImpl.VideoFromFile(str(upscale_video(run, video)))
-        return with_report(upscaled, report=run.report())
+        return with_report(upscaled, report=run.report)

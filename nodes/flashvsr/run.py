@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
@@ -39,6 +38,7 @@ class Run:
         vae: replaces the model's own decoder; None keeps it.
         node_id: of the node in the graph, for the progress bar.
         limits: what the user allows it in memory.
+        report: what was done and measured, as plain values; complete when the run has ended.
     """
 
     node: str
@@ -47,11 +47,11 @@ class Run:
     vae: StreamingWanVAE | None
     node_id: str | None
     limits: RunLimits = RunLimits()
-    _report: dict = field(default_factory=lambda: {"notes": []})
+    report: dict = field(default_factory=lambda: {"notes": []})
 
     def note(self, text: str) -> None:
         """Adds something the user should know to the report."""
-        self._report["notes"].append(text)
+        self.report["notes"].append(text)
 
     def output_size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the result.
@@ -104,7 +104,7 @@ class Run:
                     yield frame
             progress.finish()
             seconds = time.perf_counter() - started
-        self._report |= {
+        self.report |= {
             "node": self.node,
             "model": model.name,
             "version": model.version,
@@ -119,12 +119,9 @@ class Run:
             "seconds": round(seconds, 3),
             "frames_per_second": round(progress.frames / seconds, 3),
             "weights_loaded_bytes": sum(patcher.loaded_size() for patcher in patchers),
-            "memory": memory.report(),
+            "memory": memory.report,
         }
         node_status.send(self.node_id, memory=memory.summary())
-
-    def report(self) -> dict[str, Any]:
-        return self._report
 
 
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:

@@ -8,16 +8,15 @@ from typing import Any
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 from comfy_api.v0_0_2 import io
 
 from ...memory.process import shared
 from ...memory.tracker import tensor_bytes
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
-from ...patches.versions import supported, unique_id
+from ...patches.versions import supported
 from ..sockets import keep_loaded_input, offload_input, report_output
-from .loading import CATEGORY, REPORT_TOOLTIP, Loading, Wish, file_in, fingerprint
+from .loading import CATEGORY, REPORT_TOOLTIP, Loading, file_in, file_input, fingerprint
 
 NODE = "Apply LoRA (Verified)"
 RECENT_FILES = 2
@@ -48,9 +47,7 @@ class ApplyLoRA(io.ComfyNode):
             "that fits neither is an error; both are left off their device, verified by measurement.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
-                io.Combo.Input(
-                    "lora_name", options=folder_paths.get_filename_list("loras"), tooltip="A file of models/loras."
-                ),
+                file_input("lora_name", "loras"),
                 io.Float.Input(
                     "strength_model",
                     tooltip="How strongly the diffusion model is changed; may be negative.",
@@ -94,7 +91,7 @@ class ApplyLoRA(io.ComfyNode):
         offload_after_load: bool = True,
     ) -> io.NodeOutput:
         path = file_in("loras", lora_name, NODE)
-        loading = Loading(NODE, unique_id(cls), lora_name, Wish(keep_loaded, offload_after_load))
+        loading = Loading(cls, NODE, lora_name, keep_loaded, offload_after_load)
         reads: list[int] = []
 
         def load() -> LoraFile:
@@ -116,6 +113,7 @@ class ApplyLoRA(io.ComfyNode):
             strength_clip if clip is not None else 0.0,
             **supported(comfy.sd.load_lora_for_models, lora_metadata=file.metadata),
         )
+        # ComfyUI only logs keys that fit nothing; counting what was added tells whether any did.
         counts = {"model": patches(patched) - patches(model)}
         if clip is not None:
             counts["clip"] = patches(patched_clip.patcher) - patches(clip.patcher)

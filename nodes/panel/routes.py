@@ -31,19 +31,19 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class BadRequest(Exception):
-    """The body is not what the route takes."""
+    """What is asked for cannot be done; 400 where the body is not what the route takes, 404 for an unknown name."""
 
-
-class NotFound(Exception):
-    """Nothing has that name."""
+    def __init__(self, text: str, status: int = 400) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def register_routes() -> None:
     """Adds the routes to ComfyUI's server, once per process."""
-    instance = prompt.server()
-    if instance is None or shared("panel_routes", lambda: [False])[0]:
+    instance, known = prompt.server(), shared("panel_routes", lambda: [False])
+    if instance is None or known[0]:
         return
-    shared("panel_routes", lambda: [False])[0] = True
+    known[0] = True
     presses.listen(_press_receipt)
     for name, answer in GETS.items():
         instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
@@ -63,9 +63,7 @@ def _poster(handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]
         try:
             return web.json_response(handler(await _body(request)))
         except BadRequest as error:
-            return web.json_response({"error": str(error)}, status=400)
-        except NotFound as error:
-            return web.json_response({"error": str(error)}, status=404)
+            return web.json_response({"error": str(error)}, status=error.status)
 
     return post
 
@@ -114,18 +112,18 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
         ids = _taken(body, "ids", list)
         if not all(isinstance(id, str) for id in ids):
             raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
+        # Before anything is released: a list with one wrong id changes nothing.
         known = {entry.id for entry in registry().owned()}
         unknown = [id for id in ids if id not in known]
         if unknown:
-            raise NotFound(f"no kept model has the id {str(unknown[0])[:40]!r}.")
+            raise BadRequest(f"no kept model has the id {unknown[0][:40]!r}.", 404)
     given_up = registry().release(ids)
     title = f"Release {given_up[0].name}" if len(given_up) == 1 else "Release kept models"
     line = "none is kept"
     if given_up:
         sizes = ", ".join(f"{entry.name} {size_text(entry.size_bytes)}" for entry in given_up)
         line = f"no longer kept: {sizes}; goes now if nothing uses it, else with the next press"
-    card = ReceiptCard(title, line, "DONE")
-    return {"receipt": receipts.give(card)}
+    return {"receipt": receipts.give(ReceiptCard(title, line, "DONE"))}
 
 
 def policy(body: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +134,7 @@ def policy(body: dict[str, Any]) -> dict[str, Any]:
     try:
         entry = registry().set_policy(id, wanted)
     except KeyError as error:
-        raise NotFound(f"no model has the id {id[:40]!r}.") from error
+        raise BadRequest(f"no model has the id {id[:40]!r}.", 404) from error
     words = {"no": "no longer kept", "keep": "kept", "pin": "pinned"}[wanted]
     line = f"{size_text(entry.size_bytes)} of weights, {words} until a loader node asks otherwise"
     return {"receipt": receipts.give(ReceiptCard(f"{entry.name}: {words}", line, "DONE"))}
@@ -147,22 +145,20 @@ def offload(body: dict[str, Any]) -> dict[str, Any]:
     handle = _taken(body, "handle", str)
     patcher = panel_state.patcher_of(handle)
     if patcher is None:
-        raise NotFound(f"no model {handle[:40]!r} is loaded or kept any more.")
-    name, id = type(patcher.model).__name__, receipts.new_id()
-    del patcher
+        raise BadRequest(f"no model {handle[:40]!r} is loaded or kept any more.", 404)
+    title, id = f"Offload {type(patcher.model).__name__}", receipts.new_id()
+    del patcher  # or this request would keep it alive until it is moved
 
     def move() -> None:
         found = panel_state.patcher_of(handle)
-        if found is None:
-            receipts.give(
-                ReceiptCard(f"Offload {name}", "it was gone before its turn came", Verdict.NOT_LOADED.value, id=id)
-            )
-            return
-        (receipt,) = residency.offload_model(found)
-        receipts.give(ReceiptCard(f"Offload {name}", str(receipt), receipt.verdict.value, id=id))
+        line, verdict = "it was gone before its turn came", Verdict.NOT_LOADED
+        if found is not None:
+            (receipt,) = residency.offload_model(found)
+            line, verdict = str(receipt), receipt.verdict
+        receipts.give(ReceiptCard(title, line, verdict.value, id=id))
 
     waits = "waits for the end of the running prompt" if prompt.in_work() else "being moved"
-    pending = receipts.give(ReceiptCard(f"Offload {name}", waits, "PENDING", id=id))
+    pending = receipts.give(ReceiptCard(title, waits, "PENDING", id=id))
     idle.run_when_idle(PromptServer.instance.prompt_queue, move)
     return {"receipt": pending}
 

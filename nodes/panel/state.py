@@ -87,13 +87,6 @@ class PhaseState(TypedDict):
     end: float | None
 
 
-class KeptState(TypedDict):
-    """Bytes of all kept models together, and how many they may have."""
-
-    kept: int
-    budget: int
-
-
 class PanelState(TypedDict):
     """Everything that the panel shows.
 
@@ -103,7 +96,7 @@ class PanelState(TypedDict):
         devices: accelerators, then the RAM.
         residents: models, largest on its device first.
         phases: of the last two minutes, oldest first.
-        ram: what kept models take of it.
+        ram: bytes of all kept models together (`kept`), and how many they may have (`budget`).
     """
 
     time: float
@@ -111,7 +104,7 @@ class PanelState(TypedDict):
     devices: list[DeviceState]
     residents: list[ModelState]
     phases: list[PhaseState]
-    ram: KeptState
+    ram: dict[str, int]
 
 
 def patcher_of(handle: str) -> Any | None:
@@ -180,13 +173,12 @@ def _readings() -> list[Reading]:
 
 def _accelerator(device: torch.device) -> Reading:
     # Asking a card that nothing uses would start it and take hundreds of MiB there.
-    if device.type == "cuda" and not (torch.cuda.is_initialized() and _in_use(device)):
+    in_use = device.type != "cuda" or (
+        torch.cuda.is_initialized() and (device == mm.get_torch_device() or torch.cuda.memory_reserved(device) > 0)
+    )
+    if not in_use:
         return Reading(str(device), notes=("nothing of this process is on it",))
     return probe.attempt(probe.current(), device)
-
-
-def _in_use(device: torch.device) -> bool:
-    return device == mm.get_torch_device() or torch.cuda.memory_reserved(device) > 0
 
 
 def _ram() -> Reading:

@@ -81,12 +81,13 @@ def predicted() -> dict:
     quantised = {name: x.to(torch.float8_e4m3fn) for name, x in tensors.items()} | {"scaled_fp8": torch.zeros(2)}
     save_file(quantised, BASE / "quantised.safetensors")
     seen["quantised"] = [
-        weights.of_diffusion_model([BASE / "quantised.safetensors"]), sum(x.nbytes for x in quantised.values()),
+        weights.total([BASE / "quantised.safetensors"], weights.diffusion_model),
+        sum(x.nbytes for x in quantised.values()),
     ]  # fmt: skip
     torch.save({"weight": torch.zeros(1000)}, BASE / "plain.pt")
     (BASE / "damaged.safetensors").write_bytes(b"\xff" * 100)
     for name in ("plain.pt", "damaged.safetensors"):
-        seen[name] = [weights.of_vae([BASE / name]), os.path.getsize(BASE / name)]
+        seen[name] = [weights.total([BASE / name], weights.vae), os.path.getsize(BASE / name)]
     return seen
 
 

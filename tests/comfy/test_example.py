@@ -10,11 +10,10 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steadyvsr.tests.comfy.server import ROOT, Server, base_folder
+from steadyvsr.tests.comfy.server import ROOT, Server
 from steadyvsr.tests.comfy.workflow_files import api_form
 
 pytestmark = pytest.mark.comfy
@@ -79,21 +78,7 @@ class SmallServer(Server):
         super().__init__(checkout, base)
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[Path, SmallServer]]:
-    started: dict[Path, SmallServer] = {}
-    yield started
-    for server in started.values():
-        server.stop()
-
-
-@pytest.fixture
-def server(comfyui_path: Path, servers: dict, tmp_path_factory: pytest.TempPathFactory) -> SmallServer:
-    """One server for all tests of a version."""
-    if comfyui_path not in servers:
-        servers[comfyui_path] = SmallServer(comfyui_path, base_folder(tmp_path_factory.mktemp("example")))
-        servers[comfyui_path].wait()
-    return servers[comfyui_path]
+SERVER = SmallServer
 
 
 def example(server: Server, path: Path = EXAMPLE) -> dict[str, dict]:

@@ -15,6 +15,7 @@ import comfy.utils
 import folder_paths
 import host  # starts ComfyUI; what follows needs that
 import small_vaes
+import tiny_flashvsr
 import torch
 from comfy.latent_formats import Wan21
 from comfy_api.v0_0_2 import InputImpl, Types
@@ -38,27 +39,6 @@ def upscale(model, frames, **changes):
 
 def clip(count: int = 10, height: int = 32, width: int = 48, channels: int = 3) -> torch.Tensor:
     return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(count))
-
-
-def write_tiny_model() -> None:
-    """A random network of FlashVSR's form as a merged file in models/flashvsr."""
-    flashvsr = pack("models.flashvsr")
-    config = flashvsr.FlashVSRConfig(
-        dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=64, lq_hidden=(16, 32),
-        decoder_channels=(16, 16, 8, 8),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    networks = {
-        "transformer": flashvsr.Transformer(config, operations=torch.nn),
-        "lq_projection": flashvsr.CausalLQ4xProjection(config.lq_hidden, config.dim, 1, operations=torch.nn),
-        "decoder": flashvsr.TCDecoder(config.decoder_channels, operations=torch.nn),
-    }
-    parts = {name: network.state_dict() for name, network in networks.items()} | {"prompt": torch.randn(16, 64)}
-    folder = Path(folder_paths.get_folder_paths("flashvsr")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pack("models.flashvsr.checkpoint.load").save_merged(parts, folder / "tiny.safetensors", "v1.1", "test")
-    (folder / "broken").mkdir()
-    (folder / "broken" / "model.safetensors").write_bytes(b"")
 
 
 def tiny_model(**changes):
@@ -397,7 +377,9 @@ def same_as_the_engine() -> dict:
 
 
 write_clip(BASE / "input" / "clip.mp4")
-write_tiny_model()
+models_folder = tiny_flashvsr.write_tiny_model(pack, (16, 32), (16, 16, 8, 8), prompt_length=16)
+(models_folder / "broken").mkdir()
+(models_folder / "broken" / "model.safetensors").write_bytes(b"")
 SCENARIOS = {
     "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
     "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,

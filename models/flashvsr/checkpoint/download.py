@@ -104,7 +104,8 @@ def download_flashvsr(
         raise ValueError(f"download_flashvsr: expected version {' or '.join(VERSIONS)}; got {version!r}.")
     folder = Path(folder)
     hub = hub or _import_hub()
-    wanted = [_prompt(), *_weights(hub, version)]
+    (prompt,) = (known for known in KNOWN_FILES if known.name == f"{_PROMPT_REPOSITORY} {PROMPT}")
+    wanted = [Wanted(PROMPT, PROMPT_URL, prompt.size_bytes, prompt.sha256), *_weights(hub, version)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [file for file in wanted if not _is_there(folder, file, hub, version)]
@@ -131,11 +132,6 @@ def _import_hub() -> Any:
             "download_flashvsr: expected the package huggingface_hub; it is not installed. Run "
             "`pip install huggingface_hub`, or fetch the files by hand from https://huggingface.co/JunhaoZhuang."
         ) from error
-
-
-def _prompt() -> Wanted:
-    (known,) = (known for known in KNOWN_FILES if known.name == f"{_PROMPT_REPOSITORY} {PROMPT}")
-    return Wanted(PROMPT, PROMPT_URL, known.size_bytes, known.sha256)
 
 
 def _weights(hub: Any, version: str) -> list[Wanted]:
