@@ -31,8 +31,8 @@ with atheris.instrument_imports(include=["steadyvsr"]):
 
 PLACE = Path(tempfile.mkdtemp()) / "fuzzed.safetensors"
 OPTIONS = (
-    "--scale", "--seed", "--sparse-ratio", "--kv-ratio", "--local-range", "--tile", "--crf", "--workers", "--frame-rate",
-    "--colour", "--attention", "--precision", "--codec", "--version", "--force", "--json",
+    "--scale", "--seed", "--sparse-ratio", "--kv-ratio", "--local-range", "--tile", "--crf", "--workers",
+    "--frame-rate", "--colour", "--attention", "--precision", "--codec", "--version", "--force", "--json",
 )  # fmt: skip
 
 
