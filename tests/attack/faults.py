@@ -51,8 +51,20 @@ logging.disable()
 warnings.simplefilter("ignore")
 
 
+WITHOUT_MEMORY = (
+    "aten::detach", "aten::alias", "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::is_same_size",
+    "aten::promote_types", "aten::result_type", "prim::device",
+)  # fmt: skip
+"""Operations that take none, beside views."""
+
+
+@cache
+def takes_memory(function: Any) -> bool:
+    return not function.is_view and function._schema.name not in WITHOUT_MEMORY
+
+
 class Faults(TorchDispatchMode):
-    """Counts the operations of torch and raises in the place of some of them.
+    """Counts the operations of torch that take memory, and raises in the place of some of them.
 
     Attributes:
         planted: number of an operation → what it raises.
@@ -65,6 +77,8 @@ class Faults(TorchDispatchMode):
         self.planted, self.count, self.raised = planted, 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not takes_memory(function):
+            return function(*args, **(kwargs or {}))
         self.count += 1
         error = self.planted.pop(self.count, None)
         if error is not None:
