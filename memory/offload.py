@@ -10,8 +10,8 @@ import enum
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ LARGEST_TOLERANCE = 0.25
 """Of what was asked: no floor may be larger than a small model, or every outcome would pass."""
 ALIVE_BYTES = 1 * MIB
 """Of the model's storages, by torch's own weak references, which have no noise to allow for."""
+
+LINE_CHARACTERS = 600
+"""Of a receipt as text, at most; `to_json` has everything."""
+WIDTHS = (100, 60, 30, 15)
+"""Of a name in it, the first that fits."""
+NAMED_HOLDERS = 3
 
 
 class Verdict(str, enum.Enum):
@@ -114,13 +120,20 @@ class Receipt:
             return f"asked {size_text(0)} · not loaded on {self.device}"
         if self.verdict is Verdict.CANNOT_OFFLOAD:
             return f"asked {size_text(self.asked)} · cannot offload: {self.device} is also where it rests"
+        lines = [self._line(width) for width in WIDTHS]
+        return next((line for line in lines if len(line) <= LINE_CHARACTERS), lines[-1])
+
+    def _line(self, width: int) -> str:
+        """The line with names of at most `width` characters."""
         said = [("asked", self.asked, "")]
         if self.left_tensors is not None:
             said.append(("left the tensors", self.left_tensors, ""))
         if self.left_driver.bytes is not None:
             scope = "" if self.left_driver.confidence == EXACT else f", {self.left_driver.confidence}"
             said.append(("left the driver", self.left_driver.bytes, f" ({self.left_driver.source}{scope})"))
-        said += [("held", holder.bytes, f" by {holder.name}") for holder in self.held]
+        said += [("held", holder.bytes, f" by {holder.words(width)}") for holder in self.held[:NAMED_HOLDERS]]
+        if rest := self.held[NAMED_HOLDERS:]:
+            said.append(("held", sum(holder.bytes for holder in rest), f" by {len(rest)} more"))
         if self.unnamed:
             said.append(("held", self.unnamed, " by nothing that Python shows (C++, or a running function)"))
         numbers = spelled([amount for _, amount, _ in said])
@@ -130,7 +143,7 @@ class Receipt:
         if self.verdict is not Verdict.FREED:
             parts.append(self.verdict.value)
         if self.error:
-            parts.append(self.error)
+            parts.append(holders.shortened(self.error, 3 * width))
         return " · ".join([*parts, f"{self.seconds:.2f} s"])
 
     def to_json(self) -> dict[str, Any]:
@@ -182,13 +195,57 @@ def offload(
     _synchronise(reader, device)
     after = probe.attempt(reader, device, settled=True)
     elapsed = clock() - started
-    still_loaded = int(subject.loaded_bytes())
+    receipt = weigh(
+        subject.name,
+        device,
+        (asked, int(subject.loaded_bytes())),
+        (before, after),
+        watched,
+        subject.roots,
+        seconds=seconds,
+        clock=clock,
+    )
+    if receipt.verdict is not Verdict.STILL_HELD and not receipt.held and device.type != "cpu":
+        # Nothing of the model is held: what the labelled roots have on the device is shown all the same.
+        sizes = {label: holders.root_bytes(root, device) for label, root in subject.roots.items()}
+        receipt = replace(receipt, held=tuple(holders.Holder(label, size) for label, size in sizes.items() if size))
+    return replace(receipt, parameters=where(subject.tensors()), seconds=elapsed, error=error)
+
+
+def weigh(
+    name: str,
+    device: torch.device,
+    books: tuple[int, int],
+    readings: tuple[Reading, Reading],
+    watched: Sequence[holders.Watched],
+    roots: Mapping[str, Any],
+    *,
+    seconds: float = holders.SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Receipt:
+    """The receipt of models that were taken off a device, by readings before and after.
+
+    Args:
+        name: of the models.
+        books: bytes that were to leave the device, and what of them the books still have there.
+        readings: of the device, before and after.
+        watched: their storages on the device, from `holders.watch`, made before.
+        roots: as in `Subject`.
+        seconds: most time for the search for holders; 0 searches nothing.
+    """
+    (asked, still_loaded), (before, after) = books, readings
     # On the CPU what rests and what is loaded look alike.
     alive = sum(item.bytes for item in watched if item.alive) if device.type != "cpu" else 0
     verdict, notes = judge(asked, still_loaded, alive, before, after)
-    held, unnamed = _attribute(subject, verdict, watched, alive, seconds, clock, notes)
+    held: tuple[holders.Holder, ...] = ()
+    unnamed = 0
+    if (verdict is Verdict.STILL_HELD or alive) and seconds:
+        found = holders.find(watched, roots, seconds, clock)
+        held, unnamed = found.holders, found.unnamed
+        if not found.complete:
+            notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
     return Receipt(
-        subject.name,
+        name,
         str(device),
         verdict,
         asked,
@@ -197,11 +254,9 @@ def offload(
         left_driver=_driver_drop(before, after),
         held=held,
         unnamed=unnamed,
-        parameters=where(subject.tensors()),
         before=before,
         after=after,
-        seconds=elapsed,
-        error=error,
+        seconds=after.moment - before.moment,
         notes=tuple(dict.fromkeys([*notes, *before.notes, *after.notes])),
     )
 
@@ -260,27 +315,6 @@ def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> 
         return True
     notes.append("the driver's side is unknown")
     return False
-
-
-def _attribute(
-    subject: Subject,
-    verdict: Verdict,
-    watched: list[holders.Watched],
-    alive: int,
-    seconds: float,
-    clock: Callable[[], float],
-    notes: list[str],
-) -> tuple[tuple[holders.Holder, ...], int]:
-    """Who holds memory: after a failed offload by a search of the heap, else what the labelled roots show at once."""
-    if verdict is Verdict.STILL_HELD or alive:
-        found = holders.find(watched, subject.roots, seconds, clock)
-        if not found.complete:
-            notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
-        return found.holders, found.unnamed
-    if subject.load_device.type == "cpu":
-        return (), 0
-    sizes = {label: holders.root_bytes(root, subject.load_device) for label, root in subject.roots.items()}
-    return tuple(holders.Holder(label, size) for label, size in sizes.items() if size), 0
 
 
 def _synchronise(reader: probe.Probe, device: torch.device) -> None:

@@ -95,9 +95,11 @@ class ReleaseKept(io.ComfyNode):
 
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
+        given_up = registry().release()
+        registry().settle()
         released = [
             {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
-            for entry in registry().release()
+            for entry in given_up
         ]
         loaded = [item.to_json() for item in residents()]
         return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": loaded})

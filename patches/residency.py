@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
@@ -53,11 +54,93 @@ class Resident:
         return {**vars(self), "device": str(self.device)}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network in ComfyUI's list, or one that is kept, as ComfyUI's worker last saw it.
+
+    Plain values only: on another thread, a reference to a model might be the last one when it goes.
+
+    Attributes:
+        handle: names it as long as it lives (`handle_of`).
+        id: of the registry's entry; None for a model that the registry does not know.
+        name: class of the network.
+        kind: MODEL | CLIP | VAE, or what its loader calls it; None where nothing tells.
+        dtype: of its first weight, such as "float16".
+        device: where it is: the device that it computes on, or the one that it rests on.
+        bytes, size: on the device that it computes on, and of all its weights.
+        movable: whether it can be offloaded at all.
+    """
+
+    handle: str
+    id: str | None
+    name: str
+    kind: str | None
+    dtype: str | None
+    device: str
+    bytes: int
+    size: int
+    movable: bool
+
+
+class _Seen:
+    networks: tuple[Network, ...] = ()
+
+
+def look() -> None:
+    """Notes what is in ComfyUI's list and in the registry, for other threads to read; done by ComfyUI's worker."""
+    if prompt.on_worker():
+        shared("networks", _Seen).networks = tuple(_network(patcher) for patcher in _all_patchers())
+
+
+def networks() -> tuple[Network, ...]:
+    """What the last `look` saw; any thread may ask."""
+    return shared("networks", _Seen).networks
+
+
+def patcher_of(handle: str) -> Any | None:
+    """The patcher of the network with that name (`handle_of`): a loaded one, or one that is kept."""
+    return next((patcher for patcher in _all_patchers() if handle_of(patcher.model) == handle), None)
+
+
+def _all_patchers() -> list[Any]:
+    """Patchers of everything in ComfyUI's list and of every kept model, one for each network."""
+    listed = [loaded.model for loaded in mm.current_loaded_models]
+    owned = [patcher for entry in registry().owned() for patcher in entry.patchers]
+    one_each = {id(patcher.model): patcher for patcher in [*owned, *listed] if patcher is not None}
+    return list(one_each.values())
+
+
+def _network(patcher: Any) -> Network:
+    entry = registry().owner_of(patcher)
+    weight = next(patcher.model.parameters(), None)
+    loaded = patcher.loaded_size()
+    return Network(
+        handle=handle_of(patcher.model),
+        id=entry and entry.id,
+        name=type(patcher.model).__name__,
+        kind=_kind(patcher) or (entry and entry.key.kind.upper()),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        device=str(patcher.load_device if loaded else patcher.offload_device),
+        bytes=loaded,
+        size=patcher.model_size(),
+        movable=patcher.load_device != patcher.offload_device,
+    )
+
+
+def _kind(patcher: Any) -> str | None:
+    if isinstance(patcher.model, comfy.model_base.BaseModel):
+        return "MODEL"
+    if patcher.is_clip:
+        return "CLIP"
+    return "VAE" if hasattr(patcher.model, "decode") and hasattr(patcher.model, "encode") else None
+
+
 def handle_of(module: Any) -> str:
     """A short name for a network, valid as long as it lives and never given again; no address can be read from it."""
     handles, numbers = shared("handles", weakref.WeakKeyDictionary), shared("handle_numbers", itertools.count)
-    # A number that two threads have drawn for one network is lost, no more.
-    return handles[module] if module in handles else handles.setdefault(module, f"m{next(numbers)}")
+    if module not in handles:
+        handles[module] = f"m{next(numbers)}"
+    return handles[module]
 
 
 def patchers_of(value: Any) -> list[Any]:
@@ -104,7 +187,7 @@ def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
     """
     own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
     before = sum(resident.bytes for resident in residents(device))
-    mm.free_memory(EVERYTHING, device, keep_loaded=own)
+    versions.free_memory(EVERYTHING, device, own)
     mm.soft_empty_cache()
     return sum(resident.bytes for resident in residents(device)) < before
 
@@ -139,7 +222,7 @@ def subject(patcher: Any) -> offload.Subject:
         own = {id(loaded) for loaded in _listed(patcher)}
         others = [loaded for loaded in mm.current_loaded_models if id(loaded) not in own]
         with explicit():
-            mm.free_memory(EVERYTHING, patcher.load_device, keep_loaded=others)
+            versions.free_memory(EVERYTHING, patcher.load_device, others)
 
     return offload.Subject(
         name=type(module).__name__,

@@ -7,8 +7,8 @@ adds up floating-point operations, bytes (each input read once, each output writ
 kernel, operators that make the host wait for the device, and bytes that cross between the two.
 
 Counted, not measured. Operators are exact; kernels are at least as many, since cuDNN and topk may launch several for
-one. Three things are stood in for, because meta takes another way than CUDA there: both attentions and `rms_norm` are
-one kernel each, and the backend is not chosen but given.
+one. Stood in for, because meta takes another way than CUDA there: both attentions and `rms_norm` (one kernel each), the
+choice of the backend (given), and `operations.uploaded` and `downloaded`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from steadyvsr.models.flashvsr import (
     StreamOptions,
     TCDecoder,
     Transformer,
+    rotary,
     stream,
     transformer,
 )
@@ -231,6 +232,16 @@ def count(height: int, width: int, backend: str) -> Counts:
         counts.add(bytes=2 * touched(x), launches=1)
         return torch.empty_like(x)
 
+    # On CUDA both go through pinned memory, which meta has none of: no wait on the way up, one on the way down.
+    def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+        counts.add(launches=1, uploaded=touched(tensor))
+        return torch.empty_like(tensor, device=device)
+
+    def downloaded(tensor: Tensor) -> Tensor:
+        counts.add(launches=1, downloaded=touched(tensor))
+        counts.waited("frames downloaded")
+        return torch.empty_like(tensor, device="cpu")
+
     steady = 21 + 8 * options.cached_pairs  # output frames before the first step whose caches are full
 
     def on_step(phase: str, done: int, total: int | None) -> None:
@@ -241,6 +252,9 @@ def count(height: int, width: int, backend: str) -> Counts:
     with ExitStack() as patches:
         for owner, name, part in PARTS:
             patches.enter_context(mock.patch.object(owner, name, _method(counts, owner, name, part)))
+        for module in (stream, rotary):
+            patches.enter_context(mock.patch.object(module, "uploaded", uploaded))
+        patches.enter_context(mock.patch.object(stream, "downloaded", downloaded))
         for name, value in (("F", functional), ("choose_backend", lambda *_: backend), ("sparse_attention", sparse)):
             patches.enter_context(mock.patch.object(transformer, name, value))
         for block in model.transformer.blocks:

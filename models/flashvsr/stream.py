@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..operations import downloaded, uploaded
 from .colour import METHODS
 from .config import LATENT_STRIDE, StreamOptions
 from .memory_plan import MemoryPlan
@@ -63,7 +64,7 @@ class StreamState:
         tiles: one for each spatial tile.
         decoder: memory of the TC decoder, or cache of the Wan VAE.
         generator: of the latent noise, on the CPU.
-        noise, latents: NCTHW fp32, of the current step only.
+        noise, latents: NCTHW fp32, of the current step only, on the computing device.
         decoded: NCTHW, frames of the newest latent that are decoded but not finished.
     """
 
@@ -244,9 +245,9 @@ class _Engine:
 
     def begin(self, step: int) -> None:
         """Draws the noise of a process step and zeroes its latents."""
-        noise = self._draw_noise(step) if self.state.noise is None else self.state.noise
-        self.state.noise = noise
-        self.state.latents = torch.zeros(noise.shape, device=self.device)
+        if self.state.noise is None:
+            self.state.noise = uploaded(self._draw_noise(step), self.device)
+        self.state.latents = torch.zeros(self.state.noise.shape, device=self.device)
 
     def next_tile(self, step: int) -> TileState | None:
         """The first tile that has not added its latents to a process step."""
@@ -256,7 +257,7 @@ class _Engine:
         """Runs the transformer on the next tile and adds its clean latents to the step's."""
         state, tile = self.state, self.next_tile(step)
         assert tile is not None and state.noise is not None and state.latents is not None
-        noise = tile.tile.of(state.noise).to(self.device, self.dtype).contiguous()
+        noise = tile.tile.of(state.noise).to(self.dtype).contiguous()
         if tile.velocity is None:
             if len(tile.tokens) > 1:
                 tile.tokens = [[torch.cat(layer, 1) for layer in zip(*tile.tokens, strict=True)]]
@@ -309,7 +310,7 @@ class _Engine:
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
         frames = rearrange(frames.add_(1).div_(2).clamp_(0, 1), "1 c t h w -> t h w c")
-        finished = [frame.to("cpu", copy=True, memory_format=torch.contiguous_format) for frame in frames]
+        finished = list(downloaded(frames))
         left = waiting[:, :, last - first :]
         state.decoded = left if left.shape[2] else None
         return finished
@@ -321,7 +322,7 @@ class _Engine:
         """
         window, start = self.state.window, self.state.window_start
         frames = torch.stack(
-            [window[min(i - start, len(window) - 1)].to(self.device).float() for i in range(first, last)]
+            [uploaded(window[min(i - start, len(window) - 1)], self.device).float() for i in range(first, last)]
         )
         frames = rearrange(frames, "t h w c -> t c h w")
         width, height = self.size

@@ -17,7 +17,7 @@ from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
 from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, report_output, with_report
-from . import model_sets
+from . import model_sets, prediction
 from .memory import CLEAN, RunLimits
 from .model import LoadedFlashVSR, load
 from .run import Run, checked_frames, upscale_video
@@ -117,6 +117,7 @@ class LoadFlashVSR(io.ComfyNode):
             patchers_of,
             model_set,
         )
+        prediction.remember(model_set, model)
         # The attention backend belongs to the run, not to the weights.
         return io.NodeOutput(model if model.attention == attention else replace(model, attention=attention))
 

@@ -248,8 +248,8 @@ class Loading:
 
     def _keeping(self, entry: Entry) -> None:
         """Reports which policy applies, and why where that is not the one that this node asks for."""
-        asked, requests = self.keep_loaded, entry.requests_in(prompt.running())
-        stronger = [node for node, request in requests.items() if request.policy == entry.policy != asked]
+        asked, wishes = self.keep_loaded, entry.wishes_in(prompt.running())
+        stronger = [node for node, wish in wishes.items() if wish == entry.policy != asked]
         reason = f"node {stronger[0]} asks for {entry.policy}" if stronger else ""
         if POLICIES.index(entry.policy) < POLICIES.index(asked):
             reason = f"released: kept models may fill {size_text(registry().budget_bytes())} of RAM together"

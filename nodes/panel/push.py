@@ -63,7 +63,6 @@ class StatePush:
                 for client in clients:
                     PromptServer.instance.send_sync(EVENT, state, client)
                     self.pushes += 1
-            _wake_worker()
             time.sleep(PERIOD_SECONDS)
             now_cpu, now = time.thread_time(), time.monotonic()
             self.cpu_seconds += now_cpu - cpu
@@ -78,17 +77,6 @@ class StatePush:
             if not self._watching:
                 self._thread = None
             return sorted(self._watching)
-
-
-def _wake_worker() -> None:
-    """Has ComfyUI's worker act on a press that it missed.
-
-    A flag that is set while the worker collects garbage wakes nobody, and the worker then waits for the next prompt.
-    """
-    queue: Any = PromptServer.instance.prompt_queue
-    if queue.flags and not queue.currently_running:
-        with queue.mutex:
-            queue.not_empty.notify()
 
 
 def state_push() -> StatePush:

@@ -19,7 +19,7 @@ from ...memory.offload import Verdict
 from ...memory.process import shared
 from ...memory.reading import GIB, size_text
 from ...patches import idle, presses, prompt, residency
-from ...patches.kept import POLICIES, registry
+from ...patches.kept import EJECTABLE, POLICIES, registry
 from .. import receipts
 from ..flashvsr import prediction
 from ..receipts import Line, ReceiptCard
@@ -113,11 +113,12 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
         if not all(isinstance(id, str) for id in ids):
             raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
         # Before anything is released: a list with one wrong id changes nothing.
-        known = {entry.id for entry in registry().owned()}
+        known = {entry.id for entry in registry().entries() if entry.wanted != EJECTABLE}
         unknown = [id for id in ids if id not in known]
         if unknown:
             raise BadRequest(f"no kept model has the id {unknown[0][:40]!r}.", 404)
     given_up = registry().release(ids)
+    _settle()
     title = f"Release {given_up[0].name}" if len(given_up) == 1 else "Release kept models"
     line = "none is kept"
     if given_up:
@@ -135,22 +136,27 @@ def policy(body: dict[str, Any]) -> dict[str, Any]:
         entry = registry().set_policy(id, wanted)
     except KeyError as error:
         raise BadRequest(f"no model has the id {id[:40]!r}.", 404) from error
+    _settle()
     words = {"no": "no longer kept", "keep": "kept", "pin": "pinned"}[wanted]
     line = f"{size_text(entry.size_bytes)} of weights, {words} until a loader node asks otherwise"
     return {"receipt": receipts.give(ReceiptCard(f"{entry.name}: {words}", line, "DONE"))}
 
 
+def _settle() -> None:
+    """Has ComfyUI's worker take or give up models as the policies now say: after the running node, or at once."""
+    idle.run_when_idle(PromptServer.instance.prompt_queue, registry().settle)
+
+
 def offload(body: dict[str, Any]) -> dict[str, Any]:
     """Moves one network off its device, after the running prompt, and measures. {handle}"""
     handle = _taken(body, "handle", str)
-    patcher = panel_state.patcher_of(handle)
-    if patcher is None:
+    name = next((network.name for network in residency.networks() if network.handle == handle), None)
+    if name is None:
         raise BadRequest(f"no model {handle[:40]!r} is loaded or kept any more.", 404)
-    title, id = f"Offload {type(patcher.model).__name__}", receipts.new_id()
-    del patcher  # or this request would keep it alive until it is moved
+    title, id = f"Offload {name}", receipts.new_id()
 
     def move() -> None:
-        found = panel_state.patcher_of(handle)
+        found = residency.patcher_of(handle)
         line, verdict = "it was gone before its turn came", Verdict.NOT_LOADED
         if found is not None:
             (receipt,) = residency.offload_model(found)
@@ -164,19 +170,32 @@ def offload(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings(body: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the server acts on: {warn_percent, critical_percent, kept_ram_gib}."""
-    book, kept = ledger.current(), registry()
+    """The settings that the server acts on.
+
+    {warn_percent, critical_percent, kept_ram_gib, least_ram_gib, reset_when_short}
+    """
+    book, kept, relief = ledger.current(), registry(), idle.relief()
     warn = _taken(body, "warn_percent", (int, float), book.levels.warn * 100)
     critical = _taken(body, "critical_percent", (int, float), book.levels.critical * 100)
     ram = _taken(body, "kept_ram_gib", (int, float), (kept.ram_budget_bytes or 0) / GIB)
     if not 0 <= ram <= 1e6:
         raise BadRequest(f"kept_ram_gib: expected 0 (half of the RAM) or more GiB; got {ram}.")
+    least = _taken(body, "least_ram_gib", (int, float), (kept.least_ram_bytes or 0) / GIB)
+    if not 0 <= least <= 1e6:
+        raise BadRequest(f"least_ram_gib: expected 0 (a tenth of the RAM) or more GiB; got {least}.")
+    reset = _taken(body, "reset_when_short", bool, relief.enabled)
     try:
         book.levels = ledger.Levels(warn=warn / 100, critical=critical / 100)
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    kept.ram_budget_bytes = int(ram * GIB) or None
-    return {"levels": asdict(book.levels), "kept_budget_bytes": kept.budget_bytes()}
+    kept.ram_budget_bytes, kept.least_ram_bytes = int(ram * GIB) or None, int(least * GIB) or None
+    relief.enabled = reset
+    return {
+        "levels": asdict(book.levels),
+        "kept_budget_bytes": kept.budget_bytes(),
+        "least_ram_bytes": kept.least_available_bytes(),
+        "reset_when_short": relief.enabled,
+    }
 
 
 def predict(body: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +224,7 @@ def _press_receipt(press: presses.Press) -> None:
         if item.bytes
     )
     titles = {"button": "Free memory", "OOM": "Out of memory: everything unloaded", "housekeeping": "End of a prompt"}
-    verdict = "FAILED" if press.lost else "DONE"
+    verdict = "FAILED" if press.lost else press.verdict.value
     receipts.give(ReceiptCard(titles[press.caller], press.line, verdict, lines))
 
 

@@ -22,7 +22,7 @@ CHECKOUTS = [Path(part) for part in os.environ.get("STEADYVSR_MULTIGPU", "").spl
 PLACES = [(comfyui, multigpu) for comfyui in comfyui_checkouts() for multigpu in CHECKOUTS]
 OURS = ("keep", "pin")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-WORKER = ("PromptExecutor.reset", "PromptQueue.get_flags")
+WORKER = ("PromptExecutor.reset", "PromptQueue.get", "PromptQueue.get_flags")
 
 pytestmark = [
     pytest.mark.comfy,

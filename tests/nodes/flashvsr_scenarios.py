@@ -376,6 +376,30 @@ def same_as_the_engine() -> dict:
         return {"equal": torch.equal(torch.stack(list(stream)), image)}
 
 
+def weights_changed_on_use() -> dict:
+    """A weight that ComfyUI doubles on use beside one that is doubled, in layers that are computed without a call.
+
+    The weights are loaded before: ComfyUI forgets such functions when it loads.
+    """
+    model, frames, seen = tiny_model(), clip(), {}
+    transformer, projection, decoder = (patcher.model for patcher in model.patchers())
+    layers = {"patch embedding": transformer.patch_embedding, "LQ convolution": projection.conv1}
+    grow, conv = pack("models.flashvsr.tc_decoder")._TRANSITIONS[0]
+    layers |= {"decoder's time growth": decoder.decoder[grow].conv, "decoder's convolution": decoder.decoder[conv]}
+    plain = digest(upscale(model, frames)[0])
+    for name, layer in layers.items():
+        layer.weight_function = [lambda weight: weight * 2]
+        on_use = digest(upscale(model, frames)[0])
+        layer.weight_function = []
+        with torch.inference_mode():
+            layer.weight.mul_(2)
+        doubled = digest(upscale(model, frames)[0])
+        with torch.inference_mode():
+            layer.weight.div_(2)
+        seen[name] = {"seen": doubled != plain, "equal": on_use == doubled}
+    return seen
+
+
 write_clip(BASE / "input" / "clip.mp4")
 models_folder = tiny_flashvsr.write_tiny_model(pack, (16, 32), (16, 16, 8, 8), prompt_length=16)
 (models_folder / "broken").mkdir()
@@ -384,5 +408,5 @@ SCENARIOS = {
     "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
     "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,
     "loader errors": loader_errors, "vae decoder": vae_decoder, "videos": videos, "told": told,
-    "same as the engine": same_as_the_engine,
+    "same as the engine": same_as_the_engine, "weights changed on use": weights_changed_on_use,
 }  # fmt: skip

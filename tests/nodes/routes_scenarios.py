@@ -138,6 +138,8 @@ BAD = {
     "an unknown handle": ("offload", {"handle": "../x"}),
     "a level of 101 %": ("settings", {"warn_percent": 101}),
     "RAM below 0": ("settings", {"kept_ram_gib": -1}),
+    "least RAM below 0": ("settings", {"least_ram_gib": -1}),
+    "a switch that is a number": ("settings", {"reset_when_short": 1}),
     "no size": ("predict", {"model_set": "nano (embedded)", "width": 64}),
     "no number": ("predict", {"width": True, "height": 1}),
     "too much": ("free", b'{"a": "' + b"x" * 70_000 + b'"}'),
@@ -179,9 +181,10 @@ def buttons() -> dict:
         seen["free"] = [status, sorted(SERVER.prompt_queue.get_flags())]
         status, answer = await post("release", {})
         seen["release"] = [status, answer["receipt"]["verdict"], policy_of(id)]
-        status, answer = await post("settings", {"warn_percent": 70, "critical_percent": 90, "kept_ram_gib": 2})
+        wanted = {"warn_percent": 70, "critical_percent": 90, "kept_ram_gib": 2}
+        status, answer = await post("settings", wanted | {"least_ram_gib": 3, "reset_when_short": False})
         seen["settings"] = [status, answer]
-        await post("settings", {"kept_ram_gib": 0})
+        await post("settings", {"kept_ram_gib": 0, "least_ram_gib": 0, "reset_when_short": True})
         status, answer = await post("predict", {"model_set": "nano (embedded)", "width": 64, "height": 64, "scale": 2})
         seen["predict"] = [status, answer["predicted"] > 0, sorted(answer)]
         status, answer = await post("predict", {"model_set": "unknown", "width": 64, "height": 64, "scale": 2})

@@ -229,3 +229,9 @@ def comparable(observed: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.comfy
 def test_the_double_does_what_comfyui_does(observe, comfyui_path: Path):
     assert comparable(observe(None)) == comparable(observe(comfyui_path))
+
+
+def test_weights_that_comfyui_changes_on_use_are_changed_wherever_they_are_used(observed):
+    """Reading `layer.weight` instead would miss them, and copy it to the card in every step of a dynamic VRAM."""
+    seen = scenario(observed, "flashvsr weights changed on use")
+    assert len(seen) == 4 and all(layer == {"seen": True, "equal": True} for layer in seen.values()), seen

@@ -53,6 +53,8 @@ REFUSED = {
     "an unknown id": (404, "no kept model has the id"), "an unknown policy": (400, "expected no, keep, pin; got 'x'"),
     "an unknown model": (404, "no model has the id"), "an unknown handle": (404, "no model '../x' is loaded"),
     "a level of 101 %": (400, "expected a share above 0 and up to 1; got 1.01"),
+    "least RAM below 0": (400, "least_ram_gib: expected 0"),
+    "a switch that is a number": (400, "reset_when_short: got 1"),
     "RAM below 0": (400, "kept_ram_gib: expected 0"), "no size": (400, "height: got null"),
     "no number": (400, "width: got true"), "too much": (400, "expected at most 65536 bytes; got 70009"),
 }  # fmt: skip
@@ -83,6 +85,7 @@ def test_settings_are_taken_over_and_told_back(observed):
     status, answer = scenario(observed, "routes buttons")["settings"]
     assert status == 200 and answer["kept_budget_bytes"] == 2 * GIB
     assert (answer["levels"]["warn"], answer["levels"]["critical"]) == (0.7, 0.9)
+    assert (answer["least_ram_bytes"], answer["reset_when_short"]) == (3 * GIB, False)
 
 
 def test_a_prediction_needs_a_model_that_is_known(observed):

@@ -44,6 +44,7 @@ def scripted_state(**changes: Any) -> dict:
             },
         ],
         "phases": [{"name": "sample", "start": 960.0, "end": 990.0}],
+        "promises_off": [],
         "ram": {"kept": 6 * GIB, "budget": 32 * GIB},
     }  # fmt: skip
     return {**state, **changes}
