@@ -38,7 +38,8 @@ host: Any = importlib.import_module("host")
 scenarios: Any = importlib.import_module("routes_scenarios")
 
 ANSWER_SECONDS, GROWTH_BYTES = 1.0, 16 << 20
-"""Of one request: how long it may keep the server, and what its memory may grow by (a body may have 64 kB)."""
+"""Of one request: the work that it may make (seconds of the processor: the machine may have other work), and what the
+server's memory may grow by (a body may have 64 kB)."""
 GIVE_UP_SECONDS, UPLOAD_BYTES = 10, 100 << 20
 DATA = ("residents", "devices", "receipts", "snapshots", "marks", "receipt", "levels", "predicted", "secret-model")
 """Words of the answers that tell something."""
@@ -120,9 +121,9 @@ def run(seed: int) -> Outcome:
     request = rng.choice(ATTACKS)(PLACE.aim, rng)
     before, resident = PLACE.state(), forget_peak()
     host.EVENTS.clear()
-    started = time.perf_counter()
+    started = time.process_time()
     answer = host.LOOP.run_until_complete(answered(request))
-    seconds, grown = time.perf_counter() - started, peak_bytes() - resident
+    seconds, grown = time.process_time() - started, peak_bytes() - resident
     after = PLACE.state()
     end, good = judged(request, answer, before != after, seconds, grown)
     changed = {name: [before[name], after[name]] for name in before if before[name] != after[name]}
