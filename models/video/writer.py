@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,10 @@ _CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
 _LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
 """By codec: formats for ten bits and for eight, in RGB so that nothing is lost."""
 _IO_BUFFER_BYTES = 1 << 20
+
+
+class MuxingError(VideoError):
+    """A container cannot take any more. What it holds can be kept: see `ClipWriter.keep`."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,9 @@ class ClipWriter:
             for frame, time in frames:
                 writer.write(frame, time)
 
-    The file grows as `out.mp4.part`; leaving the block by an exception removes it. Colours are BT.709 (BT.2020 for a
-    source in those primaries), limited range, tagged as such. Sound is copied packet by packet, or re-encoded with a
-    note if the container cannot hold it.
+    The file grows as a part of its own (see `part_file`); leaving the block by an exception removes it. Colours are
+    BT.709 (BT.2020 for a source in those primaries), limited range, tagged as such. Sound is copied packet by packet,
+    or re-encoded with a note if the container cannot hold it.
 
     Args:
         frame_rate: frames per second; also the step of frames written without a time.
@@ -216,7 +221,11 @@ class ClipWriter:
         if exception_type is not None:
             self.abort()
         elif not self._closed:
-            self.finish()
+            try:
+                self.finish()
+            except BaseException:
+                self.abort()
+                raise
 
     def write(self, frame: Tensor, time: Fraction | None = None) -> None:
         """Encodes one frame, HWC float RGB 0..1; values beyond are clamped, code values are rounded.
@@ -226,6 +235,7 @@ class ClipWriter:
 
         Raises:
             ValueError: a wrong shape, NaN, or a time that is not after the last one.
+            MuxingError: the container cannot hold it (a gap that its clock cannot count, …).
         """
         check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
         if time is not None:
@@ -238,7 +248,7 @@ class ClipWriter:
         self._last_pts = pts
         picture = rgb_to_frame(frame, self.encoding.pixel_format, self._matrix)
         picture.pts, picture.time_base = pts, self._time_base
-        with explained(self.path):
+        with self._muxing():
             self._container.mux(self._stream.encode(picture))
             if self._audio is not None:
                 self._audio.advance(pts * self._time_base)
@@ -248,23 +258,46 @@ class ClipWriter:
         """Writes what the encoder still holds and the rest of the sound, and gives the file its name.
 
         With `to` it gets that name instead (for the readable part of a damaged source). Returns the path.
+
+        Raises:
+            MuxingError: the container cannot hold the rest; `keep` or `abort` comes next.
         """
         try:
             if not self.frames_written:
                 raise VideoError(f"{self.path.name}: expected at least one frame to write; got none.")
-            with explained(self.path):
+            with self._muxing():
                 self._container.mux(self._stream.encode(None))
                 if self._audio is not None:
                     self._audio.advance(None)
-                self._container.close()
-            path = self._part.commit(to)
+            return self.keep(to)
+        except MuxingError:
+            raise
         except BaseException:
             self.abort()
             raise
+
+    def keep(self, to: str | Path | None) -> Path:
+        """Closes the file with what is in it, and gives it its name or the name `to`. Returns the path."""
+        with self._muxing():
+            self._container.close()
+        path = self._part.commit(to)
         self._closed = True
         if self._audio is not None:
             self._audio.close()
         return path
+
+    @contextlib.contextmanager
+    def _muxing(self) -> Iterator[None]:
+        try:
+            with explained(self.path):
+                yield
+        except FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise MuxingError(
+                f"{self.path.name}: expected frames and sound that {self.encoding.container} can hold; got"
+                f" {error.strerror} after {self.frames_written} frames."
+            ) from error
 
     def abort(self) -> None:
         """Removes what was written so far and leaves `path` as it was. Does nothing after `finish`."""

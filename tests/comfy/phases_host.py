@@ -169,11 +169,11 @@ class Recorder:
             self.after_move()
             return result
 
-        def ends(name, models, limits):
+        def ends(name, models, limits, *scope):
             models, running[0] = list(models), name
             before = resident()
             try:
-                result = end_phase(name, models, limits)
+                result = end_phase(name, models, limits, *scope)
             finally:
                 running[0] = ""
             self.ended.append({"name": name, "before": before, "after": resident(), "ended": result})

@@ -90,7 +90,8 @@ class Server:
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         """Posts JSON, or bytes as they are; gives the status and the answer."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "X-SteadyVSR": "1"}
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 status, text = answer.status, answer.read()
