@@ -5,6 +5,7 @@ The command line, the workers of a folder run and the VIDEO node all go through 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -38,6 +39,8 @@ from ..models.video import (
 
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
+MEMORY_WORDS = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+"""By which a RuntimeError of torch is known as one of memory: its CPU allocator on Linux, on Windows, cuDNN."""
 STEP_FRAMES = 8
 """The engine pulls so many frames for each of its steps."""
 
@@ -127,14 +130,6 @@ class Ladder:
         return found[1]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: a device's, or the CPU's, for which PyTorch has no exception of its own."""
-    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
-    )
-
-
 def choose_device(name: str) -> torch.device:
     """The device of that name; auto: CUDA if there is any, else the CPU. Raises ValueError for one torch lacks."""
     if name == "auto":
@@ -157,6 +152,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
         return torch.bfloat16
     return torch.float16
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a card's, or the machine's, for which torch has no type of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
 
 
 def footage_of(clip: Clip) -> Footage:

@@ -14,21 +14,16 @@ import sys
 from pathlib import Path
 
 import torch
-from steadyvsr.benchmarks.shape_run import released_model
-from steadyvsr.memory.budget import CONTEXT_BYTES, POOL_SHARE, RESERVE_BYTES, Need, fit, gib
+from steadyvsr.app.card.random_model import released_model
+from steadyvsr.app.card.room import CARDS_GB, room
+from steadyvsr.memory.budget import Need, fit
 from steadyvsr.memory.reading import GIB
 from steadyvsr.models.flashvsr import FlashVSRConfig, padded_size
 from steadyvsr.models.flashvsr.footprint import activation_bytes, cache_bytes, decoder_state_bytes
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, plans
 
-CARDS_GB = (6, 8, 12, 16, 24)
 SIZES = ((1280, 720), (1920, 1080), (2560, 1440), (3840, 2160))
 CONFIG, KV_RATIO, ITEMSIZE = FlashVSRConfig(), 3.0, 2
-
-
-def room(card_gb: int) -> int:
-    """Bytes of live tensors that a card can hold."""
-    return int((gib(card_gb) - CONTEXT_BYTES - RESERVE_BYTES) / (1 + POOL_SHARE))
 
 
 def in_ram(size: tuple[int, int], plan: MemoryPlan) -> int:
@@ -64,7 +59,7 @@ def cell(card_gb: int, size: tuple[int, int], weights: int) -> str:
 
 
 def table() -> str:
-    model = released_model(torch.bfloat16)
+    model = released_model("v1.1", torch.bfloat16, torch.device("meta"))
     networks = (model.transformer, model.lq_projection, model.decoder)
     weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
     lines = [

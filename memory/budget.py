@@ -8,16 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .reading import GIB, MIB, Reading, size_text
 
-CONTEXT_BYTES = 512 * MIB
-"""What a CUDA process takes besides its tensors: the context with loaded kernels is 300 to 600 MiB by common report.
-Predicted, not measured here."""
-POOL_SHARE = 0.10
-"""What the allocator's pool holds beyond live tensors at a peak. ComfyUI itself asks for 10 % more than a model's size
-before a load (`load_models_gpu`: total · 1.1)."""
 RESERVE_BYTES = 256 * MIB
 """Left free on a card for the desktop and for peaks of other processes."""
 
@@ -83,18 +77,16 @@ def fit(budget: int, settings: Iterable[Setting], need: Callable[[Setting], Need
             f"budget: expected at least the model's own weights, {size_text(weights)}; got {size_text(budget)}. "
             "Raise the budget, or choose a smaller precision."
         )
-    tried: list[tuple[Any, int]] = []
-    smallest: Need | None = None
+    tried: list[tuple[Any, Need]] = []
     for setting in settings:
-        found = need(setting)
-        tried.append((setting, found.tensors))
+        tried.append((setting, found := need(setting)))
         if found.tensors <= budget:
-            return Fit(True, setting, found, tuple(tried))
-        if smallest is None or found.tensors < smallest.tensors:
-            smallest = found
-    if smallest is None:
+            break
+    if not tried:
         raise ValueError("budget: expected at least one setting to choose from; got none.")
-    return Fit(False, None, smallest, tuple(tried))
+    setting, smallest = min(tried, key=lambda each: each[1].tensors)
+    fits = smallest.tensors <= budget
+    return Fit(fits, setting if fits else None, smallest, tuple((each, its.tensors) for each, its in tried))
 
 
 def workers(footprint: int, available: int, reserve: int = RESERVE_BYTES) -> int:
@@ -169,8 +161,7 @@ def may_load(needed: int, reading: Reading, ours: Sequence[Occupant] = ()) -> Ad
     )
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """The chosen device, and why."""
 
     device: str
@@ -187,9 +178,8 @@ def choose_device(needed: int, readings: Sequence[Reading], *, cpu_allowed: bool
     fitting = [card for card in cards if card.free is not None and card.free >= needed]
     if fitting:
         best = max(fitting, key=lambda card: card.free or 0)
-        return Choice(
-            best.device, f"most free of {len(cards)}: {size_text(best.free)} ({best.used.source}) ≥ {size_text(needed)}"
-        )
+        room = f"{size_text(best.free)} ({best.used.source}) ≥ {size_text(needed)}"
+        return Choice(best.device, f"most free of {len(cards)}: {room}")
     seen = "; ".join(f"{card.device} {size_text(card.free)} free" for card in cards) or "no accelerator"
     if not cpu_allowed:
         raise ValueError(

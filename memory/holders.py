@@ -14,6 +14,7 @@ import gc
 import sys
 import threading
 import time
+import traceback
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,18 +34,17 @@ WALKED_OBJECTS = 200_000
 WALKED_IN_FRAMES = 1_000
 """The same below one local of an exception's frame."""
 GRAPH_NODES = 20_000
+NAMED = 3
+"""Of the tensors of a holder, in a line of text; a report has all."""
 
 NEVER_ENTERED = (str, bytes, int, float, type, types.ModuleType)
-
-Storage = int
-"""`data_ptr` of an untyped storage."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A storage that is expected to go."""
+    """A storage that is expected to go; `pointer` is its `data_ptr`."""
 
-    pointer: Storage
+    pointer: int
     bytes: int
     name: str
     reference: StorageWeakRef
@@ -56,17 +56,40 @@ class Watched:
 
 @dataclass(frozen=True)
 class Holder:
-    """Something that keeps storages alive.
+    """Something that keeps storages alive: a container, with everything in it.
 
     Attributes:
-        name: the path to it, the best-known name first: "global LEAK in module m → [3]".
+        name: the path to it, the best-known name first: "global LEAK in module m". Where it holds one storage, the path
+            leads to that: "global LEAK in module m[3]".
         bytes: of the unique storages that it holds.
-        tensors: names of some of them, where they have names.
+        tensors: their names, the largest first.
+        paths: the whole path to each, in the same order.
     """
 
     name: str
     bytes: int
     tensors: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, container: str, paths: Mapping[Watched, str]) -> Holder:
+        """The holder of the storages to which these paths lead."""
+        largest = sorted(paths, key=lambda item: -item.bytes)
+        name = container if len(paths) > 1 else paths[largest[0]]
+        total = sum(item.bytes for item in largest)
+        return cls(name, total, tuple(item.name for item in largest), tuple(paths[item] for item in largest))
+
+    def words(self, width: int) -> str:
+        """`global LEAK in module m (123 tensors: 122.weight, 121.weight, 120.weight, …)`
+
+        Args:
+            width: of the name at most, in characters; a third of it for the name of each tensor.
+        """
+        count = len(self.tensors)
+        if count < 2:
+            return shortened(self.name, width)
+        named = [shortened(name, width // 3) for name in self.tensors[:NAMED]]
+        return f"{shortened(self.name, width)} ({count} tensors: {', '.join([*named, *['…'][: count > NAMED]])})"
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,7 @@ class Found:
 
 def watch(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Watched]:
     """Weak references to the unique storages of tensors. Nothing is kept alive."""
-    watched: dict[Storage, Watched] = {}
+    watched: dict[int, Watched] = {}
     for name, tensor in named_tensors:
         pointer = storage_of(tensor)
         if pointer is not None and pointer not in watched:
@@ -99,7 +122,7 @@ def watch(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Watched]:
     return list(watched.values())
 
 
-def storage_of(tensor: Tensor) -> Storage | None:
+def storage_of(tensor: Tensor) -> int | None:
     """Address of the tensor's memory; None for tensors that have none (meta, sparse, fake)."""
     if tensor.device.type == "meta":
         return None
@@ -143,14 +166,10 @@ def find(
         return Found((), 0, 0, True, clock() - started)
     search = _Search(held, deadline=started + seconds, clock=clock)
     complete = search.run(roots or {})
-    named = set().union(*search.by_name.values()) if search.by_name else set()
-    holders = [
-        Holder(name, sum(held[p].bytes for p in pointers), tuple(held[p].name for p in sorted(pointers)[:3]))
-        for name, pointers in search.by_name.items()
-    ]
+    holders = [Holder.of(container, paths) for container, paths in search.by_container.items()]
     holders.sort(key=lambda holder: -holder.bytes)
     alive = sum(item.bytes for item in held.values())
-    unnamed = sum(item.bytes for pointer, item in held.items() if pointer not in named)
+    unnamed = sum(item.bytes for item in held.values() if item.pointer not in search.named)
     return Found(tuple(holders), alive, unnamed, complete, clock() - started)
 
 
@@ -159,24 +178,26 @@ class _TimeUp(Exception):
 
 
 class _Search:
-    def __init__(self, held: Mapping[Storage, Watched], deadline: float, clock: Callable[[], float]) -> None:
+    def __init__(self, held: Mapping[int, Watched], deadline: float, clock: Callable[[], float]) -> None:
         self.held = held
         self.deadline = deadline
         self.clock = clock
-        self.by_name: dict[str, set[Storage]] = {}
+        self.by_container: dict[str, dict[Watched, str]] = {}
+        """What each holds, with the path there."""
+        self.named: set[int] = set()
 
     def run(self, roots: Mapping[str, Any]) -> bool:
-        """Fills `by_name`; False when the time was up first."""
+        """Fills `by_container`; False when the time was up first."""
         try:
             self._labelled(roots)
             tensors, modules, errors = self._sorted(gc.get_objects())
             ours = [(item, pointer) for item in tensors if (pointer := storage_of(item)) in self.held]
             self._modules(modules)
             self._exceptions(errors)
-            orphans = [item for item, pointer in ours if not self._named(pointer)]
-            for path, item in self._paths_up(orphans):
-                self._note(path, storage_of(item))
-            if any(not self._named(pointer) for pointer in self.held):
+            orphans = [item for item, pointer in ours if pointer not in self.named]
+            for container, path, item in self._paths_up(orphans):
+                self._note(container, storage_of(item), path)
+            if self.held.keys() - self.named:
                 self._graphs(tensors)
             return True
         except _TimeUp:
@@ -195,19 +216,16 @@ class _Search:
         for item in self._timed(objects):
             kind = type(item)
             if kind not in place:
-                matching = [i for i, base in enumerate((Tensor, nn.Module, BaseException)) if issubclass(kind, base)]
-                place[kind] = found[matching[0]] if matching else None
-            chosen = place[kind]
-            if chosen is not None:
+                bases = zip((Tensor, nn.Module, BaseException), found, strict=True)
+                place[kind] = next((into for base, into in bases if issubclass(kind, base)), None)
+            if (chosen := place[kind]) is not None:
                 chosen.append(item)
         return found
 
-    def _note(self, name: str, pointer: Storage | None) -> None:
-        if pointer in self.held:
-            self.by_name.setdefault(name, set()).add(pointer)  # type: ignore[arg-type]
-
-    def _named(self, pointer: Storage | None) -> bool:
-        return any(pointer in pointers for pointers in self.by_name.values())
+    def _note(self, container: str, pointer: int | None, path: str = "") -> None:
+        if pointer is not None and pointer in self.held:
+            self.by_container.setdefault(container, {}).setdefault(self.held[pointer], path or container)
+            self.named.add(pointer)
 
     def _labelled(self, roots: Mapping[str, Any]) -> None:
         for label, root in roots.items():
@@ -229,15 +247,13 @@ class _Search:
         """Locals of finished frames that stored exceptions keep. No other frame is looked at."""
         running = set(map(id, _running_frames()))
         for error in self._timed(errors):
-            step = error.__traceback__
-            while step is not None:
-                frame = step.tb_frame
-                if id(frame) not in running:
-                    for variable, value in list(frame.f_locals.items()):
-                        for tensor in _reachable(value, WALKED_IN_FRAMES):
-                            where = f"local {variable} of {frame.f_code.co_name}()"
-                            self._note(f"traceback of {type(error).__name__}: {where}", storage_of(tensor))
-                step = step.tb_next
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if id(frame) in running:
+                    continue
+                for variable, value in list(frame.f_locals.items()):
+                    where = f"local {variable} of {frame.f_code.co_name}()"
+                    for tensor in _reachable(value, WALKED_IN_FRAMES):
+                        self._note(f"traceback of {type(error).__name__}: {where}", storage_of(tensor))
 
     def _graphs(self, tensors: list[Tensor]) -> None:
         """Tensors whose autograd graph saved a held storage."""
@@ -245,21 +261,26 @@ class _Search:
             if tensor.grad_fn is None:
                 continue
             for node, pointer in _saved(tensor.grad_fn):
-                if pointer in self.held and not self._named(pointer):
-                    path = next((path for path, _ in self._paths_up([tensor])), "a running function or C++")
-                    shape = "×".join(map(str, tensor.shape))
-                    self._note(f"autograd graph ({node}) of a tensor of {shape} in {path}", pointer)
+                if pointer in self.held and pointer not in self.named:
+                    unknown = "a running function or C++"
+                    container, path, _ = next(self._paths_up([tensor]), (unknown, unknown, tensor))
+                    graph = f"autograd graph ({node}) of a tensor of {'×'.join(map(str, tensor.shape))} in "
+                    self._note(graph + container, pointer, graph + path)
 
-    def _paths_up(self, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The shortest path of references from each tensor to a name, level by level for all tensors at once."""
+    def _paths_up(self, tensors: list[Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+        """The shortest path of references from a name to each tensor, level by level for all tensors at once.
+
+        Yields:
+            The container, which is the path without the places of elements; the whole path; the tensor.
+        """
         globals_of: dict[int, str] = {}
         for name, module in list(sys.modules.items()):
             if isinstance(module, types.ModuleType):
                 globals_of.setdefault(id(vars(module)), name)
-        # object id → (object, text of the path down from it, the tensor). Objects are kept so that ids stay theirs.
-        level: dict[int, list[tuple[Any, str, Tensor]]] = {}
+        # object id → (object, steps of the path down from it, the tensor). Objects are kept so that ids stay theirs.
+        level: dict[int, list[tuple[Any, tuple[str, ...], Tensor]]] = {}
         for tensor in tensors:
-            level.setdefault(id(tensor), []).append((tensor, "", tensor))
+            level.setdefault(id(tensor), []).append((tensor, (), tensor))
         own: set[int] = {id(level), id(tensors), id(self), id(vars(self)), id(self.held)}
         seen = set(level) | own
         done: set[int] = set()
@@ -270,20 +291,20 @@ class _Search:
             referrers = gc.get_referrers(*targets)
             own |= {id(targets), id(referrers), id(level)} | {id(entries) for entries in level.values()}
             own |= {id(entry) for entries in level.values() for entry in entries}
-            above: dict[int, list[tuple[Any, str, Tensor]]] = {}
+            above: dict[int, list[tuple[Any, tuple[str, ...], Tensor]]] = {}
             for referrer in self._timed(referrers):
                 if id(referrer) in own or id(referrer) in seen or isinstance(referrer, types.FrameType):
                     continue
-                for target, entries in _referred(referrer, level):
-                    for _, below, tensor in entries:
+                for target in [child for child in gc.get_referents(referrer) if id(child) in level]:
+                    for _, below, tensor in level[id(target)]:
                         if id(tensor) in done:
                             continue
                         if id(referrer) in globals_of:
                             module, name = globals_of[id(referrer)], _key_of(referrer, target)
                             done.add(id(tensor))
-                            yield f"global {name} in module {module}{below}", tensor
+                            yield *_path(f"global {name} in module {module}", below), tensor
                         else:
-                            way = f"{_edge(referrer, target)}{below}"
+                            way = (_edge(referrer, target), *below)
                             above.setdefault(id(referrer), []).append((referrer, way, tensor))
             seen |= set(above)
             # An attribute of a class ends a path too: going on would lead through every instance.
@@ -291,11 +312,28 @@ class _Search:
                 for referrer, way, tensor in entries:
                     if isinstance(referrer, type) and id(tensor) not in done:
                         done.add(id(tensor))
-                        yield f"class {referrer.__qualname__}{way}", tensor
+                        yield *_path(f"class {referrer.__qualname__}", way), tensor
             level = {
                 key: kept for key, entries in above.items() if (kept := [e for e in entries if id(e[2]) not in done])
             }
             own |= {id(above)}
+
+
+def _path(head: str, steps: Iterable[str]) -> tuple[str, str]:
+    """A path without the places of elements, and the whole path."""
+    steps, general = tuple(filter(None, steps)), []
+    for step in steps:
+        element = not step.startswith(" → ")
+        if not (element and general[-1:] == ["[…]"]):
+            general.append("[…]" if element else step)
+    if general[-1:] == ["[…]"]:
+        general.pop()
+    return head + "".join(general), head + "".join(steps)
+
+
+def shortened(text: str, width: int) -> str:
+    """Both ends of a text that is longer than that."""
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[len(text) - (width - 1) // 2 :]}"
 
 
 def _opened(root: Any) -> Any:
@@ -306,10 +344,7 @@ def _opened(root: Any) -> Any:
 def _running_frames() -> Iterator[types.FrameType]:
     """Frames of all threads that have not returned. Reading their locals would keep them alive (Python < 3.13)."""
     for top in sys._current_frames().values():
-        frame: types.FrameType | None = top
-        while frame is not None:
-            yield frame
-            frame = frame.f_back
+        yield from (frame for frame, _ in traceback.walk_stack(top))
 
 
 def _reachable(root: Any, limit: int) -> Iterator[Tensor]:
@@ -336,7 +371,7 @@ def _children(item: Any) -> Iterable[Any]:
     return gc.get_referents(item)
 
 
-def _saved(root: Any) -> Iterator[tuple[str, Storage]]:
+def _saved(root: Any) -> Iterator[tuple[str, int]]:
     """Names of autograd nodes below `root` with the storages that they saved."""
     queue, seen = deque([root]), {root}
     while queue and len(seen) < GRAPH_NODES:
@@ -354,12 +389,6 @@ def _saved(root: Any) -> Iterator[tuple[str, Storage]]:
             if child is not None and child not in seen:
                 seen.add(child)
                 queue.append(child)
-
-
-def _referred(referrer: Any, level: Mapping[int, list]) -> Iterator[tuple[Any, list]]:
-    for child in gc.get_referents(referrer):
-        if id(child) in level:
-            yield child, level[id(child)]
 
 
 def _key_of(mapping: Mapping[Any, Any], value: Any) -> Any:

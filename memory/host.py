@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable
 from functools import cache
 
@@ -21,13 +20,11 @@ its own, which stays: a worker's 184 MiB became 210 over fifty clips on a busy m
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's malloc_trim, or None with another C library."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _glibc(function: str) -> Callable[..., int] | None:
+    """A function of glibc, or None with another C library."""
     try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):  # musl
+        return getattr(ctypes.CDLL("libc.so.6"), function)
+    except (OSError, AttributeError):  # not Linux, or musl
         return None
 
 
@@ -37,11 +34,9 @@ def trim() -> bool:
     Without it glibc may keep all that was freed, and a reading of the process shows a leak where there is none
     (256 × 1 MiB freed: the resident size stays up by 255 MiB until the call).
     """
-    function = _malloc_trim()
-    if function is None:
-        return False
-    function(0)
-    return True
+    if (malloc_trim := _glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+    return malloc_trim is not None
 
 
 def fix_heap_growth() -> bool:
@@ -52,11 +47,8 @@ def fix_heap_growth() -> bool:
     holes, and resident memory creeps up although nothing leaks. The setting holds for the whole process, so it is for
     a process of our own. Returns whether the C library took it.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)) and bool(mallopt(_M_ARENA_MAX, ARENAS))
-    except (OSError, AttributeError):
-        return False
+    mallopt, settings = _glibc("mallopt"), ((_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES), (_M_ARENA_MAX, ARENAS))
+    return mallopt is not None and all(mallopt(name, value) for name, value in settings)
 
 
 def process_memory(*, trimmed: bool) -> Figure:

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import leak, probe
@@ -122,6 +122,13 @@ class Phase:
             parts.append(f"{after.device} {what} {first} → peak {peak} → {last}")
         return f"{self.name}{' (failed)' if self.failed else ''}: {' · '.join(parts)} · {self.seconds:.2f} s"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        plain = asdict(self)
+        for device, growth in self.growth.items():
+            plain["growth"][device]["leaking"] = growth.leaking
+        return {**plain, "peak": plain.pop("peaks")}
+
 
 @dataclass
 class _Open:
@@ -138,18 +145,15 @@ class Ledger:
         reader: what to read with; None is the probe of the process.
         devices: which to read, or None for the accelerator that torch uses now, else the CPU. Reading an accelerator
             that nothing else uses would start it.
+
+    Attributes:
         levels: see `Levels`.
     """
 
-    def __init__(
-        self,
-        reader: probe.Probe | None = None,
-        devices: Sequence[probe.Device] | None = None,
-        levels: Levels = Levels(),  # noqa: B008  frozen, so one shared default is safe
-    ) -> None:
+    def __init__(self, reader: probe.Probe | None = None, devices: Sequence[probe.Device] | None = None) -> None:
         self.reader = reader
         self.devices = devices
-        self.levels = levels
+        self.levels = Levels()
         self.marks: deque[Mark] = deque(maxlen=RING_MARKS)
         self.phases: deque[Phase] = deque(maxlen=RING_PHASES)
         self._lock = threading.RLock()
@@ -184,8 +188,7 @@ class Ledger:
     def phase(self, name: str) -> Iterator[None]:
         """Everything inside is one phase. Phases of one name are compared for growth; phases may nest."""
         with self._lock:
-            opened = self._begin(name)
-            self._open.append(opened)
+            self._open.append(opened := self._begin(name))
         failed = True
         try:
             yield
@@ -211,6 +214,12 @@ class Ledger:
         with self._lock:
             self._sequence = self._begin("")
 
+    def running_peaks(self) -> dict[str, Peak]:
+        """The most that was read on each device, now included, since the phase began that `end_phase` will end."""
+        with self._lock:
+            self._read(settled=False)
+            return {} if self._sequence is None else dict(self._sequence.peaks)
+
     def open_phases(self) -> list[tuple[str, float]]:
         """Names of the phases that are open, outermost first, each with the moment of its first reading."""
         with self._lock:
@@ -227,7 +236,7 @@ class Ledger:
     def since(self, moment: float) -> Ledger:
         """A ledger with the phases that ended, and the marks that were made, after a moment of `time.perf_counter`."""
         with self._lock:
-            later = Ledger(self.reader, self.devices, self.levels)
+            later = Ledger(self.reader, self.devices)
             later.phases.extend(phase for phase in self.phases if all(item.moment >= moment for item in phase.after))
             later.marks.extend(mark for mark in self.marks if mark.reading.moment >= moment)
             return later
@@ -236,25 +245,8 @@ class Ledger:
         """Plain values for `json.dumps`: all phases and marks that are still in the rings."""
         with self._lock:
             return {
-                "phases": [
-                    {
-                        "name": phase.name,
-                        "seconds": phase.seconds,
-                        "failed": phase.failed,
-                        "before": [reading.to_json() for reading in phase.before],
-                        "after": [reading.to_json() for reading in phase.after],
-                        "peak": {
-                            device: {name: vars(figure) for name, figure in vars(peak).items()}
-                            for device, peak in phase.peaks.items()
-                        },
-                        "growth": {
-                            device: {**vars(growth), "leaking": growth.leaking}
-                            for device, growth in phase.growth.items()
-                        },
-                    }
-                    for phase in self.phases
-                ],
-                "marks": [{**vars(mark), "reading": mark.reading.to_json()} for mark in self.marks],
+                "phases": [phase.to_json() for phase in self.phases],
+                "marks": [asdict(mark) for mark in self.marks],
             }
 
     def _read(self, *, settled: bool) -> tuple[Reading, ...]:
@@ -276,7 +268,7 @@ class Ledger:
         return self._opened(name, self._read(settled=True))
 
     def _opened(self, name: str, readings: tuple[Reading, ...]) -> _Open:
-        """A phase that begins with these readings. Their peaks are already counted for whoever watched before."""
+        # The peaks of these readings are already counted for whoever watched before.
         self._reset_peaks(readings)
         fresh = {reading.device: Peak().with_(replace(reading, peak=reading.allocated)) for reading in readings}
         return _Open(name, time.perf_counter(), readings, fresh)
@@ -290,16 +282,9 @@ class Ledger:
         seconds = time.perf_counter() - opened.started
         after = self._read(settled=True)  # counted into the peaks of `opened`, which is still watched
         growth = {} if failed else {r.device: found for r in after if (found := self._follow(name, r))}
-        before = {reading.device: reading for reading in opened.before}
-        ended = Phase(
-            name,
-            seconds,
-            tuple(before.get(reading.device, reading) for reading in after),
-            after,
-            dict(opened.peaks),
-            failed,
-            growth,
-        )
+        known = {reading.device: reading for reading in opened.before}
+        before = tuple(known.get(reading.device, reading) for reading in after)
+        ended = Phase(name, seconds, before, after, dict(opened.peaks), failed, growth)
         self.phases.append(ended)
         return ended
 
@@ -310,23 +295,21 @@ class Ledger:
             return None
         # A series never mixes what different sources counted.
         key = (name, reading.device, figure.source)
-        values = self._series.pop(key, deque(maxlen=leak.WINDOW_RUNS))
-        self._series[key] = values
+        values = self._series[key] = self._series.pop(key, deque(maxlen=leak.WINDOW_RUNS))
         values.append(figure.bytes)
         if len(self._series) > SERIES:
             del self._series[next(iter(self._series))]
         growth = leak.fit(list(values))
-        if growth is not None and growth.leaking and key not in self._leaking:
+        if growth is None or not growth.leaking:
+            self._leaking.discard(key)
+        elif key not in self._leaking:
             self._leaking.add(key)
             log.warning("%s grows on %s: %s (%s)", name, reading.device, growth, figure.source)
-        elif growth is None or not growth.leaking:
-            self._leaking.discard(key)
         return growth
 
     def _watch(self, reading: Reading) -> None:
-        level, last = self.levels.of(reading), self._level.get(reading.device, "ok")
-        order = ("unknown", "ok", "warn", "critical")
-        if order.index(level) > order.index(last) and level in ("warn", "critical"):
+        level, order = self.levels.of(reading), ("unknown", "ok", "warn", "critical")
+        if order.index(level) > max(1, order.index(self._level.get(reading.device, "ok"))):
             used, total = size_text(reading.used.bytes), size_text(reading.total.bytes)
             log.warning("%s: %s of %s in use (%s, %s)", reading.device, used, total, reading.used.source, level)
         self._level[reading.device] = level

@@ -8,21 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from .reading import WHOLE_DEVICE, Figure, OtherProcess, exact, size_text, unknown
-
-
-@dataclass(frozen=True)
-class NvmlReading:
-    """What NVML tells of one card; see `reading.Reading` for the words."""
-
-    used: Figure = Figure()
-    total: Figure = Figure()
-    process: Figure = Figure()
-    others: tuple[OtherProcess, ...] = ()
-    notes: tuple[str, ...] = ()
+from .reading import WHOLE_DEVICE, Figure, OtherProcess, Reading, exact, size_text, unknown
 
 
 class Nvml:
@@ -39,43 +29,46 @@ class Nvml:
         self._started = False
         self._absent = ""
 
-    def read(self, uuid: str | None, pci: str | None, reserved: int | None = None) -> NvmlReading:
-        """Reads the card with this UUID (without "GPU-") or PCI address ("00000000:65:00.0").
+    def read(self, uuid: str | None, pci: str | None, reserved: int | None = None) -> Reading:
+        """Reads the card with this UUID (without "GPU-") or PCI address ("00000000:65:00.0"): what the driver knows.
 
         Args:
             reserved: bytes that torch's pool holds. A process that the driver gives fewer cannot be this one: in a
                 container a foreign process may happen to carry our number.
         """
         if not self._start():
-            return NvmlReading(notes=(self._absent,))
+            return Reading("NVML", notes=(self._absent,))
         nvml = self._module
         try:
             handle = self._find(uuid, pci)
             if handle is None:
-                return NvmlReading(notes=("NVML: no card with this UUID or PCI address",))
+                return Reading("NVML", notes=("NVML: no card with this UUID or PCI address",))
             handle, note = self._instance(handle, uuid)
             if handle is None:
-                return NvmlReading(notes=(note,))
+                return Reading("NVML", notes=(note,))
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
             used = Figure(int(memory.used), "NVML", WHOLE_DEVICE)
             total = exact(memory.total, "NVML")
         except nvml.NVMLError as error:
             # The driver may have been reloaded: start anew at the next reading.
             self._started = False
-            return NvmlReading(notes=(f"NVML: {error}",))
-        notes = (note,) if note else ()
+            return Reading("NVML", notes=(f"NVML: {error}",))
+        card = Reading("NVML", used=used, total=total, notes=(note,) if note else ())
         try:
             found = self._processes(handle)
         except nvml.NVMLError as error:
-            return NvmlReading(used, total, unknown(f"NVML: {error}"), notes=(*notes, f"NVML processes: {error}"))
+            said = unknown(f"NVML: {error}")
+            return replace(card, process=said, notes=(*card.notes, f"NVML processes: {error}"))
         own = self._own_pid()
         process = self._own(found, reserved)
         if process.bytes is not None or (own in found and found[own] is None):
             del found[own]
         others = tuple(OtherProcess(pid, self._name(pid), size) for pid, size in sorted(found.items()))
-        return NvmlReading(used, total, process, others, (*notes, process.note) if process.note else notes)
+        notes = (*card.notes, process.note) if process.note else card.notes
+        return replace(card, process=process, others=others, notes=notes)
 
     def _own_pid(self) -> int:
+        # Asked anew: a forked process has another number than the one that made this object.
         return os.getpid() if self._pid is None else self._pid
 
     def _start(self) -> bool:
@@ -125,10 +118,8 @@ class Nvml:
             return handle, ""
         instances = []
         for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-            try:
+            with suppress(nvml.NVMLError):  # no instance in this slot
                 instances.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
-            except nvml.NVMLError:  # no instance in this slot
-                continue
         if uuid:
             for instance in instances:
                 if _text(nvml.nvmlDeviceGetUUID(instance)) == f"MIG-{uuid}":
@@ -143,25 +134,17 @@ class Nvml:
     def _processes(self, handle: Any) -> dict[int, int | None]:
         """Bytes by process number; None where the driver has no number (Windows WDDM)."""
         nvml = self._module
+        processes = list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        with suppress(nvml.NVMLError):  # not every driver lists what draws
+            processes += nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
         found: dict[int, int | None] = {}
-        for optional, listed in (
-            (False, nvml.nvmlDeviceGetComputeRunningProcesses),
-            (True, nvml.nvmlDeviceGetGraphicsRunningProcesses),
-        ):
-            try:
-                processes = listed(handle)
-            except nvml.NVMLError:
-                if optional:
-                    continue
-                raise
-            for process in processes:
-                # One process may compute and draw: both lists then give the same number.
-                found[process.pid] = found.get(process.pid) or process.usedGpuMemory
+        for process in processes:
+            # One process may compute and draw: both lists then give the same number.
+            found[process.pid] = found.get(process.pid) or process.usedGpuMemory
         return found
 
     def _own(self, found: dict[int, int | None], reserved: int | None) -> Figure:
-        pid = self._own_pid()
-        if pid not in found:
+        if (pid := self._own_pid()) not in found:
             seen = ", ".join(map(str, sorted(found))) or "none"
             return unknown(f"NVML lists no process {pid} (listed: {seen}); in a container the numbers are the host's")
         size = found[pid]

@@ -10,8 +10,8 @@ import enum
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ LARGEST_TOLERANCE = 0.25
 """Of what was asked: no floor may be larger than a small model, or every outcome would pass."""
 ALIVE_BYTES = 1 * MIB
 """Of the model's storages, by torch's own weak references, which have no noise to allow for."""
+
+LINE_CHARACTERS = 600
+"""Of a receipt as text, at most; `to_json` has everything."""
+WIDTHS = (100, 60, 30, 15)
+"""Of a name in it, the first that fits."""
+NAMED_HOLDERS = 3
 
 
 class Verdict(str, enum.Enum):
@@ -114,40 +120,37 @@ class Receipt:
             return f"asked {size_text(0)} · not loaded on {self.device}"
         if self.verdict is Verdict.CANNOT_OFFLOAD:
             return f"asked {size_text(self.asked)} · cannot offload: {self.device} is also where it rests"
-        amounts, words = [self.asked], ["asked {}"]
+        lines = [self._line(width) for width in WIDTHS]
+        return next((line for line in lines if len(line) <= LINE_CHARACTERS), lines[-1])
+
+    def _line(self, width: int) -> str:
+        """The line with names of at most `width` characters."""
+        said = [("asked", self.asked, "")]
         if self.left_tensors is not None:
-            amounts.append(self.left_tensors)
-            words.append("left the tensors {}")
+            said.append(("left the tensors", self.left_tensors, ""))
         if self.left_driver.bytes is not None:
             scope = "" if self.left_driver.confidence == EXACT else f", {self.left_driver.confidence}"
-            amounts.append(self.left_driver.bytes)
-            words.append(f"left the driver {{}} ({self.left_driver.source}{scope})")
-        for holder in self.held:
-            amounts.append(holder.bytes)
-            words.append(f"held {{}} by {_braced(holder.name)}")
+            said.append(("left the driver", self.left_driver.bytes, f" ({self.left_driver.source}{scope})"))
+        said += [("held", holder.bytes, f" by {holder.words(width)}") for holder in self.held[:NAMED_HOLDERS]]
+        if rest := self.held[NAMED_HOLDERS:]:
+            said.append(("held", sum(holder.bytes for holder in rest), f" by {len(rest)} more"))
         if self.unnamed:
-            amounts.append(self.unnamed)
-            words.append("held {} by nothing that Python shows (C++, or a running function)")
-        parts = [word.format(number) for word, number in zip(words, spelled(amounts), strict=True)]
+            said.append(("held", self.unnamed, " by nothing that Python shows (C++, or a running function)"))
+        numbers = spelled([amount for _, amount, _ in said])
+        parts = [f"{verb} {number}{more}" for (verb, _, more), number in zip(said, numbers, strict=True)]
         if self.left_tensors is None:
             parts.append("tensors not countable")
         if self.verdict is not Verdict.FREED:
             parts.append(self.verdict.value)
         if self.error:
-            parts.append(self.error)
+            parts.append(holders.shortened(self.error, 3 * width))
         return " · ".join([*parts, f"{self.seconds:.2f} s"])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {
-            **vars(self),
+            **asdict(self),
             "verdict": self.verdict.value,
-            "left_driver": vars(self.left_driver),
-            "held": [{**vars(holder), "tensors": list(holder.tensors)} for holder in self.held],
-            "parameters": dict(self.parameters),
-            "before": self.before and self.before.to_json(),
-            "after": self.after and self.after.to_json(),
-            "notes": list(self.notes),
             "line": str(self),
         }
 
@@ -192,26 +195,68 @@ def offload(
     _synchronise(reader, device)
     after = probe.attempt(reader, device, settled=True)
     elapsed = clock() - started
-    still_loaded = int(subject.loaded_bytes())
+    receipt = weigh(
+        subject.name,
+        device,
+        (asked, int(subject.loaded_bytes())),
+        (before, after),
+        watched,
+        subject.roots,
+        seconds=seconds,
+        clock=clock,
+    )
+    if receipt.verdict is not Verdict.STILL_HELD and not receipt.held and device.type != "cpu":
+        # Nothing of the model is held: what the labelled roots have on the device is shown all the same.
+        sizes = {label: holders.root_bytes(root, device) for label, root in subject.roots.items()}
+        receipt = replace(receipt, held=tuple(holders.Holder(label, size) for label, size in sizes.items() if size))
+    return replace(receipt, parameters=where(subject.tensors()), seconds=elapsed, error=error)
+
+
+def weigh(
+    name: str,
+    device: torch.device,
+    books: tuple[int, int],
+    readings: tuple[Reading, Reading],
+    watched: Sequence[holders.Watched],
+    roots: Mapping[str, Any],
+    *,
+    seconds: float = holders.SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Receipt:
+    """The receipt of models that were taken off a device, by readings before and after.
+
+    Args:
+        name: of the models.
+        books: bytes that were to leave the device, and what of them the books still have there.
+        readings: of the device, before and after.
+        watched: their storages on the device, from `holders.watch`, made before.
+        roots: as in `Subject`.
+        seconds: most time for the search for holders; 0 searches nothing.
+    """
+    (asked, still_loaded), (before, after) = books, readings
     # On the CPU what rests and what is loaded look alike.
     alive = sum(item.bytes for item in watched if item.alive) if device.type != "cpu" else 0
     verdict, notes = judge(asked, still_loaded, alive, before, after)
-    held, unnamed = _attribute(subject, verdict, watched, alive, seconds, clock, notes)
+    held: tuple[holders.Holder, ...] = ()
+    unnamed = 0
+    if (verdict is Verdict.STILL_HELD or alive) and seconds:
+        found = holders.find(watched, roots, seconds, clock)
+        held, unnamed = found.holders, found.unnamed
+        if not found.complete:
+            notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
     return Receipt(
-        subject.name,
+        name,
         str(device),
         verdict,
         asked,
         still_loaded,
-        left_tensors=_tensor_drop(before, after),
+        left_tensors=tensor_drop(before, after),
         left_driver=_driver_drop(before, after),
         held=held,
         unnamed=unnamed,
-        parameters=where(subject.tensors()),
         before=before,
         after=after,
-        seconds=elapsed,
-        error=error,
+        seconds=after.moment - before.moment,
         notes=tuple(dict.fromkeys([*notes, *before.notes, *after.notes])),
     )
 
@@ -229,9 +274,8 @@ def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Rea
     if alive > ALIVE_BYTES:
         notes.append(f"storages of {size_text(alive)} are alive")
     held = still_loaded > 0 or alive > ALIVE_BYTES
-    tensors = _tensor_drop(before, after)
+    tensors, process = tensor_drop(before, after), _dropped(before.process, after.process)
     if tensors is None:
-        process = _dropped(before.process, after.process)
         if held:
             return Verdict.STILL_HELD, notes
         if process is None or process < asked - _tolerance(asked, PROCESS_FLOOR_BYTES, PROCESS_SHARE):
@@ -247,15 +291,12 @@ def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Rea
 
 def where(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Bytes of unique storages by device. Tensors without memory (meta) count 0 under their device."""
-    seen: dict[tuple[str, int | None], int] = {}
+    found: dict[str, dict[int | None, int]] = {}
     for _, tensor in tensors:
         pointer = holders.storage_of(tensor)
         size = 0 if pointer is None else tensor.untyped_storage().nbytes()
-        seen[str(tensor.device), pointer] = size
-    found: dict[str, int] = {}
-    for (device, _), size in seen.items():
-        found[device] = found.get(device, 0) + size
-    return found
+        found.setdefault(str(tensor.device), {})[pointer] = size
+    return {device: sum(sizes.values()) for device, sizes in found.items()}
 
 
 def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> bool:
@@ -266,8 +307,7 @@ def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> 
         # Dynamic weights lie outside the pool.
         pool += _dropped(before.dynamic, after.dynamic) or 0
     process = _dropped(before.process, after.process)
-    known = [drop for drop in (pool, process) if drop is not None]
-    if known:
+    if known := [drop for drop in (pool, process) if drop is not None]:
         return min(known) >= asked - tolerance
     device = _dropped(before.used, after.used)
     if device is not None and device >= asked - _tolerance(asked, DEVICE_FLOOR_BYTES, DEVICE_SHARE):
@@ -275,27 +315,6 @@ def _returned(asked: int, before: Reading, after: Reading, notes: list[str]) -> 
         return True
     notes.append("the driver's side is unknown")
     return False
-
-
-def _attribute(
-    subject: Subject,
-    verdict: Verdict,
-    watched: list[holders.Watched],
-    alive: int,
-    seconds: float,
-    clock: Callable[[], float],
-    notes: list[str],
-) -> tuple[tuple[holders.Holder, ...], int]:
-    """Who holds memory: after a failed offload by a search of the heap, else what the labelled roots show at once."""
-    if verdict is Verdict.STILL_HELD or alive:
-        found = holders.find(watched, subject.roots, seconds, clock)
-        if not found.complete:
-            notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
-        return found.holders, found.unnamed
-    if subject.load_device.type == "cpu":
-        return (), 0
-    sizes = {label: holders.root_bytes(root, subject.load_device) for label, root in subject.roots.items()}
-    return tuple(holders.Holder(label, size) for label, size in sizes.items() if size), 0
 
 
 def _synchronise(reader: probe.Probe, device: torch.device) -> None:
@@ -316,19 +335,14 @@ def _dropped(before: Figure, after: Figure) -> int | None:
     return before.bytes - after.bytes
 
 
-def _tensor_drop(before: Reading, after: Reading) -> int | None:
-    if before.allocated.bytes is None or after.allocated.bytes is None:
-        return None
-    return _dropped(before.tensors, after.tensors)
+def tensor_drop(before: Reading, after: Reading) -> int | None:
+    """Bytes by which live tensors went down between two readings; None where they cannot be counted."""
+    counted = before.allocated.bytes is not None and after.allocated.bytes is not None
+    return _dropped(before.tensors, after.tensors) if counted else None
 
 
 def _driver_drop(before: Reading, after: Reading) -> Figure:
     for first, second in ((before.process, after.process), (before.used, after.used)):
-        drop = _dropped(first, second)
-        if drop is not None:
+        if (drop := _dropped(first, second)) is not None:
             return Figure(drop, first.source, first.confidence)
     return Figure(note="the driver's side could not be read before and after from one source")
-
-
-def _braced(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")

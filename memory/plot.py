@@ -46,17 +46,18 @@ def draw(ledger: Ledger, device: str | None = None) -> Tensor:
     Args:
         device: as its readings name it; None takes the first that was read.
     """
-    readings = _readings(ledger)
+    readings = [reading for phase in ledger.phases for reading in (*phase.before, *phase.after)]
+    readings += [mark.reading for mark in ledger.marks]
     device = device or (readings[0].device if readings else "cpu")
     readings = sorted((item for item in readings if item.device == device), key=lambda item: item.moment)
-    canvas = np.empty((HEIGHT, WIDTH, 3), np.uint8)
-    canvas[:] = BACKGROUND
+    canvas = np.full((HEIGHT, WIDTH, 3), BACKGROUND, np.uint8)
     if not readings:
         _write(canvas, LEFT, HEIGHT // 2, f"nothing was read on {device}", INK)
         return _image(canvas)
     start, end = readings[0].moment, max(readings[-1].moment, readings[0].moment + 1e-3)
-    highest = max((_value(item, name) or 0 for item in readings for name, _ in LINES), default=0)
-    top, unit, unit_name = _scale(highest)
+    highest = max(_value(item, name) or 0 for item in readings for name, _ in LINES)
+    top = max(highest * 1.05, 1.0)
+    unit, unit_name = (GIB, "GiB") if highest >= GIB // 2 else (MIB, "MiB")
 
     def column(moment: float) -> int:
         return LEFT + round((moment - start) / (end - start) * (WIDTH - LEFT - RIGHT - 1))
@@ -79,29 +80,17 @@ def draw(ledger: Ledger, device: str | None = None) -> Tensor:
     return _image(canvas)
 
 
-def _readings(ledger: Ledger) -> list[Reading]:
-    phases = [reading for phase in ledger.phases for reading in (*phase.before, *phase.after)]
-    return [*phases, *(mark.reading for mark in ledger.marks)]
-
-
 def _value(reading: Reading, name: str) -> int | None:
     return getattr(reading, name).bytes
-
-
-def _scale(highest: int) -> tuple[float, int, str]:
-    """The axis' end, and the unit of its numbers."""
-    unit, name = (GIB, "GiB") if highest >= GIB // 2 else (MIB, "MiB")
-    return max(highest * 1.05, 1.0), unit, name
 
 
 def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> None:
     """A band for each phase, with its name where there is room; names alternate between two rows."""
     for index, phase in enumerate(ledger.phases):
-        before = next((item for item in phase.before if item.device == device), None)
-        after = next((item for item in phase.after if item.device == device), None)
-        if before is None or after is None:
+        moments = [column(item.moment) for item in (*phase.before, *phase.after) if item.device == device]
+        if not moments:
             continue
-        first, last = column(before.moment), column(after.moment)
+        first, last = moments[0], moments[-1]
         canvas[TOP : HEIGHT - BOTTOM, first : last + 1] = BANDS[index % 2]
         room = max(0, (WIDTH - RIGHT - first) // GLYPH_STEP)
         _write(canvas, first + 2, HEIGHT - BOTTOM + 6 + 12 * (index % 2), phase.name[:room], INK)
@@ -109,7 +98,7 @@ def _draw_phases(canvas: np.ndarray, ledger: Ledger, device: str, column) -> Non
 
 def _draw_line(canvas: np.ndarray, points: Sequence[tuple[int, int]], colour: tuple[int, int, int]) -> None:
     """Two pixels thick, and straight between two readings, where nothing is known."""
-    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[-1]] if points else [], strict=True):
+    for (x0, y0), (x1, y1) in zip(points, [*points[1:], *points[-1:]], strict=True):
         steps = max(abs(x1 - x0), abs(y1 - y0), 1)
         xs = np.linspace(x0, x1, steps + 1).round().astype(int)
         ys = np.linspace(y0, y1, steps + 1).round().astype(int)
@@ -130,7 +119,7 @@ def _write(canvas: np.ndarray, x: int, y: int, text: str, colour: tuple[int, int
     """Writes text and returns where it ended; what leaves the canvas is cut."""
     rows, columns = np.nonzero(lettering(text))
     rows, columns = rows + y, columns + x
-    inside = (rows >= 0) & (rows < canvas.shape[0]) & (columns >= 0) & (columns < canvas.shape[1])
+    inside = (rows >= 0) & (rows < HEIGHT) & (columns >= 0) & (columns < WIDTH)
     canvas[rows[inside], columns[inside]] = colour
     return x + GLYPH_STEP * len(text)
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from .host import machine_memory, process_memory
-from .nvml import Nvml, NvmlReading
+from .nvml import Nvml
 from .process import shared
 from .reading import WHOLE_DEVICE, Figure, Reading, exact, unknown
 from .tracker import StorageTracker
@@ -97,43 +98,37 @@ class DeviceProbe:
         cuda = self._torch.cuda
         reserved = int(cuda.memory_reserved(device))
         properties = cuda.get_device_properties(device)
-        driver = NvmlReading(notes=("NVML is for NVIDIA cards",))
+        driver = Reading("cuda", notes=("NVML is for NVIDIA cards",))
         if not getattr(getattr(self._torch, "version", None), "hip", None):
             driver = self._nvml.read(_uuid(properties), _pci_address(properties), reserved)
-        used, total, notes = driver.used, driver.total, driver.notes
-        if used.bytes is None:
+        if driver.used.bytes is None:
             used, total, note = _from_free(cuda, device, "torch.cuda.mem_get_info")
-            notes = (*notes, note) if note else notes
-        return Reading(
-            device=_name(device, cuda),
-            allocated=exact(cuda.memory_allocated(device), "torch.cuda"),
-            peak=exact(cuda.max_memory_allocated(device), "torch.cuda"),
-            reserved=exact(reserved, "torch.cuda"),
-            inactive_split=_statistic(cuda, device, "torch.cuda"),
-            dynamic=self._dynamic(device),
-            used=used,
-            total=total,
-            process=driver.process,
-            others=driver.others,
-            notes=notes,
-        )
+            driver = replace(driver, used=used, total=total, notes=(*driver.notes, *filter(None, [note])))
+        return self._counted(driver, device, cuda, "torch.cuda")
 
     def _xpu(self, device: torch.device, settled: bool) -> Reading:
         xpu = self._torch.xpu
         used, total, note = _from_free(xpu, device, "torch.xpu.mem_get_info")
         if total.bytes is None:
             total = exact(xpu.get_device_properties(device).total_memory, "torch.xpu")
-        return Reading(
-            device=_name(device, xpu),
-            allocated=exact(xpu.memory_allocated(device), "torch.xpu"),
-            peak=exact(xpu.max_memory_allocated(device), "torch.xpu"),
-            reserved=exact(xpu.memory_reserved(device), "torch.xpu"),
-            inactive_split=_statistic(xpu, device, "torch.xpu"),
+        process = unknown("XPU: the driver gives no number per process")
+        driver = Reading("xpu", used=used, total=total, process=process, notes=(note,) if note else ())
+        return self._counted(driver, device, xpu, "torch.xpu")
+
+    def _counted(self, driver: Reading, device: torch.device, module: Any, source: str) -> Reading:
+        """What the driver says, with the counters of torch's allocator."""
+        index = module.current_device() if device.index is None else device.index
+        split = module.memory_stats(device).get("inactive_split_bytes.all.current")
+        return replace(
+            driver,
+            device=f"{device.type}:{index}",
+            allocated=exact(module.memory_allocated(device), source),
+            peak=exact(module.max_memory_allocated(device), source),
+            reserved=exact(module.memory_reserved(device), source),
+            inactive_split=unknown("this allocator does not tell its split blocks")
+            if split is None
+            else exact(split, source),
             dynamic=self._dynamic(device),
-            used=used,
-            total=total,
-            process=unknown("XPU: the driver gives no number per process"),
-            notes=(note,) if note else (),
         )
 
     def _mps(self, device: torch.device, settled: bool) -> Reading:
@@ -229,11 +224,8 @@ def empty_cache(device: Device) -> None:
 
 def default_device() -> torch.device:
     """The accelerator that torch uses now, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        return torch.device("xpu", torch.xpu.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    first = devices()[0]
+    return torch.device(first.type, getattr(torch, first.type).current_device()) if first.index is not None else first
 
 
 def devices() -> list[torch.device]:
@@ -244,11 +236,6 @@ def devices() -> list[torch.device]:
     if torch.backends.mps.is_available():
         found.append(torch.device("mps"))
     return [*found, torch.device("cpu")]
-
-
-def _name(device: torch.device, module: Any) -> str:
-    index = module.current_device() if device.index is None else device.index
-    return f"{device.type}:{index}"
 
 
 def _uuid(properties: Any) -> str | None:
@@ -262,11 +249,6 @@ def _pci_address(properties: Any) -> str | None:
         return None
     domain, bus, slot = properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id
     return f"{domain:08X}:{bus:02X}:{slot:02X}.0"
-
-
-def _statistic(module: Any, device: torch.device, source: str) -> Figure:
-    value = module.memory_stats(device).get("inactive_split_bytes.all.current")
-    return unknown("this allocator does not tell its split blocks") if value is None else exact(value, source)
 
 
 def _from_free(module: Any, device: torch.device, source: str) -> tuple[Figure, Figure, str]:

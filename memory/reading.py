@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 EXACT = "exact"
 """Counts what it says, and nothing else."""
@@ -116,7 +116,8 @@ class Reading:
         words = [f"{number} {word}" for number, (_, word) in zip(numbers, parts, strict=True)]
         if self.allocated.bytes is None:
             words.append("allocated unknown")
-        return " · ".join([f"after {stage}", *words])
+        # Users name a stage "after audio" as often as "audio".
+        return " · ".join([f"after {stage.removeprefix('after ')}", *words])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -126,8 +127,8 @@ class Reading:
 def spelled(amounts: Sequence[int]) -> list[str]:
     """Amounts in one unit that suits the largest; the unit stands behind the first: ["2.10 GiB", "2.50", "3.02"]."""
     largest = max((abs(amount) for amount in amounts), default=0)
-    unit, name, digits = (GIB, "GiB", 2) if largest >= GIB // 2 else (MIB, "MiB", 2)
-    texts = [f"{amount / unit:.{digits}f}" for amount in amounts]
+    unit, name = (GIB, "GiB") if largest >= GIB // 2 else (MIB, "MiB")
+    texts = [f"{amount / unit:.2f}" for amount in amounts]
     return [f"{text} {name}" if index == 0 else text for index, text in enumerate(texts)]
 
 

@@ -24,8 +24,37 @@ def owned(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def asynchronous(device: torch.device) -> bool:
+    """Whether copies between pinned memory and the device need not be waited for."""
+    return device.type == "cuda"
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device; where that is possible, without the host waiting for the copy."""
+    if tensor.device.type != "cpu" or not asynchronous(device):
+        return tensor.to(device)
+    # The allocator of pinned memory knows of the copy and keeps the memory until it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def downloaded(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, which the host has waited for once, however many frames it holds."""
+    if not asynchronous(tensor.device):
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    result = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    result.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    return result
+
+
 def weight_and_bias(layer: nn.Linear | nn.Conv2d | nn.Conv3d, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer for code that does not call it, on the device and in the dtype of `like`."""
+    """Weight and bias of a layer for code that does not call it, on the device and in the dtype of `like`.
+
+    A layer whose weights are not simply its parameters has a method `resolved` that gives them: those of ComfyUI may be
+    changed on use, or rest where only ComfyUI knows.
+    """
+    if (resolved := getattr(layer, "resolved", None)) is not None:
+        return resolved(like)
     bias = layer.bias
     return to_like(layer.weight, like), None if bias is None else to_like(bias, like)
 

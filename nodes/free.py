@@ -19,11 +19,6 @@ FREE, RELEASE = "Free Memory", "Release Kept Models"
 REPORT_TOOLTIP = "What was asked and what is loaded now, as JSON."
 
 
-def now() -> list[dict[str, Any]]:
-    """What is loaded now, by ComfyUI's list."""
-    return [{**vars(item), "device": str(item.device)} for item in residents()]
-
-
 class FreeMemory(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -68,7 +63,7 @@ class FreeMemory(io.ComfyNode):
             "node": FREE,
             "asked": {"unload_models": unload_models, "free_memory": free_memory, "reason": reason},
             "when": "after this workflow",
-            "loaded_now": now(),
+            "loaded_now": [item.to_json() for item in residents()],
             "kept": [entry.name for entry in registry().owned()],
             "wrappers": hooks.status(),
         }
@@ -101,8 +96,10 @@ class ReleaseKept(io.ComfyNode):
     @classmethod
     def execute(cls, value: Any) -> io.NodeOutput:
         given_up = registry().release()
+        registry().settle()
         released = [
             {"id": entry.id, "name": entry.name, "bytes": entry.size_bytes, "size": size_text(entry.size_bytes)}
             for entry in given_up
         ]
-        return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": now()})
+        loaded = [item.to_json() for item in residents()]
+        return with_report(value, report={"node": RELEASE, "released": released, "loaded_now": loaded})

@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..memory import ledger, probe
 from ..patches import residency
-from ..patches.versions import supported, unique_id
+from ..patches.versions import empty_caches, supported, unique_id
 from . import node_status, receipts
 from .receipts import ReceiptCard
 
@@ -159,16 +158,7 @@ class Cleaning:
         self.when, self.node_id = when, node_id
 
     def __call__(
-        self,
-        executor: Any,
-        guider: Any,
-        sigmas: Tensor,
-        extra_args: dict,
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
+        self, executor: Any, guider: Any, sigmas: Tensor, extra_args: dict, callback: Any, *rest: Any, **more: Any
     ) -> Any:
         steps = cleanings = unread = 0
         seconds = 0.0
@@ -180,15 +170,15 @@ class Cleaning:
                 callback(step, denoised, x, total_steps)
             steps += 1
             started = time.perf_counter()
-            fill = "" if self.when == EVERY_STEP else fill_of(device)
+            fill = "" if self.when == EVERY_STEP else ledger.current().levels.of(probe.attempt(probe.current(), device))
             unread += fill == "unknown"
             if self.when == EVERY_STEP or fill in ("warn", "critical"):
-                mm.soft_empty_cache()
+                empty_caches()
                 cleanings += 1
             seconds += time.perf_counter() - started
 
         try:
-            return executor(guider, sigmas, extra_args, after_step, noise, latent_image, denoise_mask, disable_pbar)
+            return executor(guider, sigmas, extra_args, after_step, *rest, **more)
         finally:
             line = f"{cleanings} cleanings in {steps} steps, {seconds:.2f} s in all ({self.when})"
             if unread:
@@ -198,8 +188,3 @@ class Cleaning:
             residency.prompt_ledger().mark(f"{LEAN}: {line}", quiet=True)
             receipts.give(ReceiptCard(LEAN, line, "DONE"))
             node_status.send(self.node_id, receipt={"line": line, "verdict": "DONE"})
-
-
-def fill_of(device: torch.device) -> str:
-    """How full a device is by measurement, against the warning levels: ok, warn, critical or unknown."""
-    return ledger.current().levels.of(probe.attempt(probe.current(), device))

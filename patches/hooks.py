@@ -2,72 +2,51 @@
 
 | function | what the wrapper adds |
 |---|---|
-| unload_all_models | kept entries are out of the list while the original runs, and back at their places afterwards |
+| unload_all_models | kept entries are out of the list meanwhile; a press is for every accelerator with a listed model |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
+| unload_model_and_clones | nothing is protected from a caller that names the model it wants gone (since 0.33) |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
+| load_models_gpu | what will not fit is said, and refused beyond the limit of a phase |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+| throw_exception_if_processing_interrupted | a phase that takes more than its gate allows stops |
+| PromptExecutor.execute | wishes of the prompt's loaders are read before it; after it, no kept model is in use |
+| execution.execute | between two nodes, values are given up as asked, and RAM is yielded if it is short |
 | PromptExecutor.reset | a press has come to its reset |
-| PromptQueue.get_flags | ComfyUI's worker begins a turn: what waits for it is done, and an older press is over |
+| PromptQueue.get | the worker does not wait while there are flags: a press during a garbage collection is heard |
+| PromptQueue.get_flags | a turn begins: what waits is done, an older press is over, RAM is relieved if short |
 
-The one call of the original empties the caches of all devices of a backend; nothing is added to it.
-
-ComfyUI's prompt worker has no guard around these calls: an exception here would end it for good. So whatever fails on
-our account is logged once, and the original runs as if we were not there. With nothing kept, models are not touched.
+The one call of the original empties the caches of all devices of a backend; nothing is added to it. With nothing kept,
+models are not touched. chain.py says how a wrapper keeps our failures from ComfyUI.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import logging
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management as mm
 import psutil
+import torch
 
 from ..memory.host import trim
-from ..memory.process import shared
 from ..memory.reading import size_text
-from . import idle, presses, prompt, versions
+from . import chain, idle, limits, presses, prompt, versions
+from .chain import Hook, attempt, state
 from .kept import KEPT, PINNED, registry, same_model
-from .residency import adopt, is_explicit
+from .residency import EVERYTHING, adopt, explicit, is_explicit, look
 
-log = logging.getLogger("steadyvsr.patches")
-
+CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
-ENOUGH_RAM = 1.5
-"""Times the registry's `least_available_bytes`: RAM is yielded once below it, and again only after this was reached."""
-
-
-class _Thread(threading.local):
-    depth = 0
-    loading = False
-    emptying = False
-
-
-class _State:
-    """One for the process, whatever copy of this module was imported first."""
-
-    def __init__(self) -> None:
-        self.thread = _Thread()
-        self.failures: set[str] = set()
-        self.ram_armed = True
-        self.placed: list[Any] = []
-
-
-def _state() -> _State:
-    return shared("wrappers", _State)
 
 
 @contextmanager
 def _inside() -> Iterator[None]:
     """Calls from inside go straight to the originals, even through wrappers of a second installation."""
-    thread = _state().thread
+    thread = state().thread
     thread.depth += 1
     try:
         yield
@@ -75,51 +54,47 @@ def _inside() -> Iterator[None]:
         thread.depth -= 1
 
 
-def _idle() -> bool:
-    """Whether a wrapper has nothing to do: another one called it, or nothing is kept."""
-    return _state().thread.depth > 0 or not registry().keeps_anything
-
-
-def _attempt(what: str, action: Callable[[], Any], otherwise: Any = None) -> Any:
-    """Runs our own part of a wrapper; a failure is logged once with its traceback and changes nothing else."""
-    try:
-        return action()
-    except Exception as error:
-        if what not in _state().failures:
-            _state().failures.add(what)
-            log.error("%s failed; ComfyUI continues as it would without SteadyVSR.", what, exc_info=error)
-        return otherwise
-
-
-def unload_all_models(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    if _state().thread.depth > 0:
+def unload_all_models(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    if state().thread.depth > 0:
         return original(*arguments, **keywords)
     # ComfyUI calls this while it handles an out-of-memory error: then KEPT yields, and PINNED stays.
     error = sys.exc_info()[1]
-    out_of_memory = _attempt("reading an error", lambda: versions.is_out_of_memory(error), False)
-    caller = "OOM" if out_of_memory else "housekeeping" if prompt.in_work() else "button"
+    out_of_memory = attempt("reading an error", lambda: versions.is_out_of_memory(error), False)
+    in_work = attempt("reading the queue", prompt.in_work, False)
+    caller = "OOM" if out_of_memory else "housekeeping" if in_work else "button"
     if caller == "housekeeping" and not registry().keeps_anything:
         return original(*arguments, **keywords)
-    press = _attempt("snapshot", lambda: presses.begin(caller))
+    press = attempt("snapshot", lambda: presses.begin(caller))
     with _inside(), versions.list_lock():
-        _attempt("repair of entries", repair)
-        before = _attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
-        hidden = _attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
+        attempt("repair of entries", repair)
+        before = attempt("counting yields", _resident_bytes, {}) if out_of_memory else {}
+        hidden = attempt("hiding kept models", lambda: _hide(original, out_of_memory), [])
         try:
-            return original(*arguments, **keywords)
+            result = original(*arguments, **keywords)
+            if caller == "button":
+                attempt("unloading other devices", _unload_everywhere)
+            return result
         finally:
-            _attempt("putting kept models back", lambda: _put_back(hidden))
-            _attempt("counting yields", lambda: _count_yields(before))
+            attempt("putting kept models back", lambda: _put_back(hidden))
+            attempt("counting yields", lambda: _count_yields(before))
             if press is not None:
-                _attempt("snapshot", press.unloaded)
+                attempt("snapshot", press.unloaded)
+            attempt("looking at models", look)
 
 
-def _hide(original: Callable[..., Any], out_of_memory: bool) -> list[tuple[int, Any]]:
+def _unload_everywhere() -> None:
+    """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
+    devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
+    for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
+        versions.free_memory(EVERYTHING, device, [])
+
+
+def _hide(original: chain.Original, out_of_memory: bool) -> list[tuple[int, Any]]:
     """Takes kept entries out of ComfyUI's list, in place, and returns them with their positions."""
     models = mm.current_loaded_models
     kept = {id(loaded) for loaded in registry().listed(*((PINNED,) if out_of_memory else (KEPT, PINNED)))}
     # Another pack's function may read the patcher of every entry; an entry without one would end the worker.
-    spare_dead = registry().keeps_anything and getattr(original, "__module__", None) != mm.__name__
+    spare_dead = registry().keeps_anything and getattr(original.function, "__module__", None) != mm.__name__
     hidden = [
         (index, loaded)
         for index, loaded in enumerate(models)
@@ -145,24 +120,25 @@ def _put_back(hidden: list[tuple[int, Any]]) -> None:
     repair()  # what the original collected as garbage may have held a patcher
 
 
-def free_memory(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    if _idle() or is_explicit():
+def free_memory(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    if state().thread.depth > 0 or not registry().keeps_anything or is_explicit():
         return original(*arguments, **keywords)
-    asked = _attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
+    asked = attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
     with _inside():
-        _attempt("repair of entries", repair)
-        kept = _attempt("choosing kept models", registry().listed, [])
-        if asked is None or not kept or _attempt("reading a wish for memory", lambda: asked.means_only(kept), False):
+        attempt("repair of entries", repair)
+        kept = attempt("choosing kept models", registry().listed, [])
+        if asked is None or not kept:
             return original(*arguments, **keywords)
-        before = _attempt("counting yields", _resident_bytes, {})
+        before = attempt("counting yields", _resident_bytes, {})
         freed = asked.call(original, kept)
-        if not _attempt("reading free memory", asked.short, False):
+        attempt("marking idle models", lambda: asked.mark_idle(kept))
+        if not attempt("reading free memory", asked.short, False):
             return freed
-        pinned = _attempt("choosing pinned models", lambda: registry().listed(PINNED), kept)
+        pinned = attempt("choosing pinned models", lambda: registry().listed(PINNED), kept)
         if len(pinned) == len(kept):
             return freed
         more = asked.call(original, pinned)
-        _attempt("counting yields", lambda: _count_yields(before))
+        attempt("counting yields", lambda: _count_yields(before))
         return [*(freed or []), *(more or [])]
 
 
@@ -181,7 +157,7 @@ class _Asked:
         named = {**dict(zip(("memory_required", "device", "keep_loaded"), arguments, strict=False)), **keywords}
         return cls(arguments, keywords, named["memory_required"], named["device"], list(named.get("keep_loaded") or ()))
 
-    def call(self, original: Callable[..., Any], protected: list[Any]) -> Any:
+    def call(self, original: chain.Original, protected: list[Any]) -> Any:
         spared = [*self.spared, *protected]
         if len(self.arguments) > 2:
             return original(*self.arguments[:2], spared, *self.arguments[3:], **self.keywords)
@@ -190,13 +166,11 @@ class _Asked:
     def short(self) -> bool:
         return self.device is not None and mm.get_free_memory(self.device) < self.required
 
-    def means_only(self, kept: list[Any]) -> bool:
-        """Whether the caller asks for more than a device has and spares all but kept models: then it means these."""
-        if not self.spared or self.device is None or self.required <= mm.get_total_memory(self.device):
-            return False
-        spared, ours = {id(loaded) for loaded in self.spared}, {id(loaded) for loaded in kept}
-        rest = [x for x in mm.current_loaded_models if id(x) not in spared and x.device == self.device]
-        return bool(rest) and all(id(loaded) in ours for loaded in rest)
+    def mark_idle(self, kept: list[Any]) -> None:
+        """What ComfyUI does to every model that it may unload: a ControlNet loads those again that are in use."""
+        for loaded in kept:
+            if loaded.device == self.device and loaded not in self.spared:
+                loaded.currently_used = False
 
 
 def _resident_bytes() -> dict[str, int]:
@@ -210,22 +184,31 @@ def _count_yields(before: dict[str, int]) -> None:
         entry.yields += now[entry.id] < before.get(entry.id, 0)
 
 
-def soft_empty_cache(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    thread, press = _state().thread, presses.open_press()
-    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
+def unload_model_and_clones(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    with explicit():
+        return original(*arguments, **keywords)
+
+
+def soft_empty_cache(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    thread, press = state().thread, presses.open_press()
+    if thread.depth > 0 or thread.emptying:
         return original(*arguments, **keywords)
     # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
     try:
-        if press is not None and (prompt.in_work() or is_explicit()):
+        in_work = attempt("reading the queue", prompt.in_work, True)
+        if press is not None and (in_work or is_explicit()):
             # What a prompt or an owner moves now is not the doing of a press that nobody has ended.
-            _attempt("snapshot", press.end)
+            attempt("snapshot", press.end)
         if registry().keeps_anything:
-            _attempt("repair of entries", repair)
-            _attempt("yielding RAM", yield_ram)
+            attempt("repair of entries", repair)
+            if not in_work:  # attention empties caches in mid-sampling
+                attempt("yielding RAM", yield_ram)
         result = original(*arguments, **keywords)
         if press is not None:
-            _attempt("snapshot", press.emptied)
+            attempt("snapshot", press.emptied)
+        if not in_work:
+            attempt("looking at models", look)
         return result
     finally:
         thread.emptying = False
@@ -239,13 +222,13 @@ def repair() -> None:
     models = mm.current_loaded_models
     dead = [loaded for loaded in list(models) if loaded.model is None and loaded.real_model is not None]
     if not dead:
-        return
+        return  # asked at every step of sampling
     owners = {id(patcher.model): patcher for entry in registry().owned() for patcher in entry.patchers}
     listed = {id(loaded.model.model) for loaded in models if loaded.model is not None}
     for loaded in dead:
         module = loaded.real_model()
         patcher = owners.get(id(module))
-        if patcher is None or module is None:
+        if patcher is None:
             continue
         if id(module) in listed:
             # By identity: two dead entries are equal.
@@ -257,152 +240,205 @@ def repair() -> None:
         listed.add(id(module))
 
 
-def yield_ram() -> None:
-    """Releases kept models while RAM is short, but not during a prompt: attention empties caches in mid-sampling."""
-    if prompt.in_work():
+def yield_ram(running: prompt.RunningPrompt | None = None) -> None:
+    """Releases kept models while RAM is short; called at a safe point.
+
+    Args:
+        running: a prompt whose models stay.
+    """
+    available, least = psutil.virtual_memory().available, registry().least_available_bytes()
+    if available >= idle.ENOUGH_RAM * least:
+        state().ram_armed = True
+    if not state().ram_armed or available >= least:
         return
-    state, available, least = _state(), psutil.virtual_memory().available, registry().least_available_bytes()
-    if available >= ENOUGH_RAM * least:
-        state.ram_armed = True
-    if not state.ram_armed or available >= least:
-        return
-    state.ram_armed = False
+    state().ram_armed = False
     owned = registry().kept_bytes()
     if registry().yield_ram(
-        lambda: owned - registry().kept_bytes() < least - available, f"less than {size_text(least)} of RAM are free"
+        lambda: owned - registry().kept_bytes() < least - available,
+        f"less than {size_text(least)} of RAM are free",
+        running,
     ):
         gc.collect()
         trim()
 
 
-def load_models_gpu(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    thread = _state().thread
-    if thread.loading or not registry().keeps_anything:
+def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    thread = state().thread
+    if thread.loading:
         return original(*arguments, **keywords)
+    stopped = attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **_named(keywords)))
+    if stopped is not None:
+        raise stopped
     thread.loading = True
     try:
-        _attempt("repair of entries", repair)
+        if registry().keeps_anything:
+            attempt("repair of entries", repair)
+            attempt("noting use", lambda: registry().used(arguments[0] if arguments else keywords["models"]))
         return original(*arguments, **keywords)
     except BaseException:
-        _attempt("putting models back after an error", readopt)
+        if registry().keeps_anything:
+            attempt("putting models back after an error", readopt)
         raise
     finally:
         thread.loading = False
+        attempt("looking at models", look)
+
+
+def _named(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in ("models", "memory_required") if name in keywords}
+
+
+def throw_if_interrupted(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    result = original(*arguments, **keywords)
+    stopped = attempt("reading a phase's peak", limits.exceeded)
+    if stopped is not None:
+        raise stopped
+    return result
 
 
 def readopt() -> None:
     """Lists kept models again that are on their device, but that ComfyUI lost in the middle of a load."""
     repair()
     known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
-    for entry in registry().owned():
-        for patcher in entry.patchers:
-            if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
-                adopt(patcher)
+    for patcher in (patcher for entry in registry().owned() for patcher in entry.patchers):
+        if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
+            adopt(patcher)
 
 
-def reset(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def prompt_runs(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    attempt("reading a prompt's wishes", lambda: _prompt_begins(*arguments, **keywords))
+    try:
+        return original(*arguments, **keywords)
+    finally:
+        attempt("ending a prompt", _prompt_ends)
+
+
+def _prompt_begins(executor: Any, nodes: dict[str, Any], prompt_id: str, *_: Any, **__: Any) -> None:
+    prompt.worker_is_here()
+    install()  # a pack may have replaced a function since
+    registry().prompt_begins(prompt.RunningPrompt(prompt_id, "", nodes))
+    look()
+
+
+def _prompt_ends() -> None:
+    for loaded in registry().listed():
+        loaded.currently_used = False
+    registry().settle()
+    look()
+
+
+def between_nodes(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    """Before a node executes, and again before one that has waited for others."""
+    attempt("what waits for the end of a node", _node_ended)
+    return original(*arguments, **keywords)  # a coroutine
+
+
+def _node_ended() -> None:
+    prompt.worker_is_here()
+    registry().settle()
+    if registry().keeps_anything:
+        yield_ram(prompt.queued())
+    look()
+
+
+def reset(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     result = original(*arguments, **keywords)
     if (press := presses.open_press()) is not None:
-        _attempt("snapshot", press.was_reset)
+        attempt("snapshot", press.was_reset)
     return result
 
 
-def get_flags(original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+def get(original: chain.Original, queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    prompt.worker_is_here()
+    # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
+    with idle.lock_of(queue, original.function):
+        timeout = keywords.get("timeout", arguments[0] if arguments else None)
+        if timeout is not None and attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
+            return None  # as if the time were up: the worker then asks for flags
+        if keywords.get("timeout") is not None:
+            keywords["timeout"] = min(keywords["timeout"], idle.LOOK_SECONDS)
+        return original(queue, *arguments, **keywords)
+
+
+def get_flags(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     flags = original(*arguments, **keywords)
-    _attempt("snapshot", presses.end_open)
+    prompt.worker_is_here()
+    attempt("snapshot", presses.end_open)
+    attempt("giving up models", registry().settle)
     idle.run_waiting()
-    return flags
+    attempt("looking at models", look)
+    return attempt("RAM relief", lambda: idle.relief().flags(arguments[0], flags), flags)
 
 
-BODIES: dict[str, Callable[..., Any]] = {
-    "unload_all_models": unload_all_models,
-    "free_memory": free_memory,
-    "soft_empty_cache": soft_empty_cache,
-    "load_models_gpu": load_models_gpu,
-    "PromptExecutor.reset": reset,
-    "PromptQueue.get_flags": get_flags,
+STAY = "kept models stay"
+HOOKS = {
+    hook.name: hook
+    for hook in (
+        Hook("unload_all_models", unload_all_models, f"{STAY} through Unload Models and at the end of prompts"),
+        Hook(
+            "free_memory",
+            free_memory,
+            f"{STAY} on their device when others need little room, and pinned ones always",
+            ("memory_required", "device", "keep_loaded"),
+        ),
+        Hook("soft_empty_cache", soft_empty_cache, f"{STAY} usable when a copy of them is gone, and yield RAM"),
+        Hook(
+            "load_models_gpu",
+            load_models_gpu,
+            f"{STAY} in ComfyUI's books after a load has failed, and what will not fit is said before",
+            ("models",),
+            raises=(limits.PhaseLimitExceeded,),
+        ),
+        Hook(
+            "throw_exception_if_processing_interrupted",
+            throw_if_interrupted,
+            "a phase that takes more than its gate allows is stopped at its gate, not before",
+            raises=(limits.PhaseLimitExceeded,),
+        ),
+        Hook(
+            "unload_model_and_clones",
+            unload_model_and_clones,
+            "ComfyUI can take a pinned model off its device by name",
+            required=False,
+        ),
+        Hook(
+            "PromptExecutor.execute",
+            prompt_runs,
+            "a loader's keep_loaded holds also where ComfyUI has cached the loader",
+            ("self", "prompt", "prompt_id"),
+        ),
+        Hook("execution.execute", between_nodes, "kept models yield RAM, and are released, while a prompt runs"),
+        Hook("PromptExecutor.reset", reset, "a press tells what dropping the node cache did", ("self",)),
+        Hook(
+            "PromptQueue.get",
+            get,
+            "a press during a garbage collection is heard before the next prompt",
+            ("self", "timeout"),
+        ),
+        Hook("PromptQueue.get_flags", get_flags, "the panel's buttons act between prompts", ("self",)),
+    )
 }
 
 
 def install() -> None:
-    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing.
-
-    A function that this ComfyUI does not have costs its own wrapper only.
-    """
-    for name in BODIES:
-        if status_of(name) == "replaced":
-            _wrap(name)
-
-
-def _place(name: str) -> tuple[Any, str]:
-    """What has the function: ComfyUI's model management, or a class of its worker (None without a server)."""
-    owner, _, attribute = name.rpartition(".")
-    return (getattr(sys.modules.get("execution"), owner, None) if owner else mm), attribute
-
-
-def _wrap(name: str) -> None:
-    owner, attribute = _place(name)
-    original, body = getattr(owner, attribute), BODIES[name]
-
-    @functools.wraps(original)
-    def wrapper(*arguments: Any, **keywords: Any) -> Any:
-        if not wrapper.steadyvsr_armed:  # type: ignore[attr-defined]
-            return original(*arguments, **keywords)
-        return body(original, *arguments, **keywords)
-
-    wrapper.steadyvsr_wrapper = name  # type: ignore[attr-defined]
-    wrapper.steadyvsr_armed = True  # type: ignore[attr-defined]
-    setattr(owner, attribute, wrapper)
-    _state().placed.append(wrapper)
+    """Puts the wrappers in place where they are not in the chain of calls; calling it again changes nothing."""
+    chain.install(HOOKS.values())
 
 
 def uninstall() -> None:
     """Takes wrappers away where they are on top; those that others have wrapped stay and do nothing more."""
-    for name in BODIES:
-        owner, attribute = _place(name)
-        top: Any = getattr(owner, attribute, None)
-        if _ours(top, name):
-            setattr(owner, attribute, top.__wrapped__)
-    # All of them: others' wrappers need not say what they wrap.
-    for wrapper in _state().placed:
-        wrapper.steadyvsr_armed = False
-    _state().placed.clear()
+    chain.uninstall(HOOKS.values())
 
 
 def status() -> dict[str, str]:
-    """For each function: on top | in chain | replaced | missing."""
-    return {name: status_of(name) for name in BODIES}
+    """For each function where its wrapper stands (`chain.status_of`), without what only other versions have."""
+    found = {name: chain.status_of(hook) for name, hook in HOOKS.items()}
+    return {name: status for name, status in found.items() if HOOKS[name].required or status != "missing"}
 
 
-def status_of(name: str) -> str:
-    """Where our wrapper of a function stands.
-
-    "replaced": it is not in the chain of wrappers, as far as that can be followed. "missing": no such function.
-    """
-    owner, attribute = _place(name)
-    function = getattr(owner, attribute, None)
-    if function is None:
-        return "missing"
-    for position, link in enumerate(_chain(function)):
-        if _ours(link, name) and link.steadyvsr_armed:
-            return "in chain" if position else "on top"
-    return "replaced"
-
-
-def _ours(link: Any, name: str) -> bool:
-    """By its code: functools.wraps copies our marks to a foreign wrapper around ours."""
-    code = getattr(link, "__code__", None)
-    return (
-        code is not None
-        and vars(link).get("steadyvsr_wrapper") == name
-        and (code.co_name, code.co_filename) == ("wrapper", __file__)
-    )
-
-
-def _chain(function: Any) -> Iterator[Any]:
-    """A function and what it wraps, as far as `__wrapped__` says."""
-    seen: set[int] = set()
-    while callable(function) and hasattr(function, "__dict__") and id(function) not in seen:
-        seen.add(id(function))
-        yield function
-        function = getattr(function, "__wrapped__", None)
+def promises_off() -> list[str]:
+    """What cannot be promised in this ComfyUI, in words."""
+    off = [HOOKS[name].promise for name in status() if not chain.is_in_place(HOOKS[name])]
+    if versions.dynamic_vram_is_on():
+        off.append("pinned models stay on the card: with dynamic VRAM the driver takes and brings back their pages")
+    return off

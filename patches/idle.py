@@ -1,22 +1,37 @@
-"""Work for the thread that runs prompts, done when no prompt is running.
+"""Work for the thread that runs prompts, done when no prompt is running, and relief while RAM is short.
 
 Models must not be moved by a web request while a prompt computes with them. ComfyUI's worker asks its queue for flags
 after every prompt, and whenever a flag is set while nothing runs. What waits here is done right then, on that thread:
 hooks.py wraps the call.
+
+ComfyUI's node cache keeps the results of nodes, and with them models that nobody uses, for as long as nothing else asks
+for memory; 0.3.64 never looks at the machine's RAM. So while nothing runs and little of it is available, the worker is
+given the flag that resets the cache. Kept models yield only if that was not enough (`hooks.yield_ram`).
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from ..memory.process import shared
+from ..memory.reading import size_text
+from .kept import registry
 
 log = logging.getLogger("steadyvsr.patches")
 
 FLAG = "steadyvsr"
+LOOK_SECONDS = 30.0
+"""Between two looks at the machine's RAM while nothing runs; one costs microseconds."""
+ENOUGH_RAM = 1.5
+"""Times the threshold: relief comes once below that, and again only after this was reached."""
 
 
 def run_when_idle(queue: Any, action: Callable[[], None]) -> None:
@@ -26,6 +41,17 @@ def run_when_idle(queue: Any, action: Callable[[], None]) -> None:
     """
     _waiting().append(action)
     queue.set_flag(FLAG, True)  # wakes the worker
+
+
+def lock_of(queue: Any, get: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """The lock that a queue's own `get` gives up while it waits, so that a flag cannot come just before.
+
+    Another pack's `get` may wait in another way, so it is called without the lock; a flag that came just before is then
+    heard at the next look at the RAM.
+    """
+    lock, own = getattr(queue, "mutex", None), getattr(get, "__module__", None) == type(queue).__module__
+    own = own and not hasattr(get, "__wrapped__") and isinstance(lock, type(threading.RLock()))
+    return lock if own and lock is not None else nullcontext()
 
 
 def run_waiting() -> None:
@@ -41,3 +67,37 @@ def run_waiting() -> None:
 
 def _waiting() -> deque[Callable[[], None]]:
     return shared("idle_actions", deque)
+
+
+@dataclass
+class Relief:
+    """Resets the node cache while nothing runs and RAM is short.
+
+    Attributes:
+        enabled: whether it does.
+        armed: whether there was enough RAM since the last time.
+        before: bytes that were available when it did so, until the next look tells what came of it.
+    """
+
+    enabled: bool = True
+    armed: bool = True
+    before: int | None = None
+
+    def flags(self, queue: Any, flags: dict[str, Any]) -> dict[str, Any]:
+        """The flags of the worker's turn, with `free_memory` where the node cache is to be reset."""
+        available, least = psutil.virtual_memory().available, registry().least_available_bytes()
+        if self.before is not None:
+            log.info("RAM relief: %s were available before, %s are now", size_text(self.before), size_text(available))
+            self.before = None
+        self.armed = self.armed or available >= ENOUGH_RAM * least
+        if not (self.enabled and self.armed) or available >= least or queue.queue:
+            return flags
+        self.armed, self.before = False, available
+        log.info("less than %s of RAM are available: the node cache is reset", size_text(least))
+        # Without "unload_models" ComfyUI takes the one for both.
+        return {"unload_models": False, **flags, "free_memory": True}
+
+
+def relief() -> Relief:
+    """The relief of the process."""
+    return shared("relief", Relief)

@@ -3,6 +3,11 @@
 ComfyUI's list of loaded models holds weak references, and its node caches are dropped by a button, by another workflow,
 by an LRU limit or by RAM pressure. A model that is to survive all of these needs an owner of its own: the registry.
 Ownership goes by module identity, never by a mark on a patcher: clones of a patcher do not copy marks.
+
+Values live and die on ComfyUI's worker thread. A network that dies takes its line out of ComfyUI's list; on another
+thread, that happens while the worker walks the list by index, which is the end of the worker. So other threads only
+read and set plain values of an entry, such as its policy, and the worker acts on them when it passes a safe point, in
+`Registry.settle`.
 """
 
 from __future__ import annotations
@@ -15,8 +20,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +43,9 @@ RAM_SHARE = 0.5
 
 AVAILABLE_SHARE = 0.1
 """Of the machine's RAM: kept models yield when less than this is available."""
+
+WISHES = 256
+"""How many loader nodes' wishes an entry remembers; a LoRA has one for each strength that was tried."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +96,19 @@ class Key:
         return hashlib.sha256(repr(self.slot).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What one loader node asked for, in which prompt, and how that defined the node (see `RunningPrompt`)."""
-
-    policy: str
-    prompt: str
-    definition: str | None
-
-
 @dataclass(eq=False)
 class Entry:
-    """A loaded model that the registry knows.
+    """A loaded model that the registry knows. Its value and patchers are for ComfyUI's worker thread only.
 
     Attributes:
         key: see `Key`.
         name: for reports: the file's name.
-        policy: no | keep | pin. An entry with "no" is known, not owned: its value is held weakly.
+        policy: no | keep | pin. An entry with "no" is known, not owned: after `settle` its value is held weakly.
+        pending: the policy that another thread asks for, until the worker settles it; or None.
         size_bytes: of all its weights.
         loads, hits, yields: times read from disk, handed out without reading, and moved off the device for others.
-        created, last_used: seconds of `time.time`.
-        requests: by node id.
+        last_used: when it was handed out or put on a device, seconds of `time.time`.
+        wishes: the policy that a loader node asked for, by the node's definition (see `RunningPrompt`).
     """
 
     key: Key
@@ -117,12 +116,12 @@ class Entry:
     policy: str
     size_bytes: int
     patchers_of: Callable[[Any], Sequence[Any]]
+    pending: str | None = None
     loads: int = 1
     hits: int = 0
     yields: int = 0
-    created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
-    requests: dict[str, Request] = field(default_factory=dict)
+    wishes: dict[str, str] = field(default_factory=dict)
     _strong: Any = None
     _weak: Any = None
 
@@ -135,6 +134,11 @@ class Entry:
         return self.policy != EJECTABLE
 
     @property
+    def wanted(self) -> str:
+        """The policy that applies as soon as the worker comes to it."""
+        return self.pending or self.policy
+
+    @property
     def value(self) -> Any | None:
         """What the loader made: a MODEL patcher, CLIP, VAE, FLASHVSR …; None once one that is not owned has died."""
         return self._strong if self._strong is not None else self._weak() if self._weak is not None else None
@@ -144,46 +148,57 @@ class Entry:
         value = self.value
         return [] if value is None else list(self.patchers_of(value))
 
-    def hold(self, value: Any, policy: str) -> None:
-        """Takes or gives up ownership of `value`."""
-        self.policy = policy
-        self._strong = value if policy != EJECTABLE else None
-        self._weak = None if policy != EJECTABLE else _weak_reference(value)
+    def hold(self, value: Any) -> None:
+        """Takes or gives up ownership of `value`, as the policy says."""
+        self._strong, self._weak = (value, None) if self.owned else (None, _weak_reference(value))
+
+    def settle(self) -> bool:
+        """As `hold`, of the value that it has, with a policy that was pending; False if the value has died."""
+        self.policy, self.pending = self.wanted, None
+        value = self.value
+        if value is not None and self.owned != (self._strong is not None):
+            self.hold(value)
+        return value is not None
+
+    def drop(self) -> None:
+        """Lets go of its value for good. Others may still read the plain values."""
+        self._strong = self._weak = None
 
     def intact(self) -> bool:
         """Whether its value is alive, and the weights of its networks (a LoRA file has none) still have memory."""
-        if self.value is None:
-            return False
-        patchers = self.patchers
-        first = [next(patcher.model.parameters(), None) for patcher in patchers]
-        return all(weight is not None and weight.device.type != "meta" for weight in first)
+        first = [next(patcher.model.parameters(), None) for patcher in self.patchers]
+        alive = all(weight is not None and weight.device.type != "meta" for weight in first)
+        return alive and self.value is not None
 
-    def requests_in(self, running: prompt.RunningPrompt | None) -> dict[str, Request]:
-        """By node id: requests of the loaders in the running prompt, those that ComfyUI has cached included."""
+    def wish(self, running: prompt.RunningPrompt, policy: str) -> None:
+        """Remembers what the executing node asks for."""
+        self.wishes.pop(running.own_definition, None)
+        self.wishes[running.own_definition] = policy
+        while len(self.wishes) > WISHES:
+            del self.wishes[next(iter(self.wishes))]
+
+    def wishes_in(self, running: prompt.RunningPrompt | None) -> dict[str, str]:
+        """By node id: wishes of the loaders in a prompt, also of those that ComfyUI has cached and does not execute."""
         if running is None:
             return {}
-        return {
-            node: request
-            for node, request in self.requests.items()
-            if request.prompt == running.id
-            or (request.definition is not None and request.definition == running.definition(node))
-        }
-
-    def strongest(self, running: prompt.RunningPrompt | None, newest: str) -> str:
-        """The policy that applies: the strongest among the loader nodes of the running prompt."""
-        asked = [request.policy for request in self.requests_in(running).values()]
-        return max([newest, *asked], key=POLICIES.index)
+        definitions = running.definitions | {running.node: running.own_definition}
+        return {node: self.wishes[text] for node, text in definitions.items() if text in self.wishes}
 
 
 class Registry:
-    """All entries of the process. Safe to use from several threads; files are read outside its lock."""
+    """All entries of the process.
+
+    ComfyUI's worker alone obtains values. Any thread may read the plain values of `entries` and `owned`, set policies
+    and release: the worker does it in `settle`, so that no policy changes while it frees memory.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.ram_budget_bytes: int | None = None
         """For all owned entries together; None is half of the machine's RAM."""
+        self.least_ram_bytes: int | None = None
+        """Below this much available RAM, what can go goes; None is a tenth of the machine's."""
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
-        self._loading: dict[tuple, threading.RLock] = {}
         self._owned = 0
 
     def obtain(
@@ -198,8 +213,8 @@ class Registry:
     ) -> Any:
         """The model of that key: the one that is there, else a new one from `load()`.
 
-        A second request for a key that is being loaded waits for the first. A predecessor (another state of the same
-        files) and entries beyond the RAM budget are dropped before the files are read.
+        A predecessor (another state of the same files) and entries beyond the RAM budget are dropped before the files
+        are read: two of the size of one may not fit.
 
         Args:
             policy: of the asking node; the strongest policy among the loader nodes of the running prompt applies.
@@ -217,42 +232,67 @@ class Registry:
         """
         if policy not in POLICIES:
             raise ValueError(f"keep_loaded: expected {', '.join(POLICIES)}; got {policy!r}.")
-        with self._in_flight(key.slot):
-            running = prompt.running()
-            with self.lock:
-                entry = self._entries.get(key.slot)
-                if entry is not None and (entry.key != key or not entry.intact()):
-                    reason = "its files changed" if entry.key != key else "its weights are gone"
-                    if entry.owned:
-                        log.info("%s (%s): dropped, %s", entry.name, entry.id, reason)
-                    del self._entries[key.slot]
-                    self._count()
-                    entry = None
-                value = None if entry is None else entry.value
-            if entry is None or value is None:
-                self.keep_within_budget()
-                before_load()
-                value = load()
-                size = size_of(value) if size_of else sum(patcher.model_size() for patcher in patchers_of(value))
-                entry = Entry(key, name, policy, size, patchers_of)
-            else:
-                entry.hits += 1
-            with self.lock:
-                if running is not None:
-                    entry.requests[running.node] = Request(policy, running.id, running.definition(running.node))
-                entry.hold(value, entry.strongest(running, policy))
-                entry.last_used = time.time()
-                self._entries[key.slot] = entry
-                self._entries.move_to_end(key.slot)
-                self._count()
+        prompt.worker_is_here()
+        self.settle()
+        running = prompt.running()
+        with self.lock:
+            entry = self._entries.get(key.slot)
+            if entry is not None and (entry.key != key or not entry.intact()):
+                reason = "its files changed" if entry.key != key else "its weights are gone"
+                if entry.owned:
+                    log.info("%s (%s): dropped, %s", entry.name, entry.id, reason)
+                self._remove(entry)
+                entry = None
+            value = None if entry is None else entry.value
+        if entry is None or value is None:
             self.keep_within_budget()
-            return value
+            before_load()
+            value = load()
+            size = size_of(value) if size_of else sum(patcher.model_size() for patcher in patchers_of(value))
+            entry = Entry(key, name, policy, size, patchers_of)
+        else:
+            entry.hits += 1
+        with self.lock:
+            if running is not None:
+                entry.wish(running, policy)
+            entry.policy, entry.pending = _strongest([policy, *entry.wishes_in(running).values()]), None
+            entry.hold(value)
+            self._entries[key.slot] = entry
+            self._touch(entry)
+            self._count()
+        self.keep_within_budget()
+        return value
+
+    def prompt_begins(self, running: prompt.RunningPrompt) -> None:
+        """Reads the wishes of a prompt's loaders before its first node: those that ComfyUI has cached never ask again.
+
+        They can only make a policy stronger: whoever was given a weaker one, in the panel or by RAM relief, is kept
+        again where a loader of the prompt asks for that.
+        """
+        with self.lock:
+            for entry in self._entries.values():
+                entry.pending = _strongest([entry.wanted, *entry.wishes_in(running).values()])
+        self.settle()
+        self.keep_within_budget(running)
+        self.settle()
+
+    def settle(self) -> None:
+        """Takes and gives up values as the policies say, and forgets entries whose value has died.
+
+        Only ComfyUI's worker does that, at a point where it does not walk its list of loaded models: between two
+        nodes, in a loader node, or while it is idle. On any other thread nothing happens.
+        """
+        if not prompt.on_worker():
+            return
+        with self.lock:
+            for entry in list(self._entries.values()):
+                if not entry.settle():
+                    self._remove(entry)
+            self._count()
 
     def entries(self) -> tuple[Entry, ...]:
-        """Every entry whose value is alive, least recently used first."""
+        """Every entry, least recently used first."""
         with self.lock:
-            for slot in [slot for slot, entry in self._entries.items() if entry.value is None]:
-                del self._entries[slot]
             return tuple(self._entries.values())
 
     @property
@@ -266,14 +306,12 @@ class Registry:
 
     def find(self, key: Key) -> Entry | None:
         """The entry of that key, if its value is alive."""
-        return next((entry for entry in self.entries() if entry.key == key), None)
+        return next((entry for entry in self.entries() if entry.key == key and entry.value is not None), None)
 
     def owner_of(self, patcher: Any) -> Entry | None:
         """The entry whose module a patcher patches: that module itself, or a copy of it for another device."""
-        for entry in self.entries():
-            if any(same_model(patcher, own) for own in entry.patchers):
-                return entry
-        return None
+        entries = self.entries()
+        return next((entry for entry in entries if any(same_model(patcher, own) for own in entry.patchers)), None)
 
     def listed(self, *policies: str) -> list[Any]:
         """ComfyUI's LoadedModels that belong to owned entries (of these policies), in the order of its list."""
@@ -294,22 +332,23 @@ class Registry:
         if policy not in POLICIES:
             raise ValueError(f"policy: expected {', '.join(POLICIES)}; got {policy!r}.")
         with self.lock:
-            found = [entry for entry in self.entries() if entry.id == id]
+            found = [entry for entry in self._entries.values() if entry.id == id]
             if not found:
                 raise KeyError(id)
-            found[0].hold(found[0].value, policy)
-            self._count()
+            self._ask(found[0], policy)
             return found[0]
 
     def release(self, ids: Iterable[str] | None = None) -> list[Entry]:
-        """Gives up ownership of these entries, or of all: from now on ComfyUI may treat them like any other model."""
+        """Gives up ownership of these entries, or of all: from now on ComfyUI may treat them like any other model.
+
+        They leave RAM with the next `settle` if nobody else holds them.
+        """
         with self.lock:
             wanted = None if ids is None else set(ids)
-            given_up = [entry for entry in self.owned() if wanted is None or entry.id in wanted]
+            kept = [entry for entry in self._entries.values() if entry.wanted != EJECTABLE]
+            given_up = [entry for entry in kept if wanted is None or entry.id in wanted]
             for entry in given_up:
-                entry.requests.clear()
-                entry.hold(entry.value, EJECTABLE)
-            self._count()
+                self._ask(entry, EJECTABLE)
             return given_up
 
     def kept_bytes(self) -> int:
@@ -321,39 +360,63 @@ class Registry:
         return int(psutil.virtual_memory().total * RAM_SHARE)
 
     def least_available_bytes(self) -> int:
-        return int(psutil.virtual_memory().total * AVAILABLE_SHARE)
+        return self.least_ram_bytes or int(psutil.virtual_memory().total * AVAILABLE_SHARE)
 
-    def keep_within_budget(self) -> list[Entry]:
+    def used(self, patchers: Iterable[Any]) -> None:
+        """Notes that these patchers are being put on a device."""
+        owners = [self.owner_of(patcher) for patcher in patchers]
+        with self.lock:
+            for entry in owners:
+                if entry is not None and entry.key.slot in self._entries:
+                    self._touch(entry)
+
+    def keep_within_budget(self, running: prompt.RunningPrompt | None = None) -> list[Entry]:
         """Gives up the least recently used kept entries until the rest fits the RAM budget; returns them.
 
         Pinned entries stay, and so do those that the running prompt uses.
         """
         budget = self.budget_bytes()
-        return self.yield_ram(lambda: self.kept_bytes() > budget, f"kept models exceed {size_text(budget)} of RAM")
+        reason = f"kept models exceed {size_text(budget)} of RAM"
+        return self.yield_ram(lambda: self.kept_bytes() > budget, reason, running)
 
-    def yield_ram(self, needed: Callable[[], bool], reason: str) -> list[Entry]:
-        """Gives up kept entries that nobody uses now, least recently used first, for as long as `needed()`."""
+    def yield_ram(
+        self, needed: Callable[[], bool], reason: str, running: prompt.RunningPrompt | None = None
+    ) -> list[Entry]:
+        """Gives up kept entries, least recently used first, for as long as `needed()`; called at a safe point.
+
+        Args:
+            running: a prompt whose entries stay; None is the one that executes in this thread, if any.
+        """
         given_up: list[Entry] = []
-        running = prompt.running()
+        running = running or prompt.running()
         with self.lock:
             for entry in self.owned(KEPT):
                 if not needed():
                     break
-                if entry.requests_in(running):
+                if entry.wishes_in(running):
                     continue
                 given_up += self.release([entry.id])
                 log.info("%s (%s, %s) released: %s", entry.name, entry.id, size_text(entry.size_bytes), reason)
+        self.settle()
         return given_up
+
+    def _ask(self, entry: Entry, policy: str) -> None:
+        entry.pending = policy
+        if prompt.on_worker():
+            entry.policy, entry.pending = policy, None
+            self._count()
+
+    def _touch(self, entry: Entry) -> None:
+        entry.last_used = time.time()
+        self._entries.move_to_end(entry.key.slot)
+
+    def _remove(self, entry: Entry) -> None:
+        entry.drop()
+        del self._entries[entry.key.slot]
+        self._count()
 
     def _count(self) -> None:
         self._owned = sum(entry.owned for entry in self._entries.values())
-
-    @contextmanager
-    def _in_flight(self, slot: tuple) -> Iterator[None]:
-        with self.lock:
-            guard = self._loading.setdefault(slot, threading.RLock())
-        with guard:
-            yield
 
 
 def registry() -> Registry:
@@ -361,12 +424,14 @@ def registry() -> Registry:
     return shared("retention", Registry)
 
 
+def _strongest(policies: Iterable[str]) -> str:
+    return max(policies, key=POLICIES.index)
+
+
 def same_model(first: Any, second: Any) -> bool:
     """Whether two patchers patch one model: one module, or its copy on another device."""
-    if first.model is second.model:
-        return True
     base = versions.base_uuid(first)
-    return base is not None and base == versions.base_uuid(second)
+    return first.model is second.model or (base is not None and base == versions.base_uuid(second))
 
 
 def _weak_reference(value: Any) -> Callable[[], Any]:

@@ -1,13 +1,16 @@
-"""Which prompt ComfyUI is working on, as far as it tells."""
+"""Which prompt ComfyUI is working on, as far as it tells, and which thread works on it."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from comfy_execution.utils import get_executing_context
+from ..memory.process import shared
+from .versions import executing_context
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,55 @@ class RunningPrompt:
     node: str
     nodes: Mapping[str, Any] = field(default_factory=dict)
 
-    def definition(self, node: str) -> str | None:
-        """A node's class and inputs as text: ids alone say little, every workflow counts its nodes from 1."""
-        found = self.nodes.get(node)
-        return None if found is None else repr((found.get("class_type"), found.get("inputs")))
+    @cached_property
+    def definitions(self) -> dict[str, str]:
+        """Each node's class and inputs as text: ids alone say little, every workflow counts its nodes from 1."""
+        return {id: repr((node.get("class_type"), node.get("inputs"))) for id, node in self.nodes.items()}
+
+    @property
+    def own_definition(self) -> str:
+        """Of the executing node; one that the queue does not tell, as within an expanded node, is named by its id."""
+        return self.definitions.get(self.node, f"{self.id}/{self.node}")
 
 
 def running() -> RunningPrompt | None:
     """The prompt whose node is executing in this thread; None outside a node."""
-    context = get_executing_context()
+    context = executing_context()
     if context is None:
         return None
     nodes = next((item[2] for item in _queued() if item[1] == context.prompt_id), {})
     return RunningPrompt(context.prompt_id, context.node_id, nodes)
 
 
+def queued() -> RunningPrompt | None:
+    """The prompt that ComfyUI's worker has taken from its queue, also between two nodes; None while it is idle."""
+    return next((RunningPrompt(item[1], "", item[2]) for item in _queued()), None)
+
+
+def executing() -> tuple[str, str] | None:
+    """The prompt and the node that are executing in this thread; cheaper than `running`."""
+    context = executing_context()
+    return None if context is None else (context.prompt_id, context.node_id)
+
+
 def in_work() -> bool:
     """Whether any prompt is being executed, by this thread or another."""
-    return get_executing_context() is not None or bool(_queued())
+    return executing_context() is not None or bool(_queued())
+
+
+class _Worker:
+    thread: int | None = None
+
+
+def worker_is_here() -> None:
+    """This thread is the one that runs prompts; models live and die on it."""
+    shared("worker", _Worker).thread = threading.get_ident()
+
+
+def on_worker() -> bool:
+    """Whether this thread runs prompts. Without a server, any thread may be the one."""
+    known = shared("worker", _Worker).thread
+    return known == threading.get_ident() if known is not None else server() is None
 
 
 def server() -> Any | None:
@@ -53,4 +87,4 @@ def server() -> Any | None:
 def _queued() -> list[Any]:
     """The queue's running items: (number, prompt id, prompt, …)."""
     queue = getattr(server(), "prompt_queue", None)
-    return [] if queue is None else list(queue.currently_running.values())
+    return list(getattr(queue, "currently_running", {}).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
@@ -48,68 +50,134 @@ class Resident:
     dead: bool
     handle: str
 
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "device": str(self.device)}
 
-class _Handles:
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-        self.count = 0
+
+@dataclass(frozen=True)
+class Network:
+    """A network in ComfyUI's list, or one that is kept, as ComfyUI's worker last saw it.
+
+    Plain values only: on another thread, a reference to a model might be the last one when it goes.
+
+    Attributes:
+        handle: names it as long as it lives (`handle_of`).
+        id: of the registry's entry; None for a model that the registry does not know.
+        name: class of the network.
+        kind: MODEL | CLIP | VAE, or what its loader calls it; None where nothing tells.
+        dtype: of its first weight, such as "float16".
+        device: where it is: the device that it computes on, or the one that it rests on.
+        bytes, size: on the device that it computes on, and of all its weights.
+        movable: whether it can be offloaded at all.
+    """
+
+    handle: str
+    id: str | None
+    name: str
+    kind: str | None
+    dtype: str | None
+    device: str
+    bytes: int
+    size: int
+    movable: bool
+
+
+class _Seen:
+    networks: tuple[Network, ...] = ()
+
+
+def look() -> None:
+    """Notes what is in ComfyUI's list and in the registry, for other threads to read; done by ComfyUI's worker."""
+    if prompt.on_worker():
+        shared("networks", _Seen).networks = tuple(_network(patcher) for patcher in _all_patchers())
+
+
+def networks() -> tuple[Network, ...]:
+    """What the last `look` saw; any thread may ask."""
+    return shared("networks", _Seen).networks
+
+
+def patcher_of(handle: str) -> Any | None:
+    """The patcher of the network with that name (`handle_of`): a loaded one, or one that is kept."""
+    return next((patcher for patcher in _all_patchers() if handle_of(patcher.model) == handle), None)
+
+
+def _all_patchers() -> list[Any]:
+    """Patchers of everything in ComfyUI's list and of every kept model, one for each network."""
+    listed = [loaded.model for loaded in mm.current_loaded_models]
+    owned = [patcher for entry in registry().owned() for patcher in entry.patchers]
+    one_each = {id(patcher.model): patcher for patcher in [*owned, *listed] if patcher is not None}
+    return list(one_each.values())
+
+
+def _network(patcher: Any) -> Network:
+    entry = registry().owner_of(patcher)
+    weight = next(patcher.model.parameters(), None)
+    loaded = patcher.loaded_size()
+    return Network(
+        handle=handle_of(patcher.model),
+        id=entry and entry.id,
+        name=type(patcher.model).__name__,
+        kind=_kind(patcher) or (entry and entry.key.kind.upper()),
+        dtype=None if weight is None else str(weight.dtype).removeprefix("torch."),
+        device=str(patcher.load_device if loaded else patcher.offload_device),
+        bytes=loaded,
+        size=patcher.model_size(),
+        movable=patcher.load_device != patcher.offload_device,
+    )
+
+
+def _kind(patcher: Any) -> str | None:
+    if isinstance(patcher.model, comfy.model_base.BaseModel):
+        return "MODEL"
+    if patcher.is_clip:
+        return "CLIP"
+    return "VAE" if hasattr(patcher.model, "decode") and hasattr(patcher.model, "encode") else None
 
 
 def handle_of(module: Any) -> str:
     """A short name for a network, valid as long as it lives and never given again; no address can be read from it."""
-    handles = shared("handles", _Handles)
-    with handles.lock:
-        if module not in handles.names:
-            handles.count += 1
-            handles.names[module] = f"m{handles.count}"
-        return handles.names[module]
+    handles, numbers = shared("handles", weakref.WeakKeyDictionary), shared("handle_numbers", itertools.count)
+    if module not in handles:
+        handles[module] = f"m{next(numbers)}"
+    return handles[module]
 
 
 def patchers_of(value: Any) -> list[Any]:
-    """The ModelPatchers inside a MODEL, CLIP, VAE or FLASHVSR.
+    """The ModelPatchers inside a MODEL, CLIP, VAE, FLASHVSR, CLIP_VISION, CONTROL_NET, GLIGEN or anything like them.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none is in it.
     """
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         return [value]
     if isinstance(getattr(value, "patcher", None), comfy.model_patcher.ModelPatcher):
         return [value.patcher]
-    if callable(getattr(value, "patchers", None)):
-        return list(value.patchers())
-    raise TypeError(f"expected a MODEL, CLIP, VAE or FLASHVSR; got {type(value).__name__}")
+    for method in ("patchers", "get_models"):  # ours, and a ControlNet's: itself and those before it
+        if callable(getattr(value, method, None)):
+            return list(getattr(value, method)())
+    raise TypeError(f"expected a model; got {type(value).__name__}")
 
 
 def residents(device: torch.device | None = None) -> list[Resident]:
     """What ComfyUI's list says is loaded, on one device or on all, largest first."""
-    found = []
-    for loaded in list(mm.current_loaded_models):
-        if device is not None and loaded.device != device:
-            continue
-        patcher = loaded.model
-        if patcher is None:
-            module = loaded.real_model() if loaded.real_model is not None else None
-            if module is not None:
-                size = getattr(module, "model_loaded_weight_memory", 0)
-                found.append(
-                    Resident(type(module).__name__, loaded.device, size, size, None, None, True, handle_of(module))
-                )
-            continue
-        entry = registry().owner_of(patcher)
-        found.append(
-            Resident(
-                type(patcher.model).__name__,
-                loaded.device,
-                patcher.loaded_size(),
-                patcher.model_size(),
-                entry and entry.policy,
-                entry and entry.id,
-                False,
-                handle_of(patcher.model),
-            )
-        )
+    listed = [loaded for loaded in list(mm.current_loaded_models) if device is None or loaded.device == device]
+    found = [resident for loaded in listed if (resident := _resident(loaded)) is not None]
     return sorted(found, key=lambda resident: -resident.bytes)
+
+
+def _resident(loaded: Any) -> Resident | None:
+    patcher = loaded.model
+    module = patcher.model if patcher is not None else loaded.real_model and loaded.real_model()
+    if module is None:
+        return None
+    name, handle = type(module).__name__, handle_of(module)
+    if patcher is None:
+        size = getattr(module, "model_loaded_weight_memory", 0)
+        return Resident(name, loaded.device, size, size, None, None, True, handle)
+    entry = registry().owner_of(patcher)
+    policy, id = (None, None) if entry is None else (entry.policy, entry.id)
+    return Resident(name, loaded.device, patcher.loaded_size(), patcher.model_size(), policy, id, False, handle)
 
 
 def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
@@ -120,8 +188,8 @@ def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
     """
     own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
     before = sum(resident.bytes for resident in residents(device))
-    mm.free_memory(EVERYTHING, device, keep_loaded=own)
-    mm.soft_empty_cache()
+    versions.free_memory(EVERYTHING, device, own)
+    versions.empty_caches()
     return sum(resident.bytes for resident in residents(device)) < before
 
 
@@ -142,7 +210,7 @@ def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[o
     Raises:
         TypeError: not a model.
     """
-    return [offload.offload(subject(patcher), mm.soft_empty_cache, drop=drop) for patcher in patchers_of(value)]
+    return [offload.offload(subject(patcher), versions.empty_caches, drop=drop) for patcher in patchers_of(value)]
 
 
 def subject(patcher: Any) -> offload.Subject:
@@ -155,7 +223,7 @@ def subject(patcher: Any) -> offload.Subject:
         own = {id(loaded) for loaded in _listed(patcher)}
         others = [loaded for loaded in mm.current_loaded_models if id(loaded) not in own]
         with explicit():
-            mm.free_memory(EVERYTHING, patcher.load_device, keep_loaded=others)
+            versions.free_memory(EVERYTHING, patcher.load_device, others)
 
     return offload.Subject(
         name=type(module).__name__,
@@ -178,7 +246,7 @@ def node_outputs() -> list[Any]:
     # By name: the class lives in a module that starts the server's side when it is imported.
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
     kept = [value for executor in executors for value in versions.cached_outputs(executor)]
-    return [value for value in kept if not _is_model(value)]
+    return [value for value in kept if not is_model(value)]
 
 
 def adopt(patcher: Any) -> None:
@@ -246,7 +314,8 @@ def _dynamic_bytes(device: torch.device) -> int | None:
     return sum(region.loaded_size() for region in regions.values()) if regions else None
 
 
-def _is_model(value: Any) -> bool:
+def is_model(value: Any) -> bool:
+    """Whether there are ModelPatchers in a value."""
     try:
         return bool(patchers_of(value))
     except TypeError:

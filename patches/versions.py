@@ -8,12 +8,14 @@ tests stand in for some of it. Objects of other packs, such as a VAE that is not
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import comfy_execution.utils
 import torch
 
 # How nodes are described.
@@ -40,6 +42,12 @@ def trim_window(video: Any) -> tuple[float, float]:
     A file read by its stream source is read whole: the reader has to apply the trim.
     """
     return video.get_active_trim_window() if hasattr(video, "get_active_trim_window") else (0.0, 0.0)
+
+
+def executing_context() -> Any | None:
+    """What node of what prompt executes in this thread (`node_id`, `prompt_id`); None where nothing tells that."""
+    ask = getattr(comfy_execution.utils, "get_executing_context", None)
+    return None if ask is None else ask()
 
 
 # Devices, and running out of memory.
@@ -100,6 +108,16 @@ def dynamic_vram(patcher: Any) -> Any | None:
     return patcher._vbar_get() if hasattr(patcher, "_vbar_get") else None
 
 
+def is_dynamic(patcher: Any) -> bool:
+    """Whether a patcher's weights come and go page by page, as the driver sees fit (dynamic VRAM, since 0.33)."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
+
+
+def dynamic_vram_is_on() -> bool:
+    """Whether ComfyUI was started with dynamic VRAM (since 0.33)."""
+    return bool(getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False))
+
+
 def directed(patcher: Any, device: torch.device) -> Any:
     """A patcher that was just made, directed to a device: itself, or a plain clone.
 
@@ -107,13 +125,32 @@ def directed(patcher: Any, device: torch.device) -> Any:
     """
     cpu = torch.device("cpu")
     if device == cpu:
-        if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
+        if is_dynamic(patcher):
             patcher = patcher.clone(disable_dynamic=True)
         patcher.offload_device = cpu
     patcher.load_device = device
     if hasattr(patcher, "register_load_device"):
         patcher.register_load_device(device)
     return patcher
+
+
+def free_memory(required: float, device: torch.device, spared: Sequence[Any]) -> None:
+    """ComfyUI's function of that name, with arguments by name where it has these names, else in the order of today.
+
+    Nothing is freed where nothing can be spared.
+    """
+    free = getattr(mm, "free_memory", None)
+    named = {"memory_required": required, "device": device, "keep_loaded": list(spared)}
+    parameters = {} if free is None else inspect.signature(free).parameters
+    if free is not None and named.keys() <= parameters.keys():
+        free(**named)
+    elif free is not None and (len(parameters) >= len(named) or not spared):
+        free(*list(named.values())[: len(parameters)])
+
+
+def empty_caches() -> None:
+    """Gives memory of the allocators' pools back to the devices: ComfyUI's `soft_empty_cache`, where it has that."""
+    getattr(mm, "soft_empty_cache", lambda: None)()
 
 
 def stream_buffers() -> Mapping[Any, Any]:

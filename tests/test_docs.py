@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,31 +149,3 @@ def test_the_example_of_the_readme_runs(package_environment: dict[str, str], tmp
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["(96, 128, 3)"] * 30
-
-
-def test_a_registry_install_has_its_command_line(tmp_path: Path) -> None:
-    """What `.comfyignore` names is left out of what the registry hands out."""
-    lines = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
-    assert [line for line in lines if re.search(r"[*?!\[]", line)] == []
-    left_out = {line.strip("/") for line in lines}
-    assert "tests" in left_out and all((ROOT / name).exists() for name in left_out)
-
-    def skipped(folder: str, names: list[str]) -> set[str]:
-        hidden = {name for name in names if name.startswith(".") or name in ("__pycache__", "shared", "demo_output")}
-        return hidden | (left_out & set(names) if Path(folder) == ROOT else set())
-
-    shutil.copytree(ROOT, tmp_path / "steadyvsr", ignore=skipped)
-    program = (
-        "import pathlib, steadyvsr\n"
-        "from steadyvsr.cli import main\n"
-        "assert pathlib.Path(steadyvsr.__file__).resolve().parents[1] == pathlib.Path.cwd().resolve()\n"
-        "assert main(['inspect', 'steadyvsr/assets/nano.safetensors']) == 0\n"
-        "assert main(['demo', '--seconds', '0.1', '--device', 'cpu', '--json']) == 0\n"
-        "main(['--help'])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "usage: steadyvsr" in done.stdout and (tmp_path / "demo_output" / "comparison.png").is_file()

@@ -82,6 +82,7 @@ def registry_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry") / "steadyvsr"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "shared", "demo_output"))
     ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    assert all((ROOT / name.strip("/")).exists() for name in ignored), "a name without a pattern, of something here"
     for path in [path for pattern in ignored for path in folder.glob(pattern.rstrip("/"))]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert not (folder / "tests").exists()

@@ -129,9 +129,7 @@ def axis_filters() -> tuple[Tensor, Tensor]:
 
 
 def _resize(rows: Tensor, size: int) -> Tensor:
-    return F.interpolate(rows[None, None], (size, rows.shape[1]), mode="bicubic", align_corners=False, antialias=True)[
-        0, 0
-    ]
+    return F.interpolate(rows[None, None], (size, rows.shape[1]), mode="bicubic", antialias=True)[0, 0]
 
 
 def _bilinear(size: int) -> Tensor:

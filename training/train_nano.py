@@ -15,6 +15,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ class Trainer:
         self.network = NanoNetwork(seed, config)
         self.average = {name: value.detach().clone() for name, value in self.network.named_parameters()}
         groups = []
-        for _, parameter in self.network.named_parameters():
+        for parameter in self.network.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             groups.append({"params": [parameter], "scale": min(1.0, _FAN_IN / fan_in)})
         self.optimiser = torch.optim.Adam(groups, lr=schedule.peak, betas=(0.9, 0.99))
@@ -241,7 +242,7 @@ def validate(network: NanoNetwork, joint: bool, size: int) -> dict[str, float]:
                 outputs[name] = decode_clip(network.decoder, latents, condition[:, :OUTPUT_FRAMES])[0]
         for name, output in outputs.items():
             scores.setdefault(name, []).append(psnr(output.clamp(0, 1), target))
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+    return {name: mean(values) for name, values in scores.items()}
 
 
 def main() -> None:
@@ -259,11 +260,8 @@ def main() -> None:
     while trainer.step < schedule.steps and time.monotonic() - started < arguments.minutes * 60:
         recent.append(trainer.train_step())
         if trainer.step % _REPORT_STEPS == 0:
-            print(
-                f"step {trainer.step}  {time.monotonic() - started:.0f} s  batch {sum(recent) / len(recent):.3f} dB  "
-                f"rate {schedule.rate(trainer.step - 1):.2e}",
-                flush=True,
-            )
+            taken, batch, rate = time.monotonic() - started, mean(recent), schedule.rate(trainer.step - 1)
+            print(f"step {trainer.step}  {taken:.0f} s  batch {batch:.3f} dB  rate {rate:.2e}", flush=True)
             recent = []
         if trainer.step % _SAVE_STEPS == 0:
             _checkpoint(trainer, arguments)
@@ -276,10 +274,7 @@ def _checkpoint(trainer: Trainer, arguments: argparse.Namespace) -> None:
     if arguments.export:
         export(network, arguments.export)
     scores = validate(network, trainer.step > trainer.schedule.decoder_steps, trainer.schedule.size)
-    print(
-        f"step {trainer.step}  validation " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()),
-        flush=True,
-    )
+    print(f"step {trainer.step}  validation", *(f" {name} {value:.3f}" for name, value in scores.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ const SETTINGS = [
   { id: "SteadyVSR.WarnPercent", key: "warn_percent", name: "Warn when a card is this full (percent)", type: "slider", attrs: { min: 50, max: 99, step: 1 }, defaultValue: 80 },
   { id: "SteadyVSR.CriticalPercent", key: "critical_percent", name: "Warn strongly when a card is this full (percent)", type: "slider", attrs: { min: 50, max: 99, step: 1 }, defaultValue: 92 },
   { id: "SteadyVSR.KeptRamGiB", key: "kept_ram_gib", name: "RAM that kept models may use (GiB, 0 = half of the machine's)", type: "number", attrs: { min: 0, max: 4096, step: 1 }, defaultValue: 0 },
+  { id: "SteadyVSR.LeastRamGiB", key: "least_ram_gib", name: "Free RAM while idle when less than this is available (GiB, 0 = a tenth of the machine's)", type: "number", attrs: { min: 0, max: 4096, step: 1 }, defaultValue: 0 },
+  { id: "SteadyVSR.ResetWhenShort", key: "reset_when_short", name: "Reset the node cache while idle when RAM is short", type: "boolean", defaultValue: true },
   { id: "SteadyVSR.DefaultPolicy", key: null, name: "keep_loaded of new loader nodes", type: "combo", options: ["no", "keep", "pin"], defaultValue: "no" },
   { id: "SteadyVSR.DefaultAttention", key: null, name: "Attention of new Load FlashVSR nodes", type: "combo", options: () => attentionChoices.map((name) => ({ text: name, value: name })), defaultValue: "auto" },
 ];
@@ -68,11 +70,12 @@ const setting = (id) => app.ui?.settings?.getSettingValue?.(id) ?? SETTINGS.find
 
 /** Tells the server the settings that it acts on. */
 async function sendSettings() {
-  const values = Object.fromEntries(SETTINGS.filter(({ key }) => key).map(({ id, key }) => [key, Number(setting(id))]));
+  const value = ({ id, type }) => (type === "boolean" ? Boolean(setting(id)) : Number(setting(id)));
+  const values = Object.fromEntries(SETTINGS.filter(({ key }) => key).map((entry) => [entry.key, value(entry)]));
   try {
     await connection.settings(values);
   } catch (error) {
-    console.warn(`SteadyVSR: settings not taken: ${error.message}`);
+    toast("warn", "SteadyVSR: settings not taken", error.message);
   }
 }
 

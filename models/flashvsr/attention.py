@@ -29,7 +29,7 @@ log = logging.getLogger("steadyvsr.attention")
 
 GATHER_BUDGET_BYTES = 512 << 20
 """Copies of selected keys and values that the batched gather backend may hold at once."""
-FLEX_MINIMUM_CAPABILITY = (8, 0)
+COMPILER_MINIMUM_CAPABILITY = (8, 0)
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error (L2) of a backend against float64."""
 
@@ -201,13 +201,22 @@ def _flex(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor
     return _compiled_flex()(q, k, v, block_mask=block_mask)[0].view(queries.shape)
 
 
-def _flex_available(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLEX_MINIMUM_CAPABILITY
+def _triton(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    # Triton is no requirement of the pack: PyTorch brings it where it knows the platform.
+    from .triton_attention import attend
+
+    return attend(queries, keys, values, mask)
+
+
+def _compiler_available(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= COMPILER_MINIMUM_CAPABILITY
 
 
 BACKENDS = {
     "gather": Backend(_gather, lambda device: True, rank=0),
-    "flex": Backend(_flex, _flex_available, rank=1),
+    "flex": Backend(_flex, _compiler_available, rank=2),
+    # Below flex as long as no card has shown that it is faster; self_check finds whether Triton is there.
+    "triton": Backend(_triton, _compiler_available, rank=1),
 }
 """Every backend by the name that users choose it by."""
 
@@ -280,7 +289,7 @@ def self_check(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
         expected = _reference(q.double(), k.double(), v.double(), mask)
         try:
             result = sparse_attention(q.to(device), k.to(device), v.to(device), mask.to(device), backend).cpu().double()
-        except (RuntimeError, ImportError, AttributeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, ImportError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
             return f"it failed with {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         if not torch.isfinite(result).all():
             return "it gave values that are not finite"

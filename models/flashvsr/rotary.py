@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..operations import uploaded
 from .windows import WINDOW, Grid
 
 BASE = 10000.0
@@ -30,18 +31,22 @@ def rotation(
     third = head_dim // 3
     # Channels of one head that turn with the frame, the row and the column (Wan 2.1: 44, 42, 42 of 128).
     dims = (head_dim - 2 * third, third, third)
+    angles = []
+    for start, count, dim in zip((first_frame, *corner), grid, dims, strict=True):
+        frequencies = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies)
+    flat = torch.cat([angle.flatten() for angle in angles])
+    # One small upload: an angle belongs to one axis alone, and the device repeats it along the others.
+    table = uploaded(torch.stack([flat.cos(), flat.sin()]).float(), device)
     blocks = [count // side for count, side in zip(grid, WINDOW, strict=True)]
     parts = []
-    for axis, (start, count, dim) in enumerate(zip((first_frame, *corner), grid, dims, strict=True)):
-        frequencies = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(start, start + count, dtype=torch.float64)[:, None] * frequencies
-        # [frame blocks, row blocks, column blocks, 2, 8, 8, pairs], constant along the two other axes
-        shape = [1] * 6 + [-1]
-        shape[axis], shape[axis + 3] = blocks[axis], WINDOW[axis]
-        parts.append((angle.cos().float().reshape(shape), angle.sin().float().reshape(shape)))
-    full = [*blocks, *WINDOW, -1]
-    cos, sin = (torch.cat([part[i].expand(full) for part in parts], -1) for i in range(2))
-    return cos.reshape(-1, 1, head_dim // 2).to(device), sin.reshape(-1, 1, head_dim // 2).to(device)
+    for axis, values in enumerate(table.split([angle.numel() for angle in angles], 1)):
+        # [cos and sin, frame blocks, row blocks, column blocks, 2, 8, 8, pairs]
+        shape = [2] + [1] * 6 + [-1]
+        shape[axis + 1], shape[axis + 4] = blocks[axis], WINDOW[axis]
+        parts.append(values.reshape(shape).expand(2, *blocks, *WINDOW, -1))
+    cos, sin = torch.cat(parts, -1).reshape(2, -1, 1, head_dim // 2)
+    return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..operations import cast_on_use, to_like
+from ..operations import cast_on_use, to_like, weight_and_bias
 
 CONDITION_CELL = (4, 8, 8)
 """Frames, rows and columns of low-quality video behind one latent cell."""
@@ -286,7 +286,10 @@ class TCDecoder(nn.Module):
         grow, conv = transition
         if conv not in memory.kernels:
             grown, convolution = cast(TimeGrow, self.decoder[grow]), cast(nn.Conv2d, self.decoder[conv])
-            folded = phase_kernels(grown.conv.weight.to(like.device), convolution.weight.to(like.device), grown.stride)
+            weights = (
+                weight_and_bias(m, like.new_empty(0, dtype=m.weight.dtype))[0] for m in (grown.conv, convolution)
+            )
+            folded = phase_kernels(*weights, grown.stride)
             memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
         return memory.kernels[conv]
 

@@ -3,9 +3,6 @@
 Between two layers the whole image is on the CPU. A layer reads a tile of it with as many positions around it as its
 kernel reaches, so nothing is blended and every position is computed once. A GroupNorm takes its statistics from the
 whole image, gathered from the tiles of the layer before it. So the result is that of the whole image, up to rounding.
-
-Blended tiles that share statistics, from two sweeps over the tiles or from an image reduced to a tile's area, were
-measured against this (`python -m steadyvsr.benchmarks.vae_tiles`): they are 100 dB worse, and may be worse than none.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ...memory.reading import Reading, size_text
 from ...models.flashvsr.footprint import activation_bytes
 from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
 from ...patches.residency import residents, unload_others
-from ...patches.versions import is_out_of_memory
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from ..attempts import UNLOAD_OTHERS, Attempts, figures, node_line, peak_figures
 from .model import LoadedFlashVSR
 from .wan_decoder import StreamingWanVAE
@@ -27,7 +27,7 @@ from .wan_decoder import StreamingWanVAE
 PHASE = "FlashVSR"
 CLEAN = ("pressure", "never", "every step")
 ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "did not fit", "tried": "then"}
-"""Of an attempt: the engine's phase (project, transform or decode), the output frames that were finished, the plan."""
+"""Of an attempt: the phase (set up, project, transform or decode), the output frames that were finished, the plan."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class RunMemory:
         patchers: of all networks in the run.
         vae: replaces the model's own decoder, or None.
         size: width and height of the output.
+        report: what was predicted, what was read, and how the plan changed; bytes with their sources.
     """
 
     node: str
@@ -67,7 +68,7 @@ class RunMemory:
     limits: RunLimits
     plan: MemoryPlan = field(init=False)
     attempts: Attempts = field(init=False)
-    _report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
     _steps: int = 0
     _done: int = 0
     _phase: str = ""
@@ -102,7 +103,7 @@ class RunMemory:
         before = self._read(settled=True)
         with ledger.current().phase(PHASE):
             self._choose(before)
-            mm.load_models_gpu(self.patchers, memory_required=self.need(self.plan).activations)
+            self._load()
             loaded = self._read()
             yield
             held = sum(patcher.loaded_size() for patcher in self.patchers)
@@ -117,7 +118,7 @@ class RunMemory:
             ledger.mark(PHASE, step=self._steps, quiet=not self.limits.log_steps)
             if self._wants_cleaning():
                 started = time.perf_counter()
-                mm.soft_empty_cache()
+                empty_caches()
                 self._cleanings += 1
                 self._cleaning_seconds += time.perf_counter() - started
         self._steps += 1
@@ -130,7 +131,7 @@ class RunMemory:
         """
         if not is_out_of_memory(error):
             return None
-        mm.soft_empty_cache()
+        empty_caches()
         free = self._read().free
         if unload_others(self.model.device, self.patchers):
             self._attempt(phase, UNLOAD_OTHERS, free)
@@ -144,14 +145,10 @@ class RunMemory:
 
     def summary(self) -> dict[str, Any]:
         """For the line on the node."""
-        peak = self._report["peak"]
+        peak = self.report["peak"]
         known = next((peak[name]["bytes"] for name in ("allocated", "driver") if peak[name]["bytes"] is not None), None)
-        budget_bytes = self._report["budget_bytes"] if self.limits.budget_gb > 0 else None
-        return node_line(self._report["predicted"]["bytes"], known, budget_bytes, self.attempts)
-
-    def report(self) -> dict[str, Any]:
-        """What was predicted, what was read, and how the plan changed; bytes with their sources."""
-        return self._report
+        budget_bytes = self.report["budget_bytes"] if self.limits.budget_gb > 0 else None
+        return node_line(self.report["predicted"]["bytes"], known, budget_bytes, self.attempts)
 
     def _choose(self, before: Reading) -> None:
         """The first plan that is predicted to fit."""
@@ -159,7 +156,7 @@ class RunMemory:
         limited = self.limits.budget_gb > 0
         allowed = budget.gib(self.limits.budget_gb) if limited else self._available(before, weights)
         settings = [(name, plan) for name, plan in plans(start, self.size) if limited or name != TILES]
-        self._report |= {
+        self.report |= {
             "budget_bytes": allowed,
             "budget_source": "budget_gb" if limited else f"free ({before.used.source or 'unknown'})",
         }
@@ -177,10 +174,21 @@ class RunMemory:
             # A prediction alone makes no frame worse: tiles wait for a real error or for a budget.
             self.plan = (found.setting or settings[-1])[1]
         need = self.need(self.plan)
-        self._report |= {
+        self.report |= {
             "predicted": {"weights_bytes": need.weights, "activations_bytes": need.activations, "bytes": need.tensors},
             "plan_at_start": str(self.plan),
         }
+
+    def _load(self) -> None:
+        """Puts the weights on the device, as far down the ladder as that takes."""
+        while True:
+            try:
+                mm.load_models_gpu(self.patchers, memory_required=self.need(self.plan).activations)
+                return
+            except memory_errors() as error:
+                failure = error.with_traceback(None)  # the traceback holds what was being copied
+            if self.on_memory_error("set up", self.plan, failure) is None:
+                raise failure
 
     def _available(self, before: Reading, weights: int) -> int | None:
         """Bytes that the run can have: what is free, and what ComfyUI would move away for it; None where unknown."""
@@ -207,7 +215,7 @@ class RunMemory:
     def _sum_up(self, before: Reading, loaded: Reading, held: int) -> None:
         phase, after = ledger.current().phases[-1], self._read(settled=True)
         peak = phase.peaks.get(after.device, ledger.Peak().with_(after))
-        self._report |= {
+        self.report |= {
             "before": figures(before),
             "peak": peak_figures(peak),
             "after": figures(after),
@@ -220,5 +228,5 @@ class RunMemory:
         if peak.allocated.bytes is not None and loaded.allocated.bytes is not None and not self.attempts:
             # What others hold on the device is not part of the prediction.
             measured = peak.allocated.bytes - (loaded.allocated.bytes - held)
-            predicted = held + self._report["predicted"]["activations_bytes"]
-            self._report["predicted"]["error"] = round((predicted - measured) / max(measured, 1), 4)
+            predicted = held + self.report["predicted"]["activations_bytes"]
+            self.report["predicted"]["error"] = round((predicted - measured) / max(measured, 1), 4)

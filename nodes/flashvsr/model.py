@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management as mm
@@ -15,6 +16,25 @@ from ...models.flashvsr import FlashVSR, FlashVSRConfig
 from ...models.flashvsr.checkpoint import load_flashvsr
 from ...models.flashvsr.config import PRECISIONS
 from ...patches.versions import patcher_class
+
+
+class _Resolved:
+    """A layer of ComfyUI's that gives its weights, as ComfyUI would use them, to code that computes without calling it.
+
+    `layer.weight` may be another tensor: with dynamic VRAM it stays in RAM, and patches may change it on use.
+    """
+
+    def resolved(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        return comfy.ops.cast_bias_weight(self, like)
+
+
+# manual_cast brings weights to the input's device and dtype at use, which partial loading on a small card needs.
+OPERATIONS = SimpleNamespace(
+    **{
+        name: type(name, (_Resolved, getattr(comfy.ops.manual_cast, name)), {})
+        for name in ("Linear", "Conv2d", "Conv3d", "LayerNorm")
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +98,13 @@ def load(
     load_device = mm.get_torch_device() if device == "auto" else torch.device(device)
     offload_device = torch.device("cpu") if load_device.type == "cpu" else mm.unet_offload_device()
     dtype = choose_dtype(precision, load_device)
-    # manual_cast brings weights to the input's device and dtype at use, which partial loading on a small card needs.
     model = load_flashvsr(
         path,
         version=version,
         lq_cache_order=lq_cache_order,
         dtype=dtype,
         device=offload_device,
-        operations=comfy.ops.manual_cast,
+        operations=OPERATIONS,
     )
     patcher = patcher_class()
     transformer, lq_projection, decoder = (

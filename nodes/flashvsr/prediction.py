@@ -8,11 +8,11 @@ from functools import cache
 import torch
 
 from ...memory import budget
+from ...memory.process import shared
 from ...models.flashvsr import FlashVSRConfig, output_size
 from ...models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from ...models.flashvsr.config import PRECISIONS
 from ...models.flashvsr.footprint import activation_bytes
-from ...patches.kept import registry
 from ...patches.residency import patchers_of
 from . import model_sets
 from .model import LoadedFlashVSR
@@ -58,13 +58,19 @@ def predict(
     return {"predicted": needed, "budget": allowed, "advice": ADVICE if too_much else ""}
 
 
+def remember(model_set: str, model: LoadedFlashVSR) -> None:
+    """Notes the sizes of a model that was loaded: predictions are asked for on threads that must not hold one."""
+    parameters = sum(x.numel() for patcher in patchers_of(model) for x in patcher.model.parameters())
+    _known()[model_set] = Network(model.config, parameters, model.dtype.itemsize, model.prompt.shape[1])
+
+
+def _known() -> dict[str, Network]:
+    return shared("flashvsr_networks", dict)
+
+
 def _network(model_set: str) -> Network | None:
-    for entry in registry().entries():
-        if entry.key.kind == "flashvsr" and entry.name == model_set and isinstance(entry.value, LoadedFlashVSR):
-            model = entry.value
-            parameters = sum(x.numel() for patcher in patchers_of(model) for x in patcher.model.parameters())
-            return Network(model.config, parameters, model.dtype.itemsize, model.prompt.shape[1])
-    return _nano() if model_set == model_sets.NANO else None
+    found = _known().get(model_set)
+    return _nano() if found is None and model_set == model_sets.NANO else found
 
 
 @cache

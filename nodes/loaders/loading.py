@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -13,11 +13,10 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ...memory import budget, probe
-from ...memory.offload import Receipt
 from ...memory.reading import size_text
 from ...patches import hooks, prompt, residency
-from ...patches.kept import POLICIES, Entry, Key, registry
-from ...patches.versions import directed, supported, torch_devices
+from ...patches.kept import PINNED, POLICIES, Entry, Key, registry
+from ...patches.versions import directed, supported, torch_devices, unique_id
 from .. import node_status
 from ..sockets import (
     ADVANCED,
@@ -35,28 +34,6 @@ CATEGORY = "SteadyVSR/Loaders"
 REPORT_TOOLTIP = "What was loaded and measured, as JSON."
 DEFAULT, AUTO = "default", "auto"
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model computes, and why. With `device` None, ComfyUI decides."""
-
-    device: torch.device | None
-    reason: str
-
-    @property
-    def option(self) -> str:
-        return DEFAULT if self.device is None else str(self.device)
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the shared inputs of a loader ask for."""
-
-    keep_loaded: str
-    offload_after_load: bool
-    device: str = DEFAULT
-    allow_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +87,10 @@ def loader_schema(
     )
 
 
+def file_input(id: str, folder: str) -> io.Input:
+    return io.Combo.Input(id, options=folder_paths.get_filename_list(folder), tooltip=f"A file of models/{folder}.")
+
+
 def file_in(folder: str, name: str, node: str) -> str:
     """Path of a file of a model folder, found the way ComfyUI finds it.
 
@@ -127,41 +108,38 @@ def file_in(folder: str, name: str, node: str) -> str:
 
 def fingerprint(folder: str, names: Iterable[str | None]) -> str:
     """Changes when one of the files is replaced. A missing file is an error of the node, not of this function."""
-    stats = []
-    for name in names:
-        path = folder_paths.get_full_path(folder, name) if name else None
-        stat = Path(path).stat() if path else None
-        stats.append((name, stat and (stat.st_mtime_ns, stat.st_size)))
-    return repr(stats)
+    paths = {name: folder_paths.get_full_path(folder, name) if name else None for name in names}
+    stats = {name: path and os.stat(path) for name, path in paths.items()}
+    return repr([(name, stat and (stat.st_mtime_ns, stat.st_size)) for name, stat in stats.items()])
 
 
-def choose_place(wish: Wish, files: ModelFiles, node: str) -> Place:
-    """Where a model of these files will compute. With auto, one that is loaded already stays where it is.
+def choose_place(device: str, allow_cpu: bool, files: ModelFiles, node: str) -> tuple[torch.device | None, str]:
+    """Where a model of these files will compute, and why; None: ComfyUI decides.
+
+    With auto, a model that is loaded already stays where it is.
 
     Raises:
         ValueError: there is no such device, or the model fits on none.
     """
-    devices = torch_devices()
-    if wish.device == DEFAULT:
-        return Place(None, "ComfyUI's choice")
-    if wish.device != AUTO:
-        known = {str(known): known for known in [*devices, CPU]}
-        if wish.device not in known:
-            raise ValueError(
-                f"{node}: expected a device of {', '.join(known)}; got {wish.device!r}. Choose one of them."
-            )
-        return Place(known[wish.device], "chosen by name")
-    for there in [*devices, CPU]:
-        if registry().find(files.key(str(there))) is not None:
-            return Place(there, "it is loaded for this device already")
-    readings = [probe.attempt(probe.current(), there) for there in devices if there != CPU]
+    if device == DEFAULT:
+        return None, "ComfyUI's choice"
+    known = {str(known): known for known in [*torch_devices(), CPU]}
+    if device in known:
+        return known[device], "chosen by name"
+    if device != AUTO:
+        raise ValueError(f"{node}: expected a device of {', '.join(known)}; got {device!r}. Choose one of them.")
+    # A second copy on another card would cost more than the fuller card does.
+    for name, there in known.items():
+        if registry().find(files.key(name)) is not None:
+            return there, "it is loaded for this device already"
+    readings = [probe.attempt(probe.current(), there) for there in known.values() if there != CPU]
     if not readings:
-        return Place(None, "there is no accelerator: ComfyUI computes on the CPU")
+        return None, "there is no accelerator: ComfyUI computes on the CPU"
     try:
-        choice = budget.choose_device(files.bytes, readings, cpu_allowed=wish.allow_cpu)
+        choice = budget.choose_device(files.bytes, readings, cpu_allowed=allow_cpu)
     except ValueError as error:
         raise ValueError(f"{node}: {error} Or choose default: ComfyUI makes room and loads partially.") from error
-    return Place(torch.device(choice.device), choice.reason)
+    return torch.device(choice.device), choice.reason
 
 
 def put(patcher: Any, device: torch.device | None) -> Any:
@@ -169,11 +147,34 @@ def put(patcher: Any, device: torch.device | None) -> Any:
     return patcher if device is None or device == patcher.load_device else directed(patcher, device)
 
 
-class Loading:
-    """One execution of a loader node: finds or reads the model, offloads it if asked to, and reports."""
+def patchers_in(parts: Iterable[Any]) -> list[Any]:
+    """The ModelPatchers of several models; a part may be None."""
+    return [patcher for part in parts if part is not None for patcher in residency.patchers_of(part)]
 
-    def __init__(self, node: str, node_id: str | None, name: str, wish: Wish) -> None:
-        self.node, self.node_id, self.name, self.wish = node, node_id, name, wish
+
+class Loading:
+    """One execution of a loader node: finds or reads the model, offloads it if asked to, and reports.
+
+    Attributes:
+        node, node_id: the node's name, and its id in the graph.
+        name: of the model, for reports.
+        keep_loaded, offload_after_load, device, allow_cpu: the inputs that loaders share.
+    """
+
+    def __init__(
+        self,
+        running: Any,
+        node: str,
+        name: str,
+        keep_loaded: str,
+        offload_after_load: bool,
+        device: str = DEFAULT,
+        allow_cpu: bool = False,
+    ) -> None:
+        self.node, self.node_id, self.name = node, unique_id(running), name
+        self.keep_loaded, self.offload_after_load = keep_loaded, offload_after_load
+        self.device, self.allow_cpu = device, allow_cpu
+        self._left: set[str] = set()
         self._report: dict[str, Any] = {"node": node, "name": name, "source": "memory: nothing was read"}
 
     def obtain(
@@ -188,17 +189,21 @@ class Loading:
             load: reads it for a device; None: ComfyUI decides.
             patchers_of: the ModelPatchers inside it.
         """
-        place = choose_place(self.wish, files, self.node)
-        key, policy = files.key(place.option), self.wish.keep_loaded
+        place, reason = choose_place(self.device, self.allow_cpu, files, self.node)
+        key = files.key(DEFAULT if place is None else str(place))
 
         def read() -> Any:
             self._report["source"] = "disk"
-            return load(place.device)
+            return load(place)
 
+        if (known := registry().find(key)) is not None:
+            self.leave(known.patchers)
         hooks.install()  # again: a pack imported after this one may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
-            value = registry().obtain(key, policy, read, patchers_of, self.name, lambda: self._admit(files.bytes))
+            value = registry().obtain(
+                key, self.keep_loaded, read, patchers_of, self.name, lambda: self._admit(files.bytes)
+            )
         entry = registry().find(key)
         patchers = patchers_of(value)
         self._report |= {
@@ -206,11 +211,15 @@ class Loading:
             "weights_bytes": sum(patcher.model_size() for patcher in patchers),
             "device": str(patchers[0].load_device),
             "offload_device": str(patchers[0].offload_device),
-            "device_reason": place.reason,
+            "device_reason": reason,
         }
         if entry is not None:
-            self._keeping(entry, policy)
+            self._keeping(entry)
         return value
+
+    def leave(self, patchers: Iterable[Any]) -> None:
+        """What of these is on its device now was not put there by this execution, which leaves it there."""
+        self._left |= {residency.handle_of(patcher.model) for patcher in patchers if patcher.loaded_size()}
 
     def note(self, **more: Any) -> None:
         self._report |= more
@@ -224,20 +233,34 @@ class Loading:
 
     def output(self, *models: Any) -> io.NodeOutput:
         """The node's outputs, taken off their device first if that is asked for. A model may be None."""
-        if self.wish.offload_after_load:
-            self._offload(model for model in models if model is not None)
+        if self.offload_after_load:
+            self._offload(patchers_in(models))
         return with_report(*models, report=self._report)
 
-    def _offload(self, models: Iterable[Any]) -> None:
-        """Takes models off their device and verifies it; the receipts go into the report."""
-        receipts = [receipt for model in models for receipt in residency.offload_model(model)]
-        self._report["offload"] = [receipt.to_json() for receipt in receipts]
-        self._report["resident_bytes_after"] = sum(receipt.still_loaded for receipt in receipts)
+    def _offload(self, patchers: list[Any]) -> None:
+        stay = [patcher for patcher in patchers if self._stays(patcher)]
+        receipts = [
+            receipt
+            for patcher in patchers
+            if not any(patcher is other for other in stay)
+            for receipt in residency.offload_model(patcher)
+        ]
+        stays_bytes = sum(patcher.loaded_size() for patcher in stay)
+        self._report |= {
+            "offload": [receipt.to_json() for receipt in receipts],
+            "stays_bytes": stays_bytes,
+            "resident_bytes_after": stays_bytes + sum(receipt.still_loaded for receipt in receipts),
+        }
         for receipt in receipts:
             log.info("%s %s: %s", self.node, receipt.name, receipt)
         if receipts:
-            worst = max(receipts, key=_badness)
+            worst = max(receipts, key=lambda r: r.still_loaded + r.unnamed + sum(holder.bytes for holder in r.held))
             node_status.send(self.node_id, receipt={"line": str(worst), "verdict": worst.verdict.value})
+
+    def _stays(self, patcher: Any) -> bool:
+        """Whether it was on its device before this node ran, or is pinned: a promise that its own loader keeps, too."""
+        owner = registry().owner_of(patcher)
+        return residency.handle_of(patcher.model) in self._left or (owner is not None and owner.policy == PINNED)
 
     def _admit(self, needed: int) -> None:
         """Checks whether the weights fit into RAM, and releases kept models that nobody uses where they do not."""
@@ -247,11 +270,13 @@ class Loading:
             admission = residency.may_load(needed, CPU)
         if admission.short:
             log.warning("%s: %s: %s", self.node, self.name, admission)
+        # A shortage is no error: the operating system may still swap, and the prediction may be too high.
         self._report["admission"] = str(admission)
 
-    def _keeping(self, entry: Entry, asked: str) -> None:
-        requests = entry.requests_in(prompt.running())
-        stronger = [node for node, request in requests.items() if request.policy == entry.policy != asked]
+    def _keeping(self, entry: Entry) -> None:
+        """Reports which policy applies, and why where that is not the one that this node asks for."""
+        asked, wishes = self.keep_loaded, entry.wishes_in(prompt.running())
+        stronger = [node for node, wish in wishes.items() if wish == entry.policy != asked]
         reason = f"node {stronger[0]} asks for {entry.policy}" if stronger else ""
         if POLICIES.index(entry.policy) < POLICIES.index(asked):
             reason = f"released: kept models may fill {size_text(registry().budget_bytes())} of RAM together"
@@ -261,7 +286,3 @@ class Loading:
             "registry": {"id": entry.id, "loads": entry.loads, "hits": entry.hits},
         }
         node_status.send(self.node_id, policy=entry.policy, policy_reason=reason)
-
-
-def _badness(receipt: Receipt) -> int:
-    return receipt.still_loaded + sum(holder.bytes for holder in receipt.held) + receipt.unnamed

@@ -12,10 +12,19 @@ from comfy_api.v0_0_2 import io
 import nodes
 
 from ...patches.kept import EJECTABLE
-from ...patches.residency import patchers_of
-from ...patches.versions import unique_id
 from . import weight_bytes
-from .loading import CPU, DEFAULT, Loading, ModelFiles, Wish, file_in, fingerprint, loader_schema, put
+from .loading import (
+    CPU,
+    DEFAULT,
+    Loading,
+    ModelFiles,
+    file_in,
+    file_input,
+    fingerprint,
+    loader_schema,
+    patchers_in,
+    put,
+)
 
 comfyui_nodes: Any = nodes
 """ComfyUI's own module: this package is never on `sys.path`, where its `nodes` would be found first."""
@@ -35,11 +44,7 @@ class LoadDiffusionModel(io.ComfyNode):
             "Loads a diffusion model like Load Diffusion Model. It can outlive the free-memory buttons, and it is left "
             "off its device, verified by measurement.",
             [
-                io.Combo.Input(
-                    "unet_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file of models/diffusion_models.",
-                ),
+                file_input("unet_name", "diffusion_models"),
                 io.Combo.Input(
                     "weight_dtype",
                     options=comfyui_nodes.UNETLoader.INPUT_TYPES()["required"]["weight_dtype"][0],
@@ -65,16 +70,18 @@ class LoadDiffusionModel(io.ComfyNode):
         allow_cpu: bool = False,
     ) -> io.NodeOutput:
         paths = [file_in("diffusion_models", unet_name, MODEL_NODE)]
-        needed = weight_bytes.of_diffusion_model(paths, weight_dtype)
 
         def load(place: torch.device | None) -> Any:
             (model,) = comfyui_nodes.UNETLoader().load_unet(unet_name, weight_dtype)
             return put(model, place)
 
-        loading = Loading(
-            MODEL_NODE, unique_id(cls), unet_name, Wish(keep_loaded, offload_after_load, device, allow_cpu)
+        loading = Loading(cls, MODEL_NODE, unet_name, keep_loaded, offload_after_load, device, allow_cpu)
+        files = ModelFiles(
+            "diffusion model",
+            paths,
+            {"weight_dtype": weight_dtype},
+            weight_bytes.total(paths, lambda tensors: weight_bytes.diffusion_model(tensors, weight_dtype)),
         )
-        files = ModelFiles("diffusion model", paths, {"weight_dtype": weight_dtype}, needed)
         return loading.hand_out(loading.obtain(files, load))
 
 
@@ -135,14 +142,13 @@ class LoadCLIP(io.ComfyNode):
             return comfy.sd.load_clip(
                 ckpt_paths=paths,
                 embedding_directory=folder_paths.get_folder_paths("embeddings"),
+                # As in CLIPLoader: a type that this version does not know is read like SD's.
                 clip_type=getattr(comfy.sd.CLIPType, type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION),
                 model_options={} if place is None else {"load_device": place, "offload_device": CPU},
             )
 
-        loading = Loading(
-            CLIP_NODE, unique_id(cls), " + ".join(names), Wish(keep_loaded, offload_after_load, device, allow_cpu)
-        )
-        files = ModelFiles("clip", paths, {"type": type}, weight_bytes.of_text_encoder(paths))
+        loading = Loading(cls, CLIP_NODE, " + ".join(names), keep_loaded, offload_after_load, device, allow_cpu)
+        files = ModelFiles("clip", paths, {"type": type}, weight_bytes.total(paths, weight_bytes.text_encoder))
         return loading.hand_out(loading.obtain(files, load))
 
 
@@ -197,8 +203,8 @@ class LoadVAE(io.ComfyNode):
             (vae,) = comfyui_nodes.VAELoader().load_vae(vae_name)
             return put_vae(vae, place)
 
-        loading = Loading(VAE_NODE, unique_id(cls), vae_name, Wish(keep_loaded, offload_after_load, device, allow_cpu))
-        files = ModelFiles("vae", paths, {"name": vae_name}, weight_bytes.of_vae(paths))
+        loading = Loading(cls, VAE_NODE, vae_name, keep_loaded, offload_after_load, device, allow_cpu)
+        files = ModelFiles("vae", paths, {"name": vae_name}, weight_bytes.total(paths, weight_bytes.vae))
         return loading.hand_out(loading.obtain(files, load))
 
 
@@ -225,13 +231,7 @@ class LoadCheckpoint(io.ComfyNode):
             CHECKPOINT_NODE,
             "Loads model, text encoder and VAE of one file like Load Checkpoint. They can outlive the "
             "free-memory buttons, and they are left off their device, verified by measurement.",
-            [
-                io.Combo.Input(
-                    "ckpt_name",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="A file of models/checkpoints.",
-                )
-            ],
+            [file_input("ckpt_name", "checkpoints")],
             [
                 io.Model.Output("model", display_name="MODEL", tooltip="The diffusion model."),
                 io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder, where the file has one."),
@@ -257,16 +257,11 @@ class LoadCheckpoint(io.ComfyNode):
 
         def load(place: torch.device | None) -> tuple[Any, Any, Any]:
             model, clip, vae = comfyui_nodes.CheckpointLoaderSimple().load_checkpoint(ckpt_name)
+            # Files without a text encoder are common, and ComfyUI gives None for it.
             if clip is not None:
                 clip.patcher = put(clip.patcher, place)
             return put(model, place), clip, vae and put_vae(vae, place)
 
-        loading = Loading(
-            CHECKPOINT_NODE, unique_id(cls), ckpt_name, Wish(keep_loaded, offload_after_load, device, allow_cpu)
-        )
-        files = ModelFiles("checkpoint", [path], {}, weight_bytes.of_checkpoint(path))
+        loading = Loading(cls, CHECKPOINT_NODE, ckpt_name, keep_loaded, offload_after_load, device, allow_cpu)
+        files = ModelFiles("checkpoint", [path], {}, weight_bytes.total([path], weight_bytes.checkpoint))
         return loading.hand_out(*loading.obtain(files, load, patchers_in))
-
-
-def patchers_in(parts: tuple[Any, ...]) -> list[Any]:
-    return [patcher for part in parts if part is not None for patcher in patchers_of(part)]

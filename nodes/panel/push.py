@@ -52,6 +52,13 @@ class StatePush:
                 self._thread = threading.Thread(target=self._run, name="steadyvsr-panel-push", daemon=True)
                 self._thread.start()
 
+    def send(self, event: str, data: Any) -> None:
+        """Sends something to every page that watches, and to no other."""
+        with self._lock:
+            clients = sorted(self._watching.intersection(PromptServer.instance.sockets))
+        for client in clients:
+            PromptServer.instance.send_sync(event, data, client)
+
     def _run(self) -> None:
         cpu, clock = time.thread_time(), time.monotonic()
         while clients := self._audience():
@@ -63,7 +70,6 @@ class StatePush:
                 for client in clients:
                     PromptServer.instance.send_sync(EVENT, state, client)
                     self.pushes += 1
-            _wake_worker()
             time.sleep(PERIOD_SECONDS)
             now_cpu, now = time.thread_time(), time.monotonic()
             self.cpu_seconds += now_cpu - cpu
@@ -78,17 +84,6 @@ class StatePush:
             if not self._watching:
                 self._thread = None
             return sorted(self._watching)
-
-
-def _wake_worker() -> None:
-    """Has ComfyUI's worker act on a press that it missed.
-
-    A flag that is set while the worker collects garbage wakes nobody, and the worker then waits for the next prompt.
-    """
-    queue: Any = PromptServer.instance.prompt_queue
-    if queue.flags and not queue.currently_running:
-        with queue.mutex:
-            queue.not_empty.notify()
 
 
 def state_push() -> StatePush:

@@ -1,7 +1,7 @@
 """What the memory panel shows, as plain values: devices by what fills them, resident models, phases.
 
 `PanelState` names every key; web/panel reads them. The state is read once a second, on a thread of its own, so reading
-it only looks: no device is started, and no heap is walked.
+it only looks: no device is started, no heap is walked, and no model is held for a moment.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import time
 from typing import Any, TypedDict
 
-import comfy.model_base
 import comfy.model_management as mm
 import psutil
 import torch
 
 from ...memory import ledger, probe
 from ...memory.reading import WHOLE_DEVICE, Figure, Reading, exact
-from ...patches import prompt
-from ...patches.kept import Entry, registry
-from ...patches.residency import handle_of
+from ...patches import hooks, prompt, residency
+from ...patches.kept import registry
 from ...patches.versions import torch_devices
 
 PHASE_SECONDS = 120
@@ -26,19 +24,11 @@ PHASE_SECONDS = 120
 
 
 class ModelState(TypedDict):
-    """A network in ComfyUI's list, or one that is kept.
+    """A network as `residency.Network` tells, with what its registry's entry says now.
 
     Attributes:
-        handle: names it as long as it lives (`residency.handle_of`).
-        id: of the registry's entry; None for a model that the registry does not know.
-        name: class of the network.
-        kind: MODEL | CLIP | VAE, or what its loader calls it; None where nothing tells.
-        dtype: of its first weight, such as "float16".
-        device: where it is: the device that it computes on, or the one that it rests on.
-        bytes, size: on the device that it computes on, and of all its weights.
         policy: no | keep | pin, or None.
-        last_used: seconds of `time.time`, or None.
-        movable: whether it can be offloaded at all.
+        last_used: when it was handed out or put on a device, seconds of `time.time`, or None.
     """
 
     handle: str
@@ -87,13 +77,6 @@ class PhaseState(TypedDict):
     end: float | None
 
 
-class KeptState(TypedDict):
-    """Bytes of all kept models together, and how many they may have."""
-
-    kept: int
-    budget: int
-
-
 class PanelState(TypedDict):
     """Everything that the panel shows.
 
@@ -103,7 +86,8 @@ class PanelState(TypedDict):
         devices: accelerators, then the RAM.
         residents: models, largest on its device first.
         phases: of the last two minutes, oldest first.
-        ram: what kept models take of it.
+        promises_off: what cannot be promised in this ComfyUI, in words.
+        ram: bytes of all kept models together (`kept`), and how many they may have (`budget`).
     """
 
     time: float
@@ -111,65 +95,30 @@ class PanelState(TypedDict):
     devices: list[DeviceState]
     residents: list[ModelState]
     phases: list[PhaseState]
-    ram: KeptState
-
-
-def patcher_of(handle: str) -> Any | None:
-    """The patcher of the network with that name (`residency.handle_of`): a loaded one, or one that is kept."""
-    return next((patcher for patcher in _all_patchers() if handle_of(patcher.model) == handle), None)
+    promises_off: list[str]
+    ram: dict[str, int]
 
 
 def state() -> PanelState:
     """Everything that the panel shows, at this moment."""
-    models = [_model(patcher) for patcher in _all_patchers()]
+    residency.look()  # by the worker alone; every other thread reads what the worker has seen
+    kept = registry()
+    known = {entry.id: (entry.wanted, entry.last_used) for entry in kept.entries()}
+    models: list[ModelState] = []
+    for network in residency.networks():
+        policy, last_used = known.get(network.id or "", (None, None))
+        models.append({**vars(network), "policy": policy, "last_used": last_used})  # type: ignore[typeddict-item]
     levels = ledger.current().levels
     devices = [_device(reading, models, levels) for reading in _readings()]
-    kept = registry()
     return {
         "time": time.time(),
         "prompt": prompt.in_work(),
         "devices": devices,
         "residents": sorted(models, key=lambda model: (-model["bytes"], model["name"], model["handle"])),
         "phases": _phases(),
+        "promises_off": hooks.promises_off(),
         "ram": {"kept": kept.kept_bytes(), "budget": kept.budget_bytes()},
     }
-
-
-def _all_patchers() -> list[Any]:
-    """Patchers of everything in ComfyUI's list and of every kept model, one for each network."""
-    listed = [loaded.model for loaded in list(mm.current_loaded_models)]
-    owned = [patcher for entry in registry().owned() for patcher in entry.patchers]
-    one_each = {id(patcher.model): patcher for patcher in [*owned, *listed] if patcher is not None}
-    return list(one_each.values())
-
-
-def _model(patcher: Any) -> ModelState:
-    entry = registry().owner_of(patcher)
-    weight = next(patcher.model.parameters(), None)
-    loaded = patcher.loaded_size()
-    return {
-        "handle": handle_of(patcher.model),
-        "id": entry and entry.id,
-        "name": type(patcher.model).__name__,
-        "kind": _kind(patcher, entry),
-        "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
-        "device": str(patcher.load_device if loaded else patcher.offload_device),
-        "bytes": loaded,
-        "size": patcher.model_size(),
-        "policy": entry and entry.policy,
-        "last_used": entry and entry.last_used,
-        "movable": patcher.load_device != patcher.offload_device,
-    }
-
-
-def _kind(patcher: Any, entry: Entry | None) -> str | None:
-    if isinstance(patcher.model, comfy.model_base.BaseModel):
-        return "MODEL"
-    if patcher.is_clip:
-        return "CLIP"
-    if hasattr(patcher.model, "decode") and hasattr(patcher.model, "encode"):
-        return "VAE"
-    return entry.key.kind.upper() if entry is not None else None
 
 
 def _readings() -> list[Reading]:
@@ -180,13 +129,12 @@ def _readings() -> list[Reading]:
 
 def _accelerator(device: torch.device) -> Reading:
     # Asking a card that nothing uses would start it and take hundreds of MiB there.
-    if device.type == "cuda" and not (torch.cuda.is_initialized() and _in_use(device)):
+    in_use = device.type != "cuda" or (
+        torch.cuda.is_initialized() and (device == mm.get_torch_device() or torch.cuda.memory_reserved(device) > 0)
+    )
+    if not in_use:
         return Reading(str(device), notes=("nothing of this process is on it",))
     return probe.attempt(probe.current(), device)
-
-
-def _in_use(device: torch.device) -> bool:
-    return device == mm.get_torch_device() or torch.cuda.memory_reserved(device) > 0
 
 
 def _ram() -> Reading:

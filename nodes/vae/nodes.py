@@ -10,15 +10,14 @@ from torch import Tensor
 from ...patches.versions import supported, unique_id
 from ..sockets import ADVANCED, allow_cpu_input, report_output, with_report
 from .layout import CROP, PAD, checked_vae, compression, image_output, latent_output, latents_for, pixels_for
-from .run import AUTO, BLEND, ERROR, EXACT, MAX_TILE, SHRINK, TiledRun, TileOptions
+from .run import AUTO, BLEND, ERROR, EXACT, MAX_TILE, OFF, SHRINK, SPOT, TiledRun, TileOptions
 
 CATEGORY = "SteadyVSR/VAE"
 ENCODE, DECODE = "VAE Encode (Tiled, Verified)", "VAE Decode (Tiled, Verified)"
-MIN_TILE, BUDGET_GB = 64, 2.0
+BUDGET_GB = 2.0
 DELEGATED_TILE = 256
 STOCK_MAX = 4096
 """As in ComfyUI's own tiled nodes: values of their workflows stay valid."""
-SPOT, OFF = "spot", "off"
 
 
 def tiled_schema(
@@ -102,35 +101,6 @@ def tiled_schema(
     )
 
 
-def options_of(
-    node: str,
-    tile_size: int,
-    overlap: int,
-    mode: str,
-    memory_budget_gb: float,
-    on_oom: str,
-    allow_cpu: bool,
-    verify: str,
-) -> TileOptions:
-    """The checked options of a node.
-
-    Raises:
-        ValueError: one is out of range; the message names it.
-    """
-    if tile_size != 0 and tile_size < MIN_TILE:
-        raise ValueError(f"{node}: expected a tile_size of 0 or at least {MIN_TILE}; got {tile_size}.")
-    for name, value in (("overlap", overlap), ("memory_budget_gb", memory_budget_gb)):
-        if value < 0:
-            raise ValueError(f"{node}: expected {name} of at least 0; got {value}.")
-    choices = (
-        ("mode", mode, (AUTO, EXACT, BLEND)), ("on_oom", on_oom, (SHRINK, ERROR)), ("verify", verify, (SPOT, OFF)),
-    )  # fmt: skip
-    for name, value, known in choices:
-        if value not in known:
-            raise ValueError(f"{node}: expected {name} of {', '.join(known)}; got {value!r}. Choose one of them.")
-    return TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify == SPOT)
-
-
 class VAEEncodeTiled(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -168,7 +138,7 @@ class VAEEncodeTiled(io.ComfyNode):
         verify: str = SPOT,
         odd_size: str = CROP,
     ) -> io.NodeOutput:
-        options = options_of(ENCODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
+        options = TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify).checked(ENCODE)
         if checked_vae(vae, ENCODE):
             source, notes = pixels_for(vae, pixels, odd_size, ENCODE)
             run = TiledRun(ENCODE, vae, True, options, unique_id(cls), notes)
@@ -207,7 +177,7 @@ class VAEDecodeTiled(io.ComfyNode):
         allow_cpu: bool = False,
         verify: str = SPOT,
     ) -> io.NodeOutput:
-        options = options_of(DECODE, tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify)
+        options = TileOptions(tile_size, overlap, mode, memory_budget_gb, on_oom, allow_cpu, verify).checked(DECODE)
         if checked_vae(vae, DECODE):
             source, notes = latents_for(vae, samples, DECODE)
             run = TiledRun(DECODE, vae, False, options, unique_id(cls), notes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ...patches import residency, versions
-from ...patches.versions import is_out_of_memory, memory_errors
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from .. import node_status
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
@@ -27,6 +27,7 @@ log = logging.getLogger("steadyvsr.nodes")
 
 AUTO, EXACT, BLEND = "auto", "exact", "blend"
 SHRINK, ERROR = "shrink", "error"
+SPOT, OFF = "spot", "off"
 MAX_TILE = 512
 SIDES = range(MAX_TILE, 0, -MIN_TILE)
 """Sides to choose from where the user chose none."""
@@ -45,16 +46,33 @@ class TileOptions:
         budget_gb: GiB on the device, the VAE's weights included; 0: what is free.
         on_oom: shrink | error.
         allow_cpu: go to the CPU when everything else has failed.
-        spot: compare a blended result with one more tile.
+        verify: spot compares a blended result with one more tile | off.
     """
 
-    tile: int = 256
-    overlap: int = 64
-    mode: str = AUTO
-    budget_gb: float = 2.0
-    on_oom: str = SHRINK
-    allow_cpu: bool = False
-    spot: bool = True
+    tile: int
+    overlap: int
+    mode: str
+    budget_gb: float
+    on_oom: str
+    allow_cpu: bool
+    verify: str
+
+    def checked(self, node: str) -> TileOptions:
+        """These options.
+
+        Raises:
+            ValueError: one is out of range; the message names it.
+        """
+        if self.tile != 0 and self.tile < MIN_TILE:
+            raise ValueError(f"{node}: expected a tile_size of 0 or at least {MIN_TILE}; got {self.tile}.")
+        for name, value in (("overlap", self.overlap), ("memory_budget_gb", self.budget_gb)):
+            if value < 0:
+                raise ValueError(f"{node}: expected {name} of at least 0; got {value}.")
+        choices = {"mode": (AUTO, EXACT, BLEND), "on_oom": (SHRINK, ERROR), "verify": (SPOT, OFF)}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{node}: expected {name} of {', '.join(known)}; got {value!r}. Choose one of them.")
+        return self
 
 
 @dataclass
@@ -189,7 +207,7 @@ class TiledRun:
                     raise
             # Outside the handler: the traceback holds the tensors of the trial.
             gc.collect()
-            mm.soft_empty_cache()
+            empty_caches()
             if not residency.unload_others(self.vae.device, [self.vae.patcher]):
                 return None, "its trial ran out of memory"
 
@@ -197,7 +215,11 @@ class TiledRun:
         if self._exact is not None:
             return self._exact.job(source, tile)
         network, size = self.vae.first_stage_model, self._compression
-        place: dict[str, Any] = {"device": self.vae.device, "dtype": self.vae.vae_dtype, "spot": self.options.spot}
+        place: dict[str, Any] = {
+            "device": self.vae.device,
+            "dtype": self.vae.vae_dtype,
+            "spot": self.options.verify == SPOT,
+        }
         # A norm over groups of channels takes its statistics from everything it sees.
         if source.ndim == 4 and any(isinstance(layer, nn.GroupNorm) for layer in network.modules()):
             place["shapes"] = THREE_GRIDS

@@ -195,7 +195,7 @@ CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to alloca
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "Stopped"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--tile"),
     (RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {CPU_ALLOCATOR}"), 1, "out of memory: "),
-    (MemoryError(), 1, "out of memory"), (ValueError("frame 3: NaN"), 2, "frame 3: NaN"),
+    (MemoryError(), 1, "no more"), (ValueError("frame 3: NaN"), 2, "frame 3: NaN"),
     (ValueError("a\x1b[2Jb\u202ec"), 2, r"a\x1b[2Jb\u202ec"),
     (OSError(28, "No space left on device"), 2, "No space left"),
 ])  # fmt: skip
@@ -205,6 +205,17 @@ def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, e
     assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == code
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_sigterm_is_heard_as_ctrl_c(tmp_path, capsys, engine, monkeypatch):
+    source = make_clip(tmp_path / "in.mp4", 8)
+    monkeypatch.setattr(upscale, "trim", lambda: signal.raise_signal(signal.SIGTERM))  # called as frames are pulled
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == 130
+    assert capsys.readouterr().err.endswith("Stopped. Nothing was left behind.\n") and list(tmp_path.iterdir()) == [
+        source
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT goes to a whole console there")

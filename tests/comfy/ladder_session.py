@@ -30,10 +30,12 @@ comfy.options.enable_args_parsing()
 importlib.import_module("utils.extra_config")  # as in main.py: `nodes` puts a folder with another `utils` first
 import comfy.model_management as mm  # noqa: E402
 import comfy.model_patcher  # noqa: E402
-import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
+
+sys.path.append(str(PACK / "tests" / "session"))
+import tiny_flashvsr  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -56,23 +58,6 @@ def pack(module: str):
 def call(name: str, **inputs):
     with torch.inference_mode():
         return nodes.NODE_CLASS_MAPPINGS[f"SteadyVSR_{name}"].PREPARE_CLASS_CLONE({}).execute(**inputs).args
-
-
-def write_tiny_model() -> None:
-    flashvsr = pack("models.flashvsr")
-    config = flashvsr.FlashVSRConfig(
-        dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=64, lq_hidden=(8, 8), decoder_channels=(8, 8, 8, 8)
-    )  # fmt: skip
-    torch.manual_seed(0)
-    networks = {
-        "transformer": flashvsr.Transformer(config, operations=torch.nn),
-        "lq_projection": flashvsr.CausalLQ4xProjection(config.lq_hidden, config.dim, 1, operations=torch.nn),
-        "decoder": flashvsr.TCDecoder(config.decoder_channels, operations=torch.nn),
-    }
-    parts = {name: network.state_dict() for name, network in networks.items()} | {"prompt": torch.randn(4, 64)}
-    folder = Path(folder_paths.get_folder_paths("flashvsr")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pack("models.flashvsr.checkpoint.load").save_merged(parts, folder / "tiny.safetensors", "v1.1", "test")
 
 
 def clip() -> torch.Tensor:
@@ -312,7 +297,7 @@ def cleaning() -> dict:
 def main() -> None:
     global MODEL
     asyncio.run(nodes.load_custom_node(str(PACK)))
-    write_tiny_model()
+    tiny_flashvsr.write_tiny_model(pack, (8, 8), (8, 8, 8, 8), prompt_length=4)
     MODEL = call("LoadFlashVSR", model_set="tiny.safetensors", **LOAD)[0]
     results: dict = {}
     for scenario in (summary, rungs, unload, bottom, interrupt, budgets, cleaning):

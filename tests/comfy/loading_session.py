@@ -15,8 +15,8 @@ import sys
 import traceback
 
 import loaders_session as loaders  # starts ComfyUI; what follows needs that
-from loaders_session import LOADERS, clean, load, patchers_of, registry, run, sample
-from phases_host import BASE, CARD, EXECUTOR, FILES, WITNESS, error_of, mm, nodes, pack, resident, torch
+from loaders_session import LOADERS, clean, load, registry, run, sample, straight_to_card
+from phases_host import BASE, CARD, EXECUTOR, FILES, WITNESS, error_of, nodes, pack, resident, torch
 
 assert loaders.READS == []
 
@@ -46,9 +46,11 @@ def used_again() -> dict:
         clean()
         *values, _ = load(name, keep_loaded="keep", offload_after_load=False)
         first = use(name, values)
-        mm.load_models_gpu(patchers_of(values))
-        before = resident()
-        *again, report = load(name, keep_loaded="keep", offload_after_load=True)
+        del values
+        clean()
+        with straight_to_card() as there:
+            *again, report = load(name, keep_loaded="keep", offload_after_load=True)
+        before = there[0]
         after = resident()
         second = use(name, again)
         receipts = report["offload"]
@@ -58,7 +60,7 @@ def used_again() -> dict:
             "verdicts": sorted({receipt["verdict"] for receipt in receipts}), "networks": len(before),
             "numbers": first.numel(), "finite": bool(first.isfinite().all()), "same": bool(torch.equal(first, second)),
         }  # fmt: skip
-        del values, again
+        del again
     clean()
     return seen
 
@@ -81,12 +83,13 @@ def predicted() -> dict:
     quantised = {name: x.to(torch.float8_e4m3fn) for name, x in tensors.items()} | {"scaled_fp8": torch.zeros(2)}
     save_file(quantised, BASE / "quantised.safetensors")
     seen["quantised"] = [
-        weights.of_diffusion_model([BASE / "quantised.safetensors"]), sum(x.nbytes for x in quantised.values()),
+        weights.total([BASE / "quantised.safetensors"], weights.diffusion_model),
+        sum(x.nbytes for x in quantised.values()),
     ]  # fmt: skip
     torch.save({"weight": torch.zeros(1000)}, BASE / "plain.pt")
     (BASE / "damaged.safetensors").write_bytes(b"\xff" * 100)
     for name in ("plain.pt", "damaged.safetensors"):
-        seen[name] = [weights.of_vae([BASE / name]), os.path.getsize(BASE / name)]
+        seen[name] = [weights.total([BASE / name], weights.vae), os.path.getsize(BASE / name)]
     return seen
 
 
@@ -139,15 +142,13 @@ def counters_die() -> dict:
     WITNESS.dies_after = 0
     try:
         for name in LOADERS:
-            *values, report = load(name, offload_after_load=False)
-            mm.load_models_gpu(patchers_of(values))
-            before = resident()
-            *_, report = load(name)
+            with straight_to_card() as there:
+                *values, report = load(name)
             seen[name] = {
-                "before": len(before), "after": resident(),
+                "before": len(there[0]), "after": resident(),
                 "verdicts": sorted({receipt["verdict"] for receipt in report["offload"]}),
             }  # fmt: skip
-            del values, _
+            del values
             EXECUTOR.forget()
         seen["auto"] = error_of(load, "LoadDiffusionModel", device="auto")
         seen["admission"] = load("LoadVAE")[-1]["admission"]

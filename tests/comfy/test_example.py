@@ -10,11 +10,10 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steadyvsr.tests.comfy.server import ROOT, Server, base_folder
+from steadyvsr.tests.comfy.server import ROOT, Server
 from steadyvsr.tests.comfy.workflow_files import api_form
 
 pytestmark = pytest.mark.comfy
@@ -79,21 +78,7 @@ class SmallServer(Server):
         super().__init__(checkout, base)
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[Path, SmallServer]]:
-    started: dict[Path, SmallServer] = {}
-    yield started
-    for server in started.values():
-        server.stop()
-
-
-@pytest.fixture
-def server(comfyui_path: Path, servers: dict, tmp_path_factory: pytest.TempPathFactory) -> SmallServer:
-    """One server for all tests of a version."""
-    if comfyui_path not in servers:
-        servers[comfyui_path] = SmallServer(comfyui_path, base_folder(tmp_path_factory.mktemp("example")))
-        servers[comfyui_path].wait()
-    return servers[comfyui_path]
+SERVER = SmallServer
 
 
 def example(server: Server, path: Path = EXAMPLE) -> dict[str, dict]:
@@ -223,11 +208,6 @@ def test_two_models_stay_through_the_press_at_the_end_of_the_example_and_are_rea
     server.post("/free", {"unload_models": True, "free_memory": True})
     prompt = small(example(server, TWO_KEPT), seed=0)
     loads = {}
-    prompt["text"] = {"class_type": "CLIPTextEncode", "inputs": {"text": "a boat", "clip": ["clip", 0]}}
-    prompt["clip"] = copy.deepcopy(
-        next(node for node in small(example(server), seed=0).values() if node["class_type"] == "SteadyVSR_LoadCLIP")
-    )
-    prompt["use"] = {"class_type": "SteadyVSR_MemoryReport", "inputs": {"value": ["text", 0], "label": "unkept"}}
     for turn in (1, 2):
         outputs, press = run_and_see_the_press(server, prompt)
         assert {model["name"] for model in press["residents"]} == set(), "what nobody keeps is gone"
@@ -237,6 +217,12 @@ def test_two_models_stay_through_the_press_at_the_end_of_the_example_and_are_rea
         assert residents(server) == {"WAN21": ("keep", 0), "WanVAE": ("keep", 0)}
         loads[turn] = {name: (entry["loads"], entry["hits"] >= turn - 1) for name, entry in kept.items()}
         assert press["caller"] == "button" and press["reason"] == "end of the example"
+        card = server.get("/steadyvsr/receipts")["receipts"][0]
+        freed, stays, *_ = card["line"].split(" · ")
+        assert freed.endswith(" MiB left cpu:0: WanTEModel 2.17 MiB") and card["verdict"] == "FREED", card["line"]
+        assert sorted(stays.removeprefix("kept: ").split(", ")) == [
+            "tiny_wan.safetensors 3.33 MiB in RAM", "tiny_wan_vae.safetensors 3.53 MiB in RAM",
+        ]  # fmt: skip
     assert loads[1] == loads[2] == dict.fromkeys(("WAN21", "WanVAE"), (1, True)), "read from the disk once"
     server.post("/steadyvsr/release", {})
     assert not any(policy == "keep" for policy, _ in residents(server).values())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import av
 import pytest
-from steadyvsr.tests.comfy.server import CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH, ROOT, Server, base_folder
+from steadyvsr.tests.comfy.server import CLIP_FRAMES, CLIP_HEIGHT, CLIP_WIDTH, ROOT
 from steadyvsr.tests.comfy.workflow_files import ONLY_IN_THE_FRONT_END, api_form
 
 FOLDER = ROOT / "example_workflows"
@@ -68,23 +66,6 @@ def test_every_link_is_known_at_both_of_its_ends(path):
 def test_every_example_has_a_small_thumbnail(path):
     thumbnail = path.with_suffix(".jpg")
     assert thumbnail.read_bytes().startswith(b"\xff\xd8") and thumbnail.stat().st_size <= THUMBNAIL_BYTES
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[Path, Server]]:
-    started: dict[Path, Server] = {}
-    yield started
-    for server in started.values():
-        server.stop()
-
-
-@pytest.fixture
-def server(comfyui_path: Path, servers: dict, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """One server for all tests of a version."""
-    if comfyui_path not in servers:
-        servers[comfyui_path] = Server(comfyui_path, base_folder(tmp_path_factory.mktemp("examples")))
-        servers[comfyui_path].wait()
-    return servers[comfyui_path]
 
 
 @pytest.mark.comfy

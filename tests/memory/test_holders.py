@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from steadyvsr.memory import holders
+from steadyvsr.memory.offload import Verdict
+from steadyvsr.tests.memory.test_offload import SimulatedModel
 from torch import nn
 
 MIB = 1 << 20
@@ -219,3 +221,36 @@ def test_bytes_of_a_labelled_root_count_every_storage_once_and_only_on_the_devic
     root = {"a": tensor, "b": [tensor[5:]], "elsewhere": torch.zeros(9, device="meta")}
     assert holders.root_bytes(root, torch.device("cpu")) == MIB
     assert holders.root_bytes(root, torch.device("cuda:0")) == 0
+
+
+def test_a_leak_of_many_weights_is_one_short_line_and_stands_whole_in_the_report() -> None:
+    """123 weights in a list were a line of 11,648 characters."""
+    model = SimulatedModel()
+    model.network = nn.ModuleList(nn.Linear(8, size, bias=False) for size in range(1, 124))
+    model.size = model.loaded = sum(parameter.nbytes for parameter in model.network.parameters())
+
+    def move() -> None:
+        LEAKED_LIST.extend(parameter.data for parameter in model.network.parameters())
+        model.move()
+        model.loaded = model.size  # what the card still holds
+
+    receipt = model.offload(move)
+    line = str(receipt)
+    assert receipt.verdict is Verdict.STILL_HELD and len(line) <= 600, f"{len(line)}: {line}"
+    assert "by global LEAKED_LIST in module" in line, line
+    assert "(123 tensors: 122.weight, 121.weight, 120.weight, …)" in line, line
+    (holder,) = receipt.to_json()["held"]
+    assert (holder["bytes"], len(holder["tensors"]), len(set(holder["paths"]))) == (model.size, 123, 123)
+    assert holder["paths"][0].endswith("test_holders[122]")
+
+
+def test_tensors_of_many_like_objects_are_one_holder() -> None:
+    tensors = [torch.zeros(MIB // 4) for _ in range(5)]
+    watched = holders.watch((f"x{index}", tensor) for index, tensor in enumerate(tensors))
+    for tensor in tensors:
+        as_a_view(tensor)
+    tensor = tensors.clear()
+    found = holders.find(watched, seconds=20.0)
+    (holder,) = found.holders
+    assert holder.name.startswith("global LEAKED_LIST in module") and holder.name.endswith("[…] → Keeper.view")
+    assert holder.bytes == 5 * MIB and sorted(holder.tensors) == ["x0", "x1", "x2", "x3", "x4"]

@@ -268,3 +268,9 @@ def test_a_kept_copy_is_named_by_its_label() -> None:
     receipt = model.offload(move, roots={"patcher backup": backup})
     assert receipt.verdict is Verdict.STILL_HELD
     assert [(holder.name, holder.bytes) for holder in receipt.held] == [("patcher backup", 256 * 512 * 4)]
+
+
+def test_a_receipt_never_grows_beyond_a_paragraph() -> None:
+    held = tuple(holders.Holder("global " + "x" * 300, MIB, ("y" * 300,) * 5) for _ in range(20))
+    receipt = Receipt("a", "cuda:0", Verdict.STILL_HELD, GIB, 0, held=held, unnamed=MIB, error="z" * 2000)
+    assert len(str(receipt)) <= 600 and "17 more" in str(receipt) and "STILL_HELD" in str(receipt)

@@ -176,7 +176,7 @@ def test_auto_passes_over_a_backend_that_fails_its_self_check(
 @pytest.mark.parametrize("choose", [lambda name: StreamOptions(attention=name),
                                     lambda name: attention.choose_backend(name, CPU, torch.float32)])  # fmt: skip
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(choose) -> None:
-    with pytest.raises(ValueError, match=r"attention: expected one of auto, gather, flex; got 'dense'"):
+    with pytest.raises(ValueError, match=r"attention: expected one of auto, gather, flex, triton; got 'dense'"):
         choose("dense")
 
 

@@ -15,6 +15,7 @@ import comfy.utils
 import folder_paths
 import host  # starts ComfyUI; what follows needs that
 import small_vaes
+import tiny_flashvsr
 import torch
 from comfy.latent_formats import Wan21
 from comfy_api.v0_0_2 import InputImpl, Types
@@ -38,27 +39,6 @@ def upscale(model, frames, **changes):
 
 def clip(count: int = 10, height: int = 32, width: int = 48, channels: int = 3) -> torch.Tensor:
     return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(count))
-
-
-def write_tiny_model() -> None:
-    """A random network of FlashVSR's form as a merged file in models/flashvsr."""
-    flashvsr = pack("models.flashvsr")
-    config = flashvsr.FlashVSRConfig(
-        dim=128, num_heads=1, ffn_dim=128, num_layers=2, text_dim=64, lq_hidden=(16, 32),
-        decoder_channels=(16, 16, 8, 8),
-    )  # fmt: skip
-    torch.manual_seed(0)
-    networks = {
-        "transformer": flashvsr.Transformer(config, operations=torch.nn),
-        "lq_projection": flashvsr.CausalLQ4xProjection(config.lq_hidden, config.dim, 1, operations=torch.nn),
-        "decoder": flashvsr.TCDecoder(config.decoder_channels, operations=torch.nn),
-    }
-    parts = {name: network.state_dict() for name, network in networks.items()} | {"prompt": torch.randn(16, 64)}
-    folder = Path(folder_paths.get_folder_paths("flashvsr")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    pack("models.flashvsr.checkpoint.load").save_merged(parts, folder / "tiny.safetensors", "v1.1", "test")
-    (folder / "broken").mkdir()
-    (folder / "broken" / "model.safetensors").write_bytes(b"")
 
 
 def tiny_model(**changes):
@@ -211,6 +191,29 @@ def interrupted() -> dict:
     }  # fmt: skip
 
 
+def short_at_the_start() -> dict:
+    """The device is out of memory while ComfyUI loads the weights: once, and every time."""
+    model, frames = tiny_model(), clip()
+    undisturbed, _ = upscale(model, frames)
+    load, calls, fails = mm.load_models_gpu, [], 1
+
+    def failing(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) <= fails:
+            raise mm.OOM_EXCEPTION("planted: out of memory")
+        return load(*arguments, **keywords)
+
+    mm.load_models_gpu = failing
+    try:
+        recovered, report = upscale(model, frames)
+        fails = 1000
+        error = error_of(upscale, model, frames)
+    finally:
+        mm.load_models_gpu = load
+    memory = report["memory"]
+    return {"same": torch.equal(recovered, undisturbed), "attempts": memory["attempts"], "error": error}
+
+
 def images() -> dict:
     """What else an IMAGE can be."""
     model, frames = tiny_model(), clip(3)
@@ -336,6 +339,16 @@ def videos() -> dict:
         "components": through(InputImpl.VideoFromComponents(components)),
         "odd": through(InputImpl.VideoFromFile(path), scale=1.4),
     }
+    seen["results of finished runs"] = left = len(list(temp.glob("steadyvsr_*")))
+    (result, _), cut = call("UpscaleVideo", flashvsr=model, video=InputImpl.VideoFromFile(path), **STREAM), []
+    for held in ("the VIDEO", "what was cut from it", "nothing"):
+        if held == "what was cut from it":
+            # A node behind it makes a VIDEO of the same file, and ComfyUI drops the first one.
+            cut, result = [InputImpl.VideoFromFile(result.get_stream_source())], None
+        elif held == "nothing":
+            cut.clear()
+        gc.collect()
+        seen[f"held: {held}"] = len(list(temp.glob("steadyvsr_*"))) - left
     damaged = {"cut.mp4": Path(path).read_bytes()[:-2000], "empty.mp4": b"", "text.mp4": b"no video at all\n"}
     for name, content in damaged.items():
         (BASE / name).write_bytes(content)
@@ -396,11 +409,38 @@ def same_as_the_engine() -> dict:
         return {"equal": torch.equal(torch.stack(list(stream)), image)}
 
 
+def weights_changed_on_use() -> dict:
+    """A weight that ComfyUI doubles on use beside one that is doubled, in layers that are computed without a call.
+
+    The weights are loaded before: ComfyUI forgets such functions when it loads.
+    """
+    model, frames, seen = tiny_model(), clip(), {}
+    transformer, projection, decoder = (patcher.model for patcher in model.patchers())
+    layers = {"patch embedding": transformer.patch_embedding, "LQ convolution": projection.conv1}
+    grow, conv = pack("models.flashvsr.tc_decoder")._TRANSITIONS[0]
+    layers |= {"decoder's time growth": decoder.decoder[grow].conv, "decoder's convolution": decoder.decoder[conv]}
+    plain = digest(upscale(model, frames)[0])
+    for name, layer in layers.items():
+        layer.weight_function = [lambda weight: weight * 2]
+        on_use = digest(upscale(model, frames)[0])
+        layer.weight_function = []
+        with torch.inference_mode():
+            layer.weight.mul_(2)
+        doubled = digest(upscale(model, frames)[0])
+        with torch.inference_mode():
+            layer.weight.div_(2)
+        seen[name] = {"seen": doubled != plain, "equal": on_use == doubled}
+    return seen
+
+
 write_clip(BASE / "input" / "clip.mp4")
-write_tiny_model()
+models_folder = tiny_flashvsr.write_tiny_model(pack, (16, 32), (16, 16, 8, 8), prompt_length=16)
+(models_folder / "broken").mkdir()
+(models_folder / "broken" / "model.safetensors").write_bytes(b"")
 SCENARIOS = {
     "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
-    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,
+    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images,
+    "short at the start": short_at_the_start, "growth": growth,
     "loader errors": loader_errors, "vae decoder": vae_decoder, "videos": videos, "told": told,
-    "same as the engine": same_as_the_engine,
+    "same as the engine": same_as_the_engine, "weights changed on use": weights_changed_on_use,
 }  # fmt: skip

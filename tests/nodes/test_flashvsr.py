@@ -48,6 +48,12 @@ def test_a_kept_model_is_read_once_and_outlives_its_users_until_a_loader_says_no
     assert seen["same_frames"] is True
 
 
+def test_memory_that_runs_out_while_the_weights_are_loaded_is_answered_like_any_other(observed):
+    seen = scenario(observed, "flashvsr short at the start")
+    assert seen["same"] is True and [attempt["phase"] for attempt in seen["attempts"]] == ["set up"]
+    assert "nothing is left to try" in seen["error"] and "did not fit" in seen["error"] and "set up" in seen["error"]
+
+
 def test_the_run_after_free_memory_gives_the_same_frames(observed):
     seen = scenario(observed, "flashvsr residency")
     assert seen["shape"] == [10, 128, 192, 3]
@@ -226,6 +232,19 @@ def comparable(observed: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_the_file_of_a_video_goes_with_the_last_output_that_comes_from_it(observed):
+    seen = scenario(observed, "flashvsr videos")
+    assert seen["results of finished runs"] == 0
+    held = {name: seen[f"held: {name}"] for name in ("the VIDEO", "what was cut from it", "nothing")}
+    assert held == {"the VIDEO": 1, "what was cut from it": 1, "nothing": 0}
+
+
 @pytest.mark.comfy
 def test_the_double_does_what_comfyui_does(observe, comfyui_path: Path):
     assert comparable(observe(None)) == comparable(observe(comfyui_path))
+
+
+def test_weights_that_comfyui_changes_on_use_are_changed_wherever_they_are_used(observed):
+    """Reading `layer.weight` instead would miss them, and copy it to the card in every step of a dynamic VRAM."""
+    seen = scenario(observed, "flashvsr weights changed on use")
+    assert len(seen) == 4 and all(layer == {"seen": True, "equal": True} for layer in seen.values()), seen

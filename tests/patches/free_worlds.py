@@ -19,7 +19,7 @@ import tempfile
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from free_worker import NodeCache, PromptExecutor, PromptQueue  # noqa: E402
 
 mm: Any = importlib.import_module("comfy.model_management")
 ModelPatcher: Any = importlib.import_module("comfy.model_patcher").ModelPatcher
@@ -42,41 +43,6 @@ hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
 FIRST, SECOND, REST = torch.device("cpu:0"), torch.device("cpu:1"), torch.device("cpu")
 EVERYTHING = {"unload_models": True, "free_memory": True}
 STOCK = "stock"
-
-
-class PromptQueue:
-    """As much of ComfyUI's prompt queue as anybody asks for."""
-
-    def __init__(self) -> None:
-        self.flags: list[str] = []
-        self.currently_running: dict[int, tuple] = {}
-
-    def set_flag(self, name: str, value: object) -> None:
-        self.flags.append(name)
-
-    def get_flags(self) -> dict[str, bool]:
-        return {}
-
-
-class NodeCache:
-    """Outputs of nodes, in a reference cycle like ComfyUI's: they die at a collection, not when they are dropped."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[tuple, Any] = {}
-        self.changed = {"cache": self}
-
-
-class PromptExecutor:
-    """ComfyUI's, as far as its node cache goes."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.cache = NodeCache()
-
-
-sys.modules["execution"] = types.SimpleNamespace(PromptExecutor=PromptExecutor, PromptQueue=PromptQueue)
 
 
 class Errors(logging.Handler):
@@ -107,7 +73,7 @@ class World:
         server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(prompt_queue=self.queue))
         sys.modules["server"] = server
         state = vars(sys.modules["steadyvsr_state"]) if "steadyvsr_state" in sys.modules else {}
-        for name in ("retention", "presses"):
+        for name in ("retention", "presses", "relief"):
             state.pop(name, None)
         mm.current_loaded_models.clear()
         mm.DISABLE_SMART_MEMORY = False
@@ -211,24 +177,42 @@ class World:
     def prompt(self, *steps: tuple, fails: BaseException | None = None, together: bool = False, **options: Any) -> None:
         """A workflow: every step's loader, LoRA and use. With `fails` its last use raises."""
         self.prompts += 1
-        self.queue.currently_running[0] = (0, f"p{self.prompts}", {step[0]: {} for step in steps})
+        inputs = {name: {"name": name, "keep": keep, **options} for name, keep, *_ in steps}
+        nodes = {name: {"class_type": "Load", "inputs": given} for name, given in inputs.items()}
+        self.queue.currently_running[0] = (0, f"p{self.prompts}", nodes)
+
+        def used(step: tuple) -> None:
+            patcher = self.node(*step, **options)
+            with CurrentNodeContext(f"p{self.prompts}", "use"):
+                mm.load_models_gpu([patcher])
+
+        def work() -> None:
+            try:
+                if together:
+                    mm.load_models_gpu([self.node(*step, **options) for step in steps])
+                for step in () if together else steps:
+                    self.executed(lambda step=step: used(step))
+                if fails is not None:
+                    raise fails
+            except mm.OOM_EXCEPTION:
+                mm.unload_all_models()  # as the executor's handler does
+            except mm.InterruptProcessingException:
+                pass
+
+        self.executor.work = work
         try:
-            if together:
-                mm.load_models_gpu([self.node(*step, **options) for step in steps])
-            for step in () if together else steps:
-                patcher = self.node(*step, **options)
-                with CurrentNodeContext(f"p{self.prompts}", "use"):
-                    mm.load_models_gpu([patcher])
-            if fails is not None:
-                raise fails
-        except mm.OOM_EXCEPTION:
-            mm.unload_all_models()  # as the executor's handler does
-        except mm.InterruptProcessingException:
-            pass
+            self.executor.execute(nodes, f"p{self.prompts}")
         finally:
             self.queue.currently_running.clear()
+            del self.executor.work
         if mm.DISABLE_SMART_MEMORY:
             mm.unload_all_models()
+
+    @staticmethod
+    def executed(node: Callable[[], None]) -> None:
+        """Has the executor's module execute a node, which waits for nothing."""
+        with suppress(StopIteration):
+            sys.modules["execution"].execute(node).send(None)
 
     def tail(self, unload_models: bool = False, free_memory: bool = False) -> dict[str, str]:
         """The end of a turn of ComfyUI's worker, with these flags; what was there after each of its steps."""
@@ -440,7 +424,7 @@ def s12(world: World) -> dict:
     with ram(0.09):
         mm.soft_empty_cache()
         seen["armed_again"] = owned()
-    return seen | {"flags": world.queue.flags}
+    return seen | {"flags": sorted(world.queue.flags)}
 
 
 def owned() -> str:

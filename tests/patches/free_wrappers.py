@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,10 @@ if __name__ == "__main__":
     importlib.import_module("comfyui_place").prepare(sys.argv[2], Path(sys.argv[1]))
 
 import torch  # noqa: E402
-from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses  # noqa: E402
+from free_worlds import ERRORS, EVERYTHING, FIRST, A, B, C, D, E, World, hooks, kept, mm, owned, presses, ram  # noqa: E402
 
 probe: Any = importlib.import_module("steadyvsr.memory.probe")
+reading: Any = importlib.import_module("steadyvsr.memory.reading")
 residency: Any = importlib.import_module("steadyvsr.patches.residency")
 
 
@@ -76,13 +78,20 @@ def explicit(world: World) -> dict:
 
 
 def meant(world: World) -> dict:
-    """A call that asks for all of a device and spares all but a pinned model, and 0.33's function that does so."""
+    """A call that asks for all of a device and spares all but a pinned model, our own, and 0.33's function for one."""
     world.prompt(A, B, C)
     kept.registry().set_policy(next(e.id for e in kept.registry().owned() if e.name == "C"), "pin")
     others = [loaded for loaded in mm.current_loaded_models if type(loaded.model.model).__name__ != "C"]
     mm.free_memory(1e30, FIRST, keep_loaded=others)
-    seen = {"after": world.state()}
-    world.prompt(C)
+    seen = {"others": world.state()}
+    del others
+    world.prompt(A, B)
+    a = world.node(*A)
+    residency.unload_others(FIRST, [a])
+    seen["the ladders"] = world.state()
+    residency.unload_others(FIRST, [a])
+    seen["again"] = world.state()
+    del a
     if hasattr(mm, "unload_model_and_clones"):
         mm.unload_model_and_clones(world.node(*C))
         seen["by ComfyUI"] = world.state()
@@ -219,9 +228,9 @@ def installing(world: World) -> dict:
         if kind == "telling":
             foreign.__wrapped__ = wrapped  # type: ignore[attr-defined]
         mm.unload_all_models = foreign
-        found = [hooks.status_of("unload_all_models")]
+        found = [hooks.status()["unload_all_models"]]
         hooks.uninstall()
-        found.append(hooks.status_of("unload_all_models"))
+        found.append(hooks.status()["unload_all_models"])
         world.cache.outputs.clear()
         world.prompt(B)
         mm.unload_all_models()
@@ -308,6 +317,67 @@ def garbage(world: World) -> dict:
     return {look.stage: look.devices[0].allocated.bytes for look in presses.latest()}
 
 
+def heard(world: World) -> dict:
+    """How long the worker waits for a flag that was set while it did something else, and for prompts."""
+
+    def timed(timeout: float | None) -> list:
+        start = time.perf_counter()
+        item = world.queue.get(timeout=timeout) if timeout is not None else world.queue.get()
+        return [item and item[0], round(time.perf_counter() - start, 1)]
+
+    seen = {"nothing": timed(0.3)}
+    world.queue.set_flag("unload_models", True)
+    seen["a flag"] = timed(3.0)
+    world.queue.put("prompt")
+    seen["a flag and a prompt"] = timed(3.0)
+    later = threading.Timer(0.3, world.queue.put, ["prompt"])
+    later.start()
+    seen["a flag, without a limit"] = timed(None)
+    seen["flags"] = world.queue.get_flags()
+    threading.Timer(0.3, world.queue.set_flag, ["free_memory", True]).start()
+    seen["a flag while it waits"] = timed(3.0)
+    return seen
+
+
+def relief(world: World) -> dict:
+    """Turns of ComfyUI's worker while RAM is short and nothing is kept."""
+
+    def turn() -> dict:
+        """What ComfyUI's worker does between two prompts."""
+        flags = world.queue.get_flags()
+        if flags.get("unload_models", flags.get("free_memory", False)):
+            mm.unload_all_models()
+        if flags.get("free_memory", False):
+            world.executor.reset()
+        gc.collect()
+        mm.soft_empty_cache()
+        return flags
+
+    world.prompt(A)
+    held = world.node(*A)  # as a node in the middle of something would
+    world.cache.outputs["image", False] = torch.zeros(1 << 20)
+    seen: dict[str, Any] = {}
+    with ram(0.05):
+        world.queue.put("prompt")
+        seen["a prompt waits"] = turn()
+        world.queue.get()
+        seen["idle"], seen["results"], seen["models"] = turn(), len(world.cache.outputs), world.state()
+        seen["once"] = turn()
+    with ram(0.3):
+        seen["enough"] = turn()
+    idle = importlib.import_module("steadyvsr.patches.idle")
+    with ram(0.05):
+        idle.relief().enabled = False
+        seen["switched off"] = turn()
+        idle.relief().enabled = True
+        kept.registry().least_ram_bytes = 4 << 30  # of 100 GiB, 5 are free
+        seen["above a threshold in bytes"] = turn()
+        kept.registry().least_ram_bytes = 6 << 30
+        world.queue.set_flag("unload_models", True)
+        seen["below it, with a press"] = turn()
+    return seen | {"held": type(held.model).__name__}
+
+
 def missing(world: World) -> dict:
     """A ComfyUI without one of the functions, and without a worker."""
     gone, execution = mm.free_memory, sys.modules.pop("execution")
@@ -342,6 +412,22 @@ class Lines(logging.Handler):
         self.lines.append((record.levelname, record.getMessage()))
 
 
+@contextmanager
+def card_by(world: World) -> Iterator[None]:
+    """A probe that reads from the networks themselves what is on a device."""
+
+    def read(device: str) -> Any:
+        used = reading.exact(world.used(torch.device(device)), "planted")
+        return reading.Reading(device, allocated=used, reserved=used)
+
+    state = vars(sys.modules["steadyvsr_state"])
+    own, state["probe"] = probe.current(), probe.ScriptedProbe(read)
+    try:
+        yield
+    finally:
+        state["probe"] = own
+
+
 def log(world: World) -> dict:
     """The lines of a press that loses nothing, and of one in which another pack moves a kept model away by itself."""
     lines, logger = Lines(), logging.getLogger("steadyvsr.patches")
@@ -352,7 +438,8 @@ def log(world: World) -> dict:
         world.prompt(A, B)
         lines.lines.clear()
         presses.set_reason("said why")
-        world.tail(**EVERYTHING)
+        with card_by(world):
+            world.tail(**EVERYTHING)
         seen: dict[str, Any] = {"plain": list(lines.lines)}
         world.prompt(A, B)
         lines.lines.clear()
@@ -391,7 +478,7 @@ SCENARIOS: dict[str, Callable[[World], dict]] = {
     "explicit": explicit, "meant": meant, "budget": budget, "file": file, "passes through": passes_through,
     "arguments": arguments, "places": places, "dead": dead, "installing": installing, "callers": callers, "ring": ring,
     "log": log, "doubled": doubled, "own failure": own_failure, "stages": stages, "garbage": garbage,
-    "missing": missing,
+    "missing": missing, "heard": heard, "relief": relief,
 }  # fmt: skip
 
 

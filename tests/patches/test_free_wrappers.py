@@ -14,6 +14,7 @@ from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_wrappers.py")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
+STEP = "throw_exception_if_processing_interrupted"
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,12 @@ def test_an_owner_s_own_wish_is_not_filtered_and_holds_for_its_thread_only(obser
     assert seen == {"without": "C/ABC", "other thread": "BC/ABC", "within": "-/ABC", "after": "BC/ABC", "lost": 0}
 
 
-def test_a_call_that_spares_all_but_a_kept_model_means_that_model(observed):
+def test_a_pinned_model_goes_only_for_who_names_it(observed):
+    """Not for another pack's call that spares all but it, nor for "unload others" of the ladders."""
     seen = scenario(observed, "meant")
-    assert seen["after"] == seen.get("by ComfyUI", "AB/ABC") == "AB/ABC"
+    assert seen["others"] == "ABC/ABC"
+    assert seen["the ladders"] == seen["again"] == "AC/ABC"
+    assert seen.get("by ComfyUI", "A/ABC") == "A/ABC"
 
 
 def test_the_ram_budget_takes_the_least_recently_used_and_none_of_the_running_prompt(observed):
@@ -129,9 +133,32 @@ def test_after_the_reset_the_garbage_is_there_and_after_the_collection_it_is_not
 
 def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observed):
     seen = scenario(observed, "missing")
-    gone = ("free_memory", "PromptExecutor.reset", "PromptQueue.get_flags")
-    assert seen["status"] == {name: "missing" if name in gone else "on top" for name in (*NAMES, *gone[1:])}
+    queue = ("PromptQueue.get", "PromptQueue.get_flags")
+    worker = ("PromptExecutor.execute", "execution.execute", "PromptExecutor.reset", *queue)
+    gone = ("free_memory", *worker)
+    required = {name: status for name, status in seen["status"].items() if name != "unload_model_and_clones"}
+    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, STEP, *worker)}
     assert seen["again"] is True
+
+
+def test_a_flag_that_was_set_while_the_worker_collected_garbage_is_heard_at_once(observed):
+    seen = scenario(observed, "heard")
+    assert seen["nothing"] == [None, 0.3] and seen["flags"] == {"unload_models": True}
+    assert seen["a flag"] == [None, 0.0]
+    assert seen["a flag and a prompt"] == ["prompt", 0.0] and seen["a flag, without a limit"] == ["prompt", 0.3]
+    assert seen["a flag while it waits"] == [None, 0.3]
+
+
+def test_while_idle_and_short_of_ram_the_node_cache_is_reset_though_nothing_is_kept(observed):
+    seen, reset = scenario(observed, "relief"), {"unload_models": False, "free_memory": True}
+    assert (seen["idle"], seen["results"], seen["models"]) == (reset, 0, "A/A")
+    assert (seen["once"], seen["enough"], seen["a prompt waits"]) == ({}, {}, {})
+
+
+def test_relief_can_be_switched_off_and_its_threshold_be_set(observed):
+    seen = scenario(observed, "relief")
+    assert (seen["switched off"], seen["above a threshold in bytes"]) == ({}, {})
+    assert seen["below it, with a press"] == {"unload_models": True, "free_memory": True}
 
 
 def test_the_ring_holds_sixty_four_snapshots(observed):
@@ -144,7 +171,7 @@ def test_a_press_is_one_line_and_four_snapshots_for_those_who_debug(observed):
     assert [level for level, _ in lines] == ["DEBUG"] * 4 + ["INFO"]
     stages = ["pre-unload", "post-unload", "post-reset", "post-collect"]
     assert [line.split(" ")[0] for _, line in lines[:4]] == stages
-    assert lines[4][1] == "button: 1.00 MiB left the devices: A 1.00 MiB · kept: B 1.00 MiB · said why"
+    assert lines[4][1] == "button: 1.00 MiB left cpu:0: A 1.00 MiB · kept: B 1.00 MiB on cpu:0 · said why"
 
 
 def test_a_kept_model_that_was_lost_is_one_error_with_class_id_and_key(observed):

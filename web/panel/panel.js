@@ -48,13 +48,16 @@ export function openPanel(parent, onState = () => {}) {
     }),
   );
   const status = make("p", { className: "svr-status", role: "status" }, "Connecting …");
-  const element = make("div", { className: "svr-panel" }, status, buttons, devices.element, models.element, receipts.element);
+  const off = make("p", { className: "svr-note svr-off", hidden: true });
+  const element = make("div", { className: "svr-panel" }, status, off, buttons, devices.element, models.element, receipts.element);
   parent.append(element);
 
   function show(state) {
     if (closed) return;
     say(status, state.prompt ? "A prompt is running: actions wait for its end." : "");
     status.hidden = !status.textContent;
+    say(off, state.promises_off.length ? `Not in this ComfyUI: ${state.promises_off.join("; ")}.` : "");
+    off.hidden = !off.textContent;
     element.classList.remove("svr-stale");
     devices.update(state);
     models.update(state);

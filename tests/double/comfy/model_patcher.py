@@ -19,6 +19,8 @@ class ModelPatcher:
         self.patches_uuid = self.clone_base_uuid = uuid.uuid4()
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.backup: dict[str, torch.Tensor] = {}
+        self.hook_backup: dict[str, torch.Tensor] = {}
+        self.cached_hook_patches: dict[Any, Any] = {}
         self.is_clip = False
         defaults = {"device": offload_device, "model_loaded_weight_memory": 0, "current_weight_patches_uuid": None}
         for name, value in defaults.items():

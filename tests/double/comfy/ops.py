@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def cast_bias_weight(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    bias = layer.bias
-    return layer.weight.to(x), None if bias is None else bias.to(x)
+    weight, bias = layer.weight.to(x), None if layer.bias is None else layer.bias.to(x)
+    for change in getattr(layer, "weight_function", ()):
+        weight = change(weight)
+    return weight, bias
 
 
 class disable_weight_init:
