@@ -250,8 +250,28 @@ def _asf(file: Any, size: int) -> int | None:
 
 
 def _gif(file: Any, size: int) -> int | None:
-    file.seek(-min(size, _HEAD_BYTES), os.SEEK_END)
-    return size if file.read(_HEAD_BYTES).rstrip(b"\0").endswith(b";") else size + 1
+    file.seek(0)
+    head = file.read(13).ljust(13, b"\0")
+    at = 13 + (3 << (head[10] & 7) + 1 if head[10] & 0x80 else 0)  # a colour table
+    while True:
+        file.seek(at)
+        block = file.read(10)
+        if block[:1] == b";":
+            return at + 1
+        if block[:1] == b"!":
+            at += 2
+        elif block[:1] == b"," and len(block) == 10:
+            at += 11 + (3 << (block[9] & 7) + 1 if block[9] & 0x80 else 0)
+        else:
+            return size + 1  # cut off, or no block where one should be
+        file.seek(at)
+        while length := file.read(1):
+            at += 1 + length[0]
+            if not length[0]:
+                break
+            file.seek(at)
+        else:
+            return size + 1
 
 
 def _flv(file: Any, size: int) -> int | None:
