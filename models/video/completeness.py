@@ -23,8 +23,8 @@ CONTAINER_TOLERANCE = Fraction(1, 50)
 """Of a duration that is stated for all streams together, by what wrote the file rather than by an index."""
 MISSING_SHARE = Fraction(1, 100)
 """Of the bytes that a container states: fewer may be padding or an index at the end, and are only noted."""
-REGULAR_FRAMES, REGULAR_SHARE, MOST_IRREGULAR, LATE_STEPS = 8, 0.25, 0.1, 1.75
-"""A video is regular if it has so many frames, and all but a tenth come within a quarter of the usual step; then one
+REGULAR_FRAMES, REGULAR_SHARE, MOST_IRREGULAR, LATE_STEPS = 8, 0.25, 0.25, 1.75
+"""A video is regular if it has so many frames, and all but a quarter come within a quarter of the usual step; then one
 that takes so many steps is late."""
 MISSING_FRAMES = 0.75
 FLV_END_BYTES = 64
