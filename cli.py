@@ -25,10 +25,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from .app import card
 from .app.clip import (
     OutputOptions,
     RunReport,
@@ -50,7 +52,6 @@ from .app.folder import (
     find_jobs,
     folder_settings,
     holds_videos,
-    printable,
     run_folder,
 )
 from .memory.host import fix_heap_growth
@@ -60,12 +61,13 @@ from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from .models.printable import printable
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DOWNLOAD_VERSION = "v1.1"
-LISTED_KEYS = 8
+LISTED_KEYS, LINE_CHARACTERS = 8, 2000
 MIB = 1 << 20
 
 _log = logging.getLogger("steadyvsr.told")
@@ -76,7 +78,9 @@ _log.propagate = False
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; argparse itself exits with 2 for arguments that do not parse."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_EscapingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     options = _parser().parse_args(arguments)
     fix_heap_growth()
     with _stop_signals(), ExitStack() as stack:
@@ -126,7 +130,7 @@ def _journal(path: Path) -> Iterator[None]:
     if path.exists() and b"\0" in path.open("rb").read(4096):
         raise ValueError(f"--log: expected a text file, or a new name; got {path}, which holds something else.")
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(_EscapingFormatter("%(asctime)s %(message)s"))
     loggers = (_log, logging.getLogger("steadyvsr"))
     for logger in loggers:
         logger.addHandler(handler)
@@ -139,8 +143,19 @@ def _journal(path: Path) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
+    text = _escaped(text)
     print(text, file=sys.stderr)
     _log.info(text)
+
+
+def _escaped(text: str) -> str:
+    """The text with control characters as escapes: names, keys and metadata come from files of strangers."""
+    return "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+class _EscapingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _escaped(super().format(record))
 
 
 def _message(error: ValueError | OSError) -> str:
@@ -165,7 +180,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
     demo.add_argument("--seconds", type=_positive, default=1.25, help="length of the clip (default: %(default)s)")
     demo.set_defaults(run=_run_demo)
-    doctor = add("doctor", parents=both, help="check what can be measured here and whether memory comes back (≤ 60 s)")
+    doctor = add("doctor", parents=[device], help="check what can be measured here and whether memory comes back")
+    doctor.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="print a machine-readable report, or write it to FILE"
+    )
+    doctor.add_argument(
+        "--full", action="store_true",
+        help="every promise on this card, in at most 15 minutes: attention, golden vectors, speed, 200 frames three"
+        " times, peaks against predictions, Wan VAE, offloads, workers. Random weights; nothing is downloaded",
+    )  # fmt: skip
+    doctor.add_argument("--reduced", action="store_true", help="with --full: a rehearsal with tiny weights, anywhere")
     doctor.set_defaults(run=_run_doctor)
     return parser
 
@@ -321,6 +345,7 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
         def say(line: str) -> None:
             total.n = sum(manifest.finished(job) for job in jobs)
             total.refresh()
+            line = _escaped(line)
             tqdm.write(line, file=sys.stderr)
             _log.info(line)
 
@@ -357,8 +382,8 @@ def _print_report(args: argparse.Namespace, data: object, text: str) -> None:
     if args.json:
         print(json.dumps(data, indent=2))
     elif text:
-        print(text)
-    _log.info(text)
+        print(_escaped(text))
+    _log.info(_escaped(text))
 
 
 def _run_text(report: RunReport) -> str:
@@ -382,7 +407,8 @@ def _run_inspect(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             _say(f"Error: {_message(error)}")
             code = EXIT_BAD_INPUT
-    texts = [line for report in reports for line in _checkpoint_lines(report)]
+    # Line by line: a key with a line end in it must not look like a line of ours.
+    texts = [printable(line, LINE_CHARACTERS) for report in reports for line in _checkpoint_lines(report)]
     _print_report(args, [dataclasses.asdict(report) for report in reports], "\n".join(texts))
     return code
 
@@ -429,7 +455,27 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    device = choose_device(args.device)
+    device, target = choose_device(args.device), Path(args.json) if args.json else None
+    if args.full:
+        return _run_full_doctor(args, device, target)
     findings = examine(lambda: load_flashvsr(NANO_FILE, dtype=choose_dtype("auto", device), device="cpu"), device)
-    _print_report(args, findings.to_json(), "\n".join(findings.lines()))
+    if target is None:
+        _print_report(argparse.Namespace(json=args.json is not None), findings.to_json(), "\n".join(findings.lines()))
+    else:
+        card.save(findings.to_json(), target)
+        print("\n".join(findings.lines()))
     return findings.exit_code
+
+
+def _run_full_doctor(args: argparse.Namespace, device: torch.device, target: Path | None) -> int:
+    vectors = Path(__file__).parent / "tests" / "data" / "golden"
+    setting = card.Setting(device, choose_dtype("auto", device), args.reduced, golden=vectors)
+
+    def on_block(record: dict[str, Any]) -> None:
+        _say(f"{list(record['blocks'])[-1]}: done")
+        if target is not None:
+            card.save(record, target)
+
+    record = card.measure(setting, card.FULL, on_block)
+    _print_report(argparse.Namespace(json=args.json == ""), record, card.page(record))
+    return record["exit_code"]

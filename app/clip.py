@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -71,7 +71,7 @@ class Footage:
         time_base: seconds per tick of the times.
         sound: what goes along into the output file.
         colour, sample_aspect_ratio: see `ClipWriter`.
-        notes: what a user should be told about the source.
+        notes: what a user should be told about the source; complete after a pass.
     """
 
     frames: Callable[[], Iterator[tuple[Tensor, Fraction]]]
@@ -83,7 +83,7 @@ class Footage:
     sound: Clip | Waveform | None = None
     colour: ColourTags = ColourTags()
     sample_aspect_ratio: Fraction = Fraction(1)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,10 @@ def footage_of(clip: Clip) -> Footage:
         DamagedVideoError: the file is cut off or unreadable, and the clip was not opened with damaged="keep". To find
             out takes minutes of reading at most, before hours of work that would end in the same message.
     """
-    if clip.damaged == "raise":
-        clip.verify()
+    notes = [*clip.notes, *clip.verify()]
     return Footage(
-        clip.frames_with_times, clip.width, clip.height, clip.frame_count, clip.frame_rate, clip.time_base, clip,
-        clip.colour, clip.sample_aspect_ratio, clip.notes,
+        partial(clip.frames_with_times, notes.append), clip.width, clip.height, clip.frame_count, clip.frame_rate,
+        clip.time_base, clip, clip.colour, clip.sample_aspect_ratio, notes,
     )  # fmt: skip
 
 

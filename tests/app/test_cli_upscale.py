@@ -189,10 +189,15 @@ def test_an_existing_output_needs_force(tmp_path, capsys, engine):
     assert open_clip(out).frame_count == 3
 
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 103079215104 bytes. Error code 12"
+
+
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "Stopped"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--tile"),
-    (ValueError("frame 3: NaN"), 2, "frame 3: NaN"), (OSError(28, "No space left on device"), 2, "No space left"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 96 GB"), 1, "--tile"), (MemoryError(), 1, "no more"),
+    (RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {CPU_ALLOCATOR}"), 1, "out of memory: "),
+    (MemoryError(), 1, "no more"), (ValueError("frame 3: NaN"), 2, "frame 3: NaN"),
+    (ValueError("a\x1b[2Jb\u202ec"), 2, r"a\x1b[2Jb\u202ec"),
+    (OSError(28, "No space left on device"), 2, "No space left"),
 ])  # fmt: skip
 def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, error, code, words):
     source = make_clip(tmp_path / "in.mp4", 8, sound=True)
