@@ -17,9 +17,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from steadyvsr.app.card.random_model import parameters, released_model, tiny_model
 from steadyvsr.benchmarks import frame
-from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker, released_model
-from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
+from steadyvsr.benchmarks.shape_run import FUSED, ShapeTracker
 from steadyvsr.memory.reading import size_text
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import FlashVSR, FlashVSRConfig, StreamOptions, transformer, upscale_frames
@@ -88,7 +88,7 @@ def on_cpu() -> Iterator[Comparison]:
 
 def by_shapes() -> Iterator[Comparison]:
     for name, dtype in DTYPES.items():
-        model = released_model(dtype)
+        model = released_model("v1.1", dtype, torch.device("meta"))
         with torch.device("meta"):
             vae = WanVAE(with_encoder=False).to(dtype)
         decoder, weights = StreamingDecoder(vae), [*parameters(model), *vae.parameters()]

@@ -14,27 +14,16 @@ import sys
 from pathlib import Path
 
 import torch
-from steadyvsr.benchmarks.shape_run import released_model
-from steadyvsr.memory.budget import RESERVE_BYTES, Need, fit, gib
-from steadyvsr.memory.reading import GIB, MIB
+from steadyvsr.app.card.random_model import released_model
+from steadyvsr.app.card.room import CARDS_GB, room
+from steadyvsr.memory.budget import Need, fit
+from steadyvsr.memory.reading import GIB
 from steadyvsr.models.flashvsr import FlashVSRConfig, padded_size
 from steadyvsr.models.flashvsr.footprint import activation_bytes, cache_bytes, decoder_state_bytes
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, plans
 
-CARDS_GB = (6, 8, 12, 16, 24)
 SIZES = ((1280, 720), (1920, 1080), (2560, 1440), (3840, 2160))
-CONTEXT_BYTES = 512 * MIB
-"""What a CUDA process takes besides its tensors: the context with loaded kernels is 300 to 600 MiB by common report.
-Predicted, not measured here."""
-POOL_SHARE = 0.10
-"""What the allocator's pool holds beyond live tensors at a peak. ComfyUI itself asks for 10 % more than a model's size
-before a load (`load_models_gpu`: total · 1.1)."""
 CONFIG, KV_RATIO, ITEMSIZE = FlashVSRConfig(), 3.0, 2
-
-
-def room(card_gb: int) -> int:
-    """Bytes of live tensors that a card can hold."""
-    return int((gib(card_gb) - CONTEXT_BYTES - RESERVE_BYTES) / (1 + POOL_SHARE))
 
 
 def in_ram(size: tuple[int, int], plan: MemoryPlan) -> int:
@@ -70,7 +59,7 @@ def cell(card_gb: int, size: tuple[int, int], weights: int) -> str:
 
 
 def table() -> str:
-    model = released_model(torch.bfloat16)
+    model = released_model("v1.1", torch.bfloat16, torch.device("meta"))
     networks = (model.transformer, model.lq_projection, model.decoder)
     weights = sum(parameter.nbytes for network in networks for parameter in network.parameters())
     lines = [

@@ -12,8 +12,8 @@ import itertools
 import sys
 
 import torch
+from steadyvsr.app.card.random_model import tiny_model
 from steadyvsr.benchmarks import frame
-from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, frame_plan, output_size, padded_size, upscale_frames
 from steadyvsr.models.flashvsr.plan import step_outputs
 

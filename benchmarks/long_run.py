@@ -13,8 +13,8 @@ import time
 from unittest import mock
 
 import torch
+from steadyvsr.app.card.random_model import tiny_model
 from steadyvsr.benchmarks import frame
-from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, transformer, upscale_frames
 from torch import Tensor
 

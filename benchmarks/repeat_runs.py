@@ -15,8 +15,8 @@ import sys
 import time
 
 import torch
+from steadyvsr.app.card.random_model import parameters, tiny_model
 from steadyvsr.benchmarks import frame
-from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, smaller

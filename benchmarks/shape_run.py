@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from steadyvsr.memory.tracker import StorageTracker
-from steadyvsr.models.flashvsr import CausalLQ4xProjection, FlashVSR, FlashVSRConfig, TCDecoder, Transformer
 from torch import Tensor
 
 LARGE = 1 << 14
@@ -58,18 +57,3 @@ FUSED = {
     "sparse_attention": lambda queries, *_: torch.empty_like(queries),
 }
 """Attributes of `models.flashvsr.transformer` to replace for a run by shapes."""
-
-
-def released_model(dtype: torch.dtype) -> FlashVSR:
-    """The released model without values, prompt included, on the meta device."""
-    config = FlashVSRConfig()
-    with torch.device("meta"):
-        networks = (
-            Transformer(config),
-            CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers),
-            TCDecoder(config.decoder_channels),
-        )
-        prompt = torch.zeros(1, 512, config.text_dim, dtype=dtype)
-    for network in networks:
-        network.requires_grad_(False).to(dtype)
-    return FlashVSR(*networks, prompt, "v1.1", "flashvsr")

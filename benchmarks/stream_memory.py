@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from steadyvsr.app.card.random_model import parameters, tiny_model
 from steadyvsr.benchmarks import frame
-from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
 from steadyvsr.memory.tracker import StorageTracker, tensor_bytes
 from steadyvsr.models.flashvsr import FlashVSR, StreamOptions, upscale_frames
 from steadyvsr.models.video import ClipWriter, open_clip

@@ -25,14 +25,11 @@ def keep_loaded_input(
     return io.Combo.Input("keep_loaded", options=list(POLICIES), default=EJECTABLE, optional=True, tooltip=tooltip)
 
 
-def offload_input() -> io.Input:
-    return io.Boolean.Input(
-        "offload_after_load",
-        default=True,
-        optional=True,
-        tooltip="Leaves the model in RAM, off its device; the report verifies that by measurement. With keep or pin it "
-        "is off the device now and kept from then on.",
-    )
+def offload_input(
+    tooltip: str = "Leaves the model in RAM, off its device; the report verifies that by measurement. A model that was "
+    "on the device before this node ran stays there, and so does a pinned one.",
+) -> io.Input:
+    return io.Boolean.Input("offload_after_load", default=True, optional=True, tooltip=tooltip)
 
 
 def device_input(choices: list[str], tooltip: str, **more: Any) -> io.Input:

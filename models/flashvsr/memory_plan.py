@@ -23,12 +23,13 @@ KV_CACHE, DECODER_CHUNKS, DECODER_STRIPS, TILES = (
     "KV cache in RAM", "decoder in smaller chunks", "decoder strips", "spatial tiles",
 )  # fmt: skip
 HELPS = {
-    KV_CACHE: ("project", "transform", "decode"),
-    DECODER_CHUNKS: ("project", "transform", "decode"),
+    KV_CACHE: ("set up", "project", "transform", "decode"),
+    DECODER_CHUNKS: ("set up", "project", "transform", "decode"),
     DECODER_STRIPS: ("decode",),
     TILES: ("project", "transform"),
 }
-"""Rungs from the top down, each with the phases of a process step that need less memory after it."""
+"""Rungs from the top down, each with the phases that need less memory after it. The set-up itself never does; but where
+memory is short that early, the rungs that leave the result as it is are taken at once, and no tile is."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def smaller(plan: MemoryPlan, phase: str | None, size: tuple[int, int]) -> tuple
         smaller(MemoryPlan(), "decode", (1280, 768))  # ("KV cache in RAM", MemoryPlan(kv_in_ram=True))
 
     Args:
-        phase: what did not fit (project | transform | decode): rungs that cannot help it are skipped. None skips none.
+        phase: what did not fit (set up | project | transform | decode): rungs that cannot help it are skipped. None
+            skips none.
         size: width and height of the output.
     """
     for rung, phases in HELPS.items():

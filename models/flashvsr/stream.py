@@ -121,10 +121,10 @@ def upscale_frames(
         plan: how to spend memory; default: everything on the device, with `options.tile`, which a given plan replaces.
         memory_errors: exceptions that mean that memory ran out.
         on_memory_error: called as on_memory_error(phase, plan, error) after one of these, with nothing of the failed
-            work alive. The plan it returns, the same or a smaller one (see `memory_plan.smaller`), holds from then on,
-            and the run resumes at the layer or frame that failed: no frame is lost or made twice. None raises the
-            error; a tile larger than the current one is ignored. With `vae`, a second copy of the decoder's cache
-            exists while it works, so that a latent can be started again.
+            work alive; before the first step the phase is "set up". The plan it returns, the same or a smaller one (see
+            `memory_plan.smaller`), holds from then on, and the run resumes at the layer or frame that failed: no frame
+            is lost or made twice. None raises the error; a tile larger than the current one is ignored. With `vae`, a
+            second copy of the decoder's cache exists while it works, so that a latent can be started again.
 
     Yields:
         HWC fp32 frames in 0..1 on the CPU.
@@ -146,11 +146,12 @@ def upscale_frames(
     total = len(frames) if isinstance(frames, Sized) else None
     done = step = 0
     try:
-        _pull(state, source, step_inputs(step)[1])
+        set_up = partial(attempts.make, None, inference, "set up")
+        _pull(state, source, step_inputs(step)[1], set_up)
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
-        with _computing(inference):
-            engine = _Engine(model, options, noise, vae, where, dtype, state, on_memory_error is not None)
+        recoverable = on_memory_error is not None
+        engine = set_up(partial(_Engine, model, options, noise, vae, where, dtype, state, recoverable))
         attempt = partial(attempts.make, engine, inference)
         while not state.ended or done < state.frames:
             if state.ended:
@@ -177,7 +178,7 @@ def upscale_frames(
             step += 1
             _forget(state, step_outputs(step)[0])
             if not state.ended:
-                _pull(state, source, step_inputs(step)[1])
+                _pull(state, source, step_inputs(step)[1], partial(attempt, "project"))
     finally:
         state.release()
 
@@ -340,11 +341,16 @@ class _Engine:
         The generator advances pair by pair, always in order, so a longer clip's noise begins with the shorter one's.
         """
         first, last = step_latents(step)
-        pairs = range(first, last, LATENT_PAIR)
-        drawn = torch.cat([torch.randn(self.latent_shape, generator=self.state.generator) for _ in pairs], 2)
-        if self.noise is not None:
-            given = self.noise[:, :, first:last].to("cpu", torch.float32)
-            drawn[:, :, : given.shape[2]] = given
+        generator, before = self.state.generator, self.state.generator.get_state()
+        try:
+            pairs = range(first, last, LATENT_PAIR)
+            drawn = torch.cat([torch.randn(self.latent_shape, generator=generator) for _ in pairs], 2)
+            if self.noise is not None:
+                given = self.noise[:, :, first:last].to("cpu", torch.float32)
+                drawn[:, :, : given.shape[2]] = given
+        except BaseException:
+            generator.set_state(before)  # drawn again, it must be the same noise
+            raise
         return drawn
 
 
@@ -357,11 +363,11 @@ class _Attempts:
     def __init__(self, plan: MemoryPlan, errors: tuple[type[Exception], ...], on_error: OnMemoryError | None) -> None:
         self.plan, self._errors, self._on_error = plan, errors, on_error
 
-    def make(self, engine: _Engine, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
+    def make(self, engine: _Engine | None, inference: bool, phase: str, work: Callable[[], Result]) -> Result:
         while True:
             try:
                 with _computing(inference):
-                    if engine.plan != self.plan:
+                    if engine is not None and engine.plan != self.plan:
                         engine.follow(self.plan)
                     return work()
             except self._errors as error:
@@ -405,14 +411,14 @@ def _decoded(step: int) -> Iterator[tuple[int, int]]:
         first = stop
 
 
-def _pull(state: StreamState, source: Iterator[Tensor], needed: int) -> None:
-    """Takes frames from the source until `needed` have come or it ends."""
+def _pull(state: StreamState, source: Iterator[Tensor], needed: int, attempt: Callable[[Any], None]) -> None:
+    """Takes frames from the source until `needed` have come or it ends; what looks at a frame may be repeated."""
     while state.frames < needed:
         frame = next(source, None)
         if frame is None:
             state.ended = True
             return
-        _check(frame, state.frames, state.window[0] if state.window else None)
+        attempt(partial(_check, frame, state.frames, state.window[0] if state.window else None))
         state.window.append(frame)
         state.frames += 1
 

@@ -54,6 +54,11 @@ class Area(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
+    @property
+    def pixels(self) -> int:
+        height, width = self.shape
+        return height * width
+
     def grown(self, before: int, after: int | None = None) -> Area:
         return Area(self.rows.grown(before, after), self.columns.grown(before, after))
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .layers import ATTENTION_SCORES
+from ..tiling.areas import Area
+from .live import REACH, tile_numbers
 from .model import PIXELS_PER_LATENT, WanVAE
 from .streamed import STREAM_TILE
 from .tiled import is_large
 
 RELEASED_DIM = 96
-DECODE_MARGIN, ENCODE_MARGIN = 14, 65
-"""Pixels by which the counts below take each side of a tile to be longer, for what is read around it."""
-
-# Numbers alive at once at the released size (dim 96), counted on the meta device: `benchmarks.wan_tiles`.
-DECODE_TILE = ((0, 455), (73_800, 2525), (81_100, 3141))
-"""For tiles of a clip of 1, 2 and more latents: numbers per pixel of a side, and of the area, of what is read."""
-ENCODE_TILE = ((0, 292), (0, 2060), (0, 2060))
 DECODE_FRAME, ENCODE_FRAME = (2720, 9632, 10432), (2688, 8896, 9664)
-"""For the stages that see whole frames: numbers per latent pixel. The first also holds where their past is in RAM."""
+"""For the stages that see whole frames, in a clip of 1, 2 and more latents: numbers per latent pixel that are alive at
+once at the released size, counted on the meta device (`benchmarks.wan_tiles`). The first also holds where their past is
+in RAM. An attention kernel that materialises its scores takes up to 24 MiB more: part of the workspace that callers
+leave free."""
+DECODE_MARGIN = 14
+"""Pixels by which the count below takes each side of a tile to be longer, for what is read around it."""
 
 # The streamed decoder, counted from shapes with the tracker of `benchmarks.budget_table`; the same at every size.
 STREAM_CACHE = 2364
@@ -36,15 +35,12 @@ def peak_bytes(vae: WanVAE, *, encodes: bool, latents: int, size: tuple[int, int
         tile: largest side of a tile in pixels.
         itemsize: bytes per number.
     """
-    length = min(latents, 3) - 1
-    at_side, at_area = (ENCODE_TILE if encodes else DECODE_TILE)[length]
-    margin = ENCODE_MARGIN if encodes else DECODE_MARGIN
-    height, width = (min(tile, side) + margin for side in size)
-    of_tile = at_area * height * width + at_side * (height + width) // 2
-    per_latent = (ENCODE_FRAME if encodes else DECODE_FRAME)[0 if is_large(size, tile) else length]
+    length = min(latents, 3)  # the second chunk fills the caches, the third works with full ones
+    largest = max(Area.whole(*size).parts(tile, PIXELS_PER_LATENT), key=lambda area: area.grown(REACH).pixels)
+    of_tile = tile_numbers(vae, largest, encodes=encodes, latents=length, itemsize=itemsize)
+    per_latent = (ENCODE_FRAME if encodes else DECODE_FRAME)[0 if is_large(size, tile) else length - 1]
     tokens = (size[0] // PIXELS_PER_LATENT) * (size[1] // PIXELS_PER_LATENT)
-    unfused = 3 * min(ATTENTION_SCORES, tokens**2)  # attention by a kernel that materialises its scores
-    return (max(of_tile, per_latent * tokens) * vae.dim // RELEASED_DIM + unfused) * itemsize
+    return max(of_tile, per_latent * tokens * vae.dim // RELEASED_DIM) * itemsize
 
 
 @dataclass(frozen=True)

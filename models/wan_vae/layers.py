@@ -144,6 +144,7 @@ class RMSNorm(nn.Module):
 class ResidualBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, operations) -> None:
         super().__init__()
+        self.channels = channels_in, channels_out
         # Numbered like the official sequence, in which 1, 4 (SiLU) and 5 (dropout) have no weights.
         self.residual = nn.ModuleDict(
             {
@@ -197,6 +198,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
+        self.channels = channels, channels // 2
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels // 2, 3, padding=1)})
         self.time_conv = operations.Conv3d(channels, channels * 2, (3, 1, 1)) if temporal else None
 
@@ -232,6 +234,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, temporal: bool, operations) -> None:
         super().__init__()
+        self.channels = channels, channels
         self.resample = nn.ModuleDict({"1": operations.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = operations.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 

@@ -19,7 +19,7 @@ from ...memory.reading import Reading, size_text
 from ...models.flashvsr.footprint import activation_bytes
 from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
 from ...patches.residency import residents, unload_others
-from ...patches.versions import empty_caches, is_out_of_memory
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from ..attempts import UNLOAD_OTHERS, Attempts, figures, node_line, peak_figures
 from .model import LoadedFlashVSR
 from .wan_decoder import StreamingWanVAE
@@ -27,7 +27,7 @@ from .wan_decoder import StreamingWanVAE
 PHASE = "FlashVSR"
 CLEAN = ("pressure", "never", "every step")
 ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "did not fit", "tried": "then"}
-"""Of an attempt: the engine's phase (project, transform or decode), the output frames that were finished, the plan."""
+"""Of an attempt: the phase (set up, project, transform or decode), the output frames that were finished, the plan."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class RunMemory:
         before = self._read(settled=True)
         with ledger.current().phase(PHASE):
             self._choose(before)
-            mm.load_models_gpu(self.patchers, memory_required=self.need(self.plan).activations)
+            self._load()
             loaded = self._read()
             yield
             held = sum(patcher.loaded_size() for patcher in self.patchers)
@@ -178,6 +178,17 @@ class RunMemory:
             "predicted": {"weights_bytes": need.weights, "activations_bytes": need.activations, "bytes": need.tensors},
             "plan_at_start": str(self.plan),
         }
+
+    def _load(self) -> None:
+        """Puts the weights on the device, as far down the ladder as that takes."""
+        while True:
+            try:
+                mm.load_models_gpu(self.patchers, memory_required=self.need(self.plan).activations)
+                return
+            except memory_errors() as error:
+                failure = error.with_traceback(None)  # the traceback holds what was being copied
+            if self.on_memory_error("set up", self.plan, failure) is None:
+                raise failure
 
     def _available(self, before: Reading, weights: int) -> int | None:
         """Bytes that the run can have: what is free, and what ComfyUI would move away for it; None where unknown."""

@@ -21,7 +21,7 @@ from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, r
 from . import model_sets, prediction
 from .memory import CLEAN, RunLimits
 from .model import LoadedFlashVSR, load
-from .run import Run, checked_frames, upscale_video
+from .run import Run, TempVideo, checked_frames, upscale_video, with_room
 from .wan_decoder import StreamingWanVAE
 
 CATEGORY = "SteadyVSR/FlashVSR"
@@ -301,7 +301,8 @@ class Upscale(io.ComfyNode):
         elif channels == 1:
             run.note("The greyscale frames were taken as RGB.")
         out_width, out_height = run.output_size(width, height)
-        upscaled = torch.empty(count, out_height, out_width, 3, device=mm.intermediate_device())
+        shape, device = (count, out_height, out_width, 3), mm.intermediate_device()
+        upscaled = with_room(UPSCALE, f"{count} frames of the result", lambda: torch.empty(shape, device=device))
         with closing(run.upscale(checked_frames(image, UPSCALE), width, height, count)) as frames:
             for index, frame in enumerate(frames):
                 upscaled[index] = frame
@@ -346,5 +347,5 @@ class UpscaleVideo(io.ComfyNode):
         )  # fmt: skip
         limits = RunLimits(budget_gb, tile, clean, log_steps)
         run = Run(UPSCALE_VIDEO, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE_VIDEO), unique_id(cls), limits)
-        upscaled = InputImpl.VideoFromFile(str(upscale_video(run, video)))
+        upscaled = InputImpl.VideoFromFile(TempVideo(upscale_video(run, video)))
         return with_report(upscaled, report=run.report)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import uuid
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import comfy.model_management as mm
 import folder_paths
 import torch
 from comfy_api.v0_0_2 import Input, InputImpl
@@ -19,12 +23,14 @@ from torch import Tensor
 from ...app.clip import Footage, OutputOptions, footage_of, open_video, write_footage
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
 from ...models.video import DamagedVideoError, Waveform, open_clip
-from ...patches.versions import memory_errors, trim_window
+from ...patches.versions import is_out_of_memory, memory_errors, trim_window
 from .. import node_status
 from .memory import RunLimits, RunMemory
 from .model import LoadedFlashVSR
 from .progress import RunProgress
 from .wan_decoder import StreamingWanVAE
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -124,6 +130,48 @@ class Run:
         node_status.send(self.node_id, memory=memory.summary())
 
 
+class TempVideo(str):
+    """Path of a video that nobody else knows: the file goes with the last object that holds this value.
+
+    A VIDEO holds it, and so does what other nodes cut from that VIDEO: the file goes when ComfyUI caches none of them.
+    """
+
+    def __new__(cls, path: Path) -> TempVideo:
+        made = super().__new__(cls, path)
+        weakref.finalize(made, _remove, path)
+        return made
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # in use, on Windows: ComfyUI empties the folder when it starts
+        path.unlink(missing_ok=True)
+
+
+def with_room(node: str, what: str, work: Callable[[], Result]) -> Result:
+    """Calls `work`, which comes before the engine and its ladder; once more, with the caches emptied, if it must be.
+
+    Raises:
+        mm.OOM_EXCEPTION: memory ran out again.
+    """
+    try:
+        return work()
+    except memory_errors() as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: the traceback holds what was made.
+    gc.collect()
+    mm.soft_empty_cache()
+    try:
+        return work()
+    except memory_errors() as error:
+        if not is_out_of_memory(error):
+            raise
+        raise mm.OOM_EXCEPTION(
+            f"{node}: out of memory for {what}, and nothing is left to try ({error}). Upscale fewer frames at once, or "
+            "use FlashVSR Upscale Video, which keeps a window of them."
+        ) from error
+
+
 def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
     """The frames of an IMAGE batch, THWC with 1, 3 or 4 channels, as RGB views.
 
@@ -131,7 +179,7 @@ def checked_frames(images: Tensor, node: str) -> Iterator[Tensor]:
         ValueError: a frame with NaN or infinity; the message names it.
     """
     for index, frame in enumerate(images):
-        if not torch.isfinite(frame).all():
+        if not with_room(node, f"a look at frame {index}", lambda frame=frame: bool(torch.isfinite(frame).all())):
             raise ValueError(
                 f"{node}: expected finite pixel values; got NaN or infinity in frame {index}. Check the node before it."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from steadyvsr.benchmarks import golden
+from steadyvsr.app.card import golden
 
 FOLDER = golden.Folder(Path(__file__).parents[1] / "data" / "golden")
 

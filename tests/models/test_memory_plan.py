@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from steadyvsr.app.card.random_model import tiny_model
 from steadyvsr.app.clip import Ladder
-from steadyvsr.benchmarks.tiny_model import tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import HELPS, MemoryPlan, plans, smaller
 from steadyvsr.models.wan_vae import StreamingDecoder, WanVAE
@@ -180,6 +180,42 @@ def test_an_error_at_any_allocation_loses_and_changes_nothing() -> None:
             frames = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS, on_memory_error=again)))
         assert mode.raised == len(failures) == 1, index
         assert torch.equal(frames, wanted), (index, failures)
+
+
+def test_an_error_in_the_set_up_or_in_the_noise_is_answered_and_changes_nothing() -> None:
+    wanted, marks = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS))), []
+    with Failing() as mode:
+        stream = upscale_frames(
+            MODEL, small_clip(), OPTIONS, on_step=lambda phase, *_: marks.append((phase, mode.count))
+        )
+        next(stream)
+        stream.close()
+    set_up, begun = marks[0][1], next(count for phase, count in marks if phase == "transform")
+    assert set_up > 0
+    for index in [*range(0, set_up, max(1, set_up // 5)), *range(begun - 5, begun)]:
+        phases: list[str] = []
+
+        def again(phase: str, plan: MemoryPlan, error: Exception, phases: list[str] = phases) -> MemoryPlan:
+            phases.append(phase)
+            return plan
+
+        with Failing(lambda count, index=index: count == index):
+            frames = torch.stack(list(upscale_frames(MODEL, small_clip(), OPTIONS, on_memory_error=again)))
+        assert len(phases) == 1 and (phases == ["set up"]) is (index < set_up), (index, phases)
+        assert torch.equal(frames, wanted), (index, phases)
+
+
+def test_a_set_up_that_never_fits_ends_in_the_error_after_the_rungs_that_cost_no_quality() -> None:
+    asked: list[MemoryPlan | None] = []
+
+    def down(phase: str, plan: MemoryPlan, error: Exception) -> MemoryPlan | None:
+        found = smaller(plan, phase, SIZE)
+        asked.append(found and found[1])
+        return found and found[1]
+
+    with Failing(lambda count: True), pytest.raises(torch.OutOfMemoryError, match="scripted"):
+        next(upscale_frames(MODEL, small_clip(), OPTIONS, on_memory_error=down))
+    assert asked == [MemoryPlan(kv_in_ram=True), MemoryPlan(kv_in_ram=True, decoder_frames=1), None]
 
 
 @pytest.mark.parametrize("plan", NEUTRAL[-1:], ids=str)

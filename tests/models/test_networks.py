@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from steadyvsr.benchmarks.tiny_model import TINY, parameters, tiny_model
+from steadyvsr.app.card.random_model import TINY, parameters, tiny_model
 from steadyvsr.models import operations
 from steadyvsr.models.flashvsr import BufferLQ4xProjection, StreamOptions, TCDecoder, tc_decoder, upscale_frames
 from steadyvsr.models.flashvsr.rotary import rotate, rotation

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
+from steadyvsr.app.card.random_model import parameters, tiny_model
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.tests.models.live_tensors import live_tensors

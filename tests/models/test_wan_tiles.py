@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from steadyvsr.benchmarks.shape_run import ShapeTracker
 from steadyvsr.memory.tracker import StorageTracker
 from steadyvsr.models.tiling.areas import Area, Interval
 from steadyvsr.models.tiling.job import NotFinite
@@ -301,6 +302,38 @@ def test_the_predicted_peak_bounds_what_a_job_makes_at_once(kind, encodes, laten
     with StorageTracker(vae.parameters()) as tracker:
         run(job)
     assert 0.3 * expected < tracker.peak < 1.1 * expected
+
+
+PREDICTED = [(1, (192, 192), 64), (2, (64, 72), 64), (3, (128, 64), 64), (3, (64, 104), 256)]
+
+
+@pytest.mark.parametrize(("latents", "size", "tile"), PREDICTED)
+@pytest.mark.parametrize(("kind", "encodes"), [(TiledDecode, False), (TiledEncode, True)])
+def test_the_predicted_peak_is_the_counted_one_at_the_released_width(kind, encodes, latents, size, tile, monkeypatch):
+    """Run whole over tensors of the meta device: nothing is computed, but tensors live and die."""
+    with torch.device("meta"):
+        vae = WanVAE(dim=96).bfloat16()
+    height, width = size
+    shape = (3, 4 * latents - 3, height, width) if encodes else (16, latents, height // 8, width // 8)
+    # The check for NaN has nothing to look at here, and its mask would count.
+    monkeypatch.setattr(kind, "_finite", lambda self, x, where: x)
+    with torch.inference_mode(), ShapeTracker(vae.parameters()) as tracker:
+        run(kind(vae, torch.zeros(1, *shape), tile, device="meta", dtype=torch.bfloat16))
+    expected = peak_bytes(vae, encodes=encodes, latents=latents, size=size, tile=tile, itemsize=2)
+    assert 0.99 * tracker.peak <= expected <= 1.1 * tracker.peak
+
+
+@given(st.integers(1, 4), st.integers(2, 90), st.integers(2, 90), st.integers(2, 64), st.booleans())
+@settings(deadline=None)
+def test_a_longer_clip_is_never_predicted_to_take_less(vae, latents, rows, columns, tile, encodes):
+    size = (8 * rows, 8 * columns)
+
+    def predicted(latents: int, tile: int) -> int:
+        return peak_bytes(vae, encodes=encodes, latents=latents, size=size, tile=tile, itemsize=2)
+
+    assert 0 < predicted(latents, 8 * tile) <= predicted(latents + 1, 8 * tile)
+    if tile >= max(rows, columns):
+        assert predicted(latents, 8 * tile) == predicted(latents, 16 * tile)
 
 
 # Streams

@@ -36,6 +36,7 @@ LOOP = asyncio.new_event_loop()
 asyncio.set_event_loop(LOOP)
 SERVER: Any = server.PromptServer(LOOP)
 EVENTS: list[tuple[str, Any, str | None]] = []
+SERVER.client_id = "page"
 SERVER.send_sync = lambda event, data, sid=None: EVENTS.append((event, data, sid))
 
 

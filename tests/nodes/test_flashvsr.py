@@ -48,6 +48,12 @@ def test_a_kept_model_is_read_once_and_outlives_its_users_until_a_loader_says_no
     assert seen["same_frames"] is True
 
 
+def test_memory_that_runs_out_while_the_weights_are_loaded_is_answered_like_any_other(observed):
+    seen = scenario(observed, "flashvsr short at the start")
+    assert seen["same"] is True and [attempt["phase"] for attempt in seen["attempts"]] == ["set up"]
+    assert "nothing is left to try" in seen["error"] and "did not fit" in seen["error"] and "set up" in seen["error"]
+
+
 def test_the_run_after_free_memory_gives_the_same_frames(observed):
     seen = scenario(observed, "flashvsr residency")
     assert seen["shape"] == [10, 128, 192, 3]
@@ -224,6 +230,13 @@ def comparable(observed: dict[str, Any]) -> dict[str, Any]:
         "videos": [{**videos[name], "folder": ""} for name in ("path", "memory", "components", "odd")],
         "vae": [seen["flashvsr vae decoder"][name] for name in ("shape", "decoder", "differs", "none", "other")],
     }  # fmt: skip
+
+
+def test_the_file_of_a_video_goes_with_the_last_output_that_comes_from_it(observed):
+    seen = scenario(observed, "flashvsr videos")
+    assert seen["results of finished runs"] == 0
+    held = {name: seen[f"held: {name}"] for name in ("the VIDEO", "what was cut from it", "nothing")}
+    assert held == {"the VIDEO": 1, "what was cut from it": 1, "nothing": 0}
 
 
 @pytest.mark.comfy

@@ -14,6 +14,7 @@ from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_wrappers.py")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
+STEP = "throw_exception_if_processing_interrupted"
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +133,11 @@ def test_after_the_reset_the_garbage_is_there_and_after_the_collection_it_is_not
 
 def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observed):
     seen = scenario(observed, "missing")
-    worker = ("PromptExecutor.execute", "execution.execute", "PromptExecutor.reset", "PromptQueue.get")
-    gone = ("free_memory", *worker, "PromptQueue.get_flags")
+    queue = ("PromptQueue.get", "PromptQueue.get_flags")
+    worker = ("PromptExecutor.execute", "execution.execute", "PromptExecutor.reset", *queue)
+    gone = ("free_memory", *worker)
     required = {name: status for name, status in seen["status"].items() if name != "unload_model_and_clones"}
-    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, *gone[1:])}
+    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, STEP, *worker)}
     assert seen["again"] is True
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from steadyvsr.benchmarks.tiny_model import parameters, tiny_model
+from steadyvsr.app.card.random_model import parameters, tiny_model
 from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, smaller
 from torch import Tensor
