@@ -1,6 +1,7 @@
 """The command line: upscale, inspect, demo, doctor. Results go to stdout, progress and notes to stderr.
 
-Exit codes: 0 done · 1 the machine failed (out of memory, no download) · 2 bad input, explained in a line · 130 Ctrl-C.
+Exit codes: 0 done · 1 the machine failed (out of memory, no download) · 2 bad input, explained in a line · 130 Ctrl-C,
+or SIGTERM, which is heard as Ctrl-C.
 A folder of videos: 1 if a clip failed. doctor: 1 memory is held or grows · 2 that could not be measured, or bad input.
 """
 
@@ -17,8 +18,11 @@ import argparse
 import dataclasses
 import json
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from .app.clip import (
     choose_device,
     choose_dtype,
     footage_of,
+    is_memory_error,
     open_writer,
     peak_cuda_bytes,
     peak_rss_bytes,
@@ -40,7 +45,15 @@ from .app.clip import (
 )
 from .app.demo import run_demo
 from .app.doctor import examine
-from .app.folder import FolderRun, Manifest, WorkerSettings, find_jobs, folder_settings, holds_videos, run_folder
+from .app.folder import (
+    FolderRun,
+    Manifest,
+    WorkerSettings,
+    find_jobs,
+    folder_settings,
+    holds_videos,
+    run_folder,
+)
 from .memory.host import fix_heap_growth
 from .models.flashvsr import StreamOptions
 from .models.flashvsr.attention import backend_choices
@@ -48,39 +61,101 @@ from .models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
 from .models.flashvsr.checkpoint.download import DownloadError, download_flashvsr
 from .models.flashvsr.checkpoint.inspect import CheckpointReport, inspect_checkpoint
 from .models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from .models.printable import printable
 from .models.video import open_clip
 from .models.wan_vae import StreamingDecoder, load_wan_vae
 
 EXIT_MACHINE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DOWNLOAD_VERSION = "v1.1"
-LISTED_KEYS = 8
+LISTED_KEYS, LINE_CHARACTERS = 8, 2000
 MIB = 1 << 20
+
+_log = logging.getLogger("steadyvsr.told")
+"""What was said to the user; only a journal listens."""
+_log.setLevel(logging.INFO)
+_log.propagate = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; argparse itself exits with 2 for arguments that do not parse."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_EscapingFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     options = _parser().parse_args(arguments)
     fix_heap_growth()
+    with _stop_signals(), ExitStack() as stack:
+        try:
+            if getattr(options, "log", None):
+                stack.enter_context(_journal(Path(options.log)))
+            return options.run(options)
+        except KeyboardInterrupt as stop:
+            _say(str(stop) or "Stopped.")
+            return EXIT_INTERRUPTED
+        except DownloadError as error:
+            _say(f"Error: {error}")
+            return EXIT_MACHINE
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if is_memory_error(error):
+                reason = (str(error).splitlines() or ["the machine has no more"])[0]
+                _say(f"Error: out of memory: {reason} Try a smaller --scale, or --tile 512 (costs quality).")
+                return EXIT_MACHINE
+            if not isinstance(error, (ValueError, OSError)):
+                raise
+            _say(f"Error: {_message(error)}")
+            return EXIT_BAD_INPUT
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM (a service manager, `timeout`) and a closed terminal are heard as Ctrl-C: nothing is left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup has a run outlive its terminal by ignoring the signal: that stays.
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in earlier.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        _say("Stopped. Nothing was left behind.")
-        return EXIT_INTERRUPTED
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        _say(f"Error: out of memory: {reason} Try a smaller --scale, or --tile 512 (costs quality).")
-        return EXIT_MACHINE
-    except DownloadError as error:
-        _say(f"Error: {error}")
-        return EXIT_MACHINE
-    except (ValueError, OSError) as error:
-        _say(f"Error: {_message(error)}")
-        return EXIT_BAD_INPUT
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _journal(path: Path) -> Iterator[None]:
+    """Writes all that a user is told to the end of a file as well, with the time."""
+    if path.exists() and b"\0" in path.open("rb").read(4096):
+        raise ValueError(f"--log: expected a text file, or a new name; got {path}, which holds something else.")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_EscapingFormatter("%(asctime)s %(message)s"))
+    loggers = (_log, logging.getLogger("steadyvsr"))
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
 
 
 def _say(text: str) -> None:
+    text = _escaped(text)
     print(text, file=sys.stderr)
+    _log.info(text)
+
+
+def _escaped(text: str) -> str:
+    """The text with control characters as escapes: names, keys and metadata come from files of strangers."""
+    return "\n".join(printable(line, len(line)) for line in text.split("\n"))
+
+
+class _EscapingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _escaped(super().format(record))
 
 
 def _message(error: ValueError | OSError) -> str:
@@ -152,8 +227,12 @@ def _add_upscale_options(parser: argparse.ArgumentParser) -> None:
     text = "for a folder of videos: auto (as many as the measured memory of its first clip allows) or a number"
     run.add_argument("--workers", type=_workers, metavar="N", help=text)
     files = parser.add_argument_group("files")
-    text = "overwrite OUT; for a folder of videos: start --workers N even if they do not fit"
+    text = (
+        "overwrite OUT; for a folder of videos: overwrite files that no earlier run made, and start --workers N even if"
+        " they do not fit"
+    )
     files.add_argument("--force", action="store_true", help=text)
+    files.add_argument("--log", metavar="FILE", help="write all that is said to the end of FILE as well, with the time")
     files.add_argument("--codec", help="FFmpeg encoder: libx264, libx265, libsvtav1, libvpx-vp9, prores_ks, ffv1, …")
     files.add_argument("--crf", type=int, help="quality of the encoder; lower is better")
     files.add_argument("--ten-bit", action="store_true", help="ten bits per colour (16 with --image-sequence)")
@@ -188,6 +267,9 @@ def _run_upscale(args: argparse.Namespace) -> int:
         raise ValueError("--vae: expected together with --decoder vae, and only there.")
     if args.download and args.model is None:
         raise ValueError("--download: expected --model FOLDER to put the weights into; got none.")
+    for name, path in (("IN", args.input), ("OUT", args.output), ("--model", args.model), ("--vae", args.vae)):
+        if path == "":  # Path("") would be the current folder
+            raise ValueError(f"{name}: expected a path; got an empty one.")
     source = Path(args.input)
     if source.is_dir() and (args.workers is not None or holds_videos(source)):
         return _run_folder(args, options)
@@ -216,6 +298,9 @@ def _run_upscale(args: argparse.Namespace) -> int:
                 model, footage, writer, options, vae=vae, device=device, dtype=dtype,
                 on_frame=lambda frame: bar.update(), on_step=show,
             )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        writer.abort()
+        raise KeyboardInterrupt(str(stop) or "Stopped. Nothing was left behind.") from None
     except BaseException:
         writer.abort()
         raise
@@ -234,7 +319,7 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
         raise ValueError("a folder of videos: expected neither --vae nor --image-sequence nor --keep-damaged.")
     if args.download:
         _download(args)
-    jobs = find_jobs(Path(args.input), Path(args.output))
+    jobs = find_jobs(Path(args.input), Path(args.output), lambda text: _say(f"Note: {printable(text)}"))
     output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
     cores = os.cpu_count() or 1
     every_card = args.device == "auto" and torch.cuda.is_available()
@@ -260,12 +345,20 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
         def say(line: str) -> None:
             total.n = sum(manifest.finished(job) for job in jobs)
             total.refresh()
+            line = _escaped(line)
             tqdm.write(line, file=sys.stderr)
+            _log.info(line)
 
         run = FolderRun(tuple(jobs), tuple(settings), args.workers or None, args.force)
-        report = run_folder(run, manifest, say, show)
-        for bar in bars.values():
-            bar.close()
+        try:
+            report = run_folder(run, manifest, say, show)
+        except KeyboardInterrupt:
+            done = sum(manifest.finished(job) for job in jobs)
+            text = f"Stopped. {done} of {len(jobs)} clips are done; run the same command again for the rest."
+            raise KeyboardInterrupt(text) from None
+        finally:
+            for bar in bars.values():
+                bar.close()
     _print_report(args, report.to_json(), report.table())
     return EXIT_MACHINE if report.failed or report.stopped else 0
 
@@ -279,14 +372,18 @@ def _download(args: argparse.Namespace) -> None:
             bar.set_description(name, refresh=False)
             bar.update(done - bar.n)
 
-        download_flashvsr(version, args.model, progress=show)
+        try:
+            download_flashvsr(version, args.model, progress=show)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Stopped. What was fetched stays; the same command goes on from there.") from None
 
 
 def _print_report(args: argparse.Namespace, data: object, text: str) -> None:
     if args.json:
         print(json.dumps(data, indent=2))
     elif text:
-        print(text)
+        print(_escaped(text))
+    _log.info(_escaped(text))
 
 
 def _run_text(report: RunReport) -> str:
@@ -310,7 +407,8 @@ def _run_inspect(args: argparse.Namespace) -> int:
         except (ValueError, OSError) as error:
             _say(f"Error: {_message(error)}")
             code = EXIT_BAD_INPUT
-    texts = [line for report in reports for line in _checkpoint_lines(report)]
+    # Line by line: a key with a line end in it must not look like a line of ours.
+    texts = [printable(line, LINE_CHARACTERS) for report in reports for line in _checkpoint_lines(report)]
     _print_report(args, [dataclasses.asdict(report) for report in reports], "\n".join(texts))
     return code
 

@@ -5,10 +5,12 @@ The command line, the workers of a folder run and the VIDEO node all go through 
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,10 +26,21 @@ from ..memory.host import trim
 from ..models.flashvsr import FlashVSR, StreamOptions, output_size, upscale_frames
 from ..models.flashvsr.config import PRECISIONS
 from ..models.flashvsr.memory_plan import MemoryPlan, smaller
-from ..models.video import Clip, ClipWriter, ColourTags, DamagedVideoError, ImageSequenceWriter, VideoError, Waveform
+from ..models.video import (
+    Clip,
+    ClipWriter,
+    ColourTags,
+    DamagedVideoError,
+    ImageSequenceWriter,
+    MuxingError,
+    VideoError,
+    Waveform,
+)
 
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
+MEMORY_WORDS = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+"""By which a RuntimeError of torch is known as one of memory: its CPU allocator on Linux, on Windows, cuDNN."""
 STEP_FRAMES = 8
 """The engine pulls so many frames for each of its steps."""
 
@@ -58,7 +71,7 @@ class Footage:
         time_base: seconds per tick of the times.
         sound: what goes along into the output file.
         colour, sample_aspect_ratio: see `ClipWriter`.
-        notes: what a user should be told about the source.
+        notes: what a user should be told about the source; complete after a pass.
     """
 
     frames: Callable[[], Iterator[tuple[Tensor, Fraction]]]
@@ -70,7 +83,7 @@ class Footage:
     sound: Clip | Waveform | None = None
     colour: ColourTags = ColourTags()
     sample_aspect_ratio: Fraction = Fraction(1)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,13 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.float16
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: a card's, or the machine's, for which torch has no type of its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_WORDS)
+
+
 def footage_of(clip: Clip) -> Footage:
     """The clip of a file, ready for a run.
 
@@ -148,11 +168,10 @@ def footage_of(clip: Clip) -> Footage:
         DamagedVideoError: the file is cut off or unreadable, and the clip was not opened with damaged="keep". To find
             out takes minutes of reading at most, before hours of work that would end in the same message.
     """
-    if clip.damaged == "raise":
-        clip.verify()
+    notes = [*clip.notes, *clip.verify()]
     return Footage(
-        clip.frames_with_times, clip.width, clip.height, clip.frame_count, clip.frame_rate, clip.time_base, clip,
-        clip.colour, clip.sample_aspect_ratio, clip.notes,
+        partial(clip.frames_with_times, notes.append), clip.width, clip.height, clip.frame_count, clip.frame_rate,
+        clip.time_base, clip, clip.colour, clip.sample_aspect_ratio, notes,
     )  # fmt: skip
 
 
@@ -187,8 +206,8 @@ def write_footage(
     """Pulls the footage through the engine into the writer and finishes the file.
 
     Footage that turns out damaged on the way loses nothing: all frames before the damage are upscaled and stored as
-    `NAME.partial.EXT`. Any other exception leaves through here with the writer's file removed and both generators
-    closed.
+    `NAME.partial.EXT`, and so are those before a `MuxingError`, whose message then says so. Any other exception leaves
+    through here with the writer's file removed and both generators closed.
 
     Args:
         on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
@@ -198,6 +217,7 @@ def write_footage(
 
     Raises:
         DamagedVideoError: not one frame can be read.
+        MuxingError: the output's container cannot hold this.
     """
     times: deque[Fraction] = deque()
     damage: list[DamagedVideoError] = []
@@ -224,6 +244,14 @@ def write_footage(
                 writer.write(frame, times.popleft())
                 on_frame(frame)
         path = writer.finish(_partial_name(writer.path) if damage else None)
+    except MuxingError as error:
+        try:
+            assert isinstance(writer, ClipWriter)  # images are not muxed
+            kept = writer.keep(_partial_name(writer.path))
+        except BaseException:
+            writer.abort()
+            raise error from None
+        raise MuxingError(f"{error} The frames before it are in {kept}.") from error
     except BaseException:
         writer.abort()
         raise
@@ -280,7 +308,7 @@ def _partial_name(path: Path) -> Path:
     """The first free name of clip.partial.mp4, clip.partial2.mp4, …"""
     for number in range(1, 10_000):
         candidate = path.with_name(f"{path.stem}.partial{number if number > 1 else ''}{path.suffix}")
-        if not candidate.exists():
+        if not os.path.lexists(candidate):
             return candidate
     raise VideoError(f"{path}: expected a free name for the readable part; all of {path.stem}.partial* are taken.")
 

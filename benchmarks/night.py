@@ -1,9 +1,12 @@
 """A night of fifty clips: healthy ones, one worker against two, then corrupt ones and a worker killed while it works.
 
     python -m steadyvsr.benchmarks.night [--clips 50] [--json FILE]
+    python -m steadyvsr.benchmarks.night --kills 200 [--seed 0] [--json FILE]
 
 Small clips and the embedded network at scale 2, so that it takes minutes; the processes, the record and the retries are
 those of any night. Exit status 1 where a healthy clip is not done, or a corrupt one leaves more than an error.
+
+With --kills, nights in which the parent or a worker is killed at random moments instead (benchmarks/kills.py).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import psutil
 import torch
 from steadyvsr.app import folder as batch
 from steadyvsr.app.clip import OutputOptions
-from steadyvsr.benchmarks import frame
+from steadyvsr.benchmarks import frame, kills
 from steadyvsr.memory import leak
 from steadyvsr.models.flashvsr import StreamOptions
 from steadyvsr.models.flashvsr.checkpoint import NANO_FILE
@@ -105,7 +108,9 @@ def bad_night(folder: Path, clips: int) -> dict[str, Any]:
     bad = run(folder / "mixed", folder / "bad", 2, kill)
     same = [frames_of(folder / "bad" / result.name) == frames_of(folder / "one" / result.name) for result in bad.done]
     time.sleep(1)
-    left = [path.name for path in (folder / "bad").rglob("*") if ".part" in path.name]
+    left = [
+        path.name for path in (folder / "bad").iterdir() if path.suffix != ".mp4" and path.name != ".steadyvsr.json"
+    ]
     again = run(folder / "mixed", folder / "bad", 2)
     return {
         "done": len(bad.done),
@@ -122,7 +127,11 @@ def bad_night(folder: Path, clips: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = frame.parser(__doc__, "--output")
     parser.add_argument("--clips", type=int, default=50)
+    parser.add_argument("--kills", type=int, metavar="N", help="kill N parents and workers at random moments instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args(arguments)
+    if options.kills:
+        return kills.report(options.json, options.kills, options.seed)
     with tempfile.TemporaryDirectory() as name:
         found = healthy_night(Path(name), options.clips)
         found["bad_night"] = bad = bad_night(Path(name), options.clips)

@@ -214,6 +214,12 @@ class Ledger:
         with self._lock:
             self._sequence = self._begin("")
 
+    def running_peaks(self) -> dict[str, Peak]:
+        """The most that was read on each device, now included, since the phase began that `end_phase` will end."""
+        with self._lock:
+            self._read(settled=False)
+            return {} if self._sequence is None else dict(self._sequence.peaks)
+
     def open_phases(self) -> list[tuple[str, float]]:
         """Names of the phases that are open, outermost first, each with the moment of its first reading."""
         with self._lock:

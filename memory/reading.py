@@ -116,7 +116,8 @@ class Reading:
         words = [f"{number} {word}" for number, (_, word) in zip(numbers, parts, strict=True)]
         if self.allocated.bytes is None:
             words.append("allocated unknown")
-        return " · ".join([f"after {stage}", *words])
+        # Users name a stage "after audio" as often as "audio".
+        return " · ".join([f"after {stage.removeprefix('after ')}", *words])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""

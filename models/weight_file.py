@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
-import pickle
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,65 +21,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .printable import printable
+from .weight_header import HEADER_LIMIT_BYTES, CheckpointError, HeaderEntry, checked_header, read_header
+from .weight_pickle import load_pickle
+
+__all__ = ["CheckpointError", "HeaderEntry", "WeightFile", "file_sha256", "read_header", "tensors_sha256"]
+
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pth", ".pt", ".bin")
 
-_HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 _MAPPED_BYTES = 256 << 20
 """The file is mapped again after this many bytes: pages of a mapping count as resident memory until it is closed."""
 _HASH_CHUNK_BYTES = 4 << 20
-_WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
-"""Names under which training code stores the state dict inside a checkpoint."""
-_DAMAGED = (
-    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
-)  # fmt: skip
-"""What `torch.load` raises for damaged archives, beside `pickle.UnpicklingError`."""
-
-
-class CheckpointError(ValueError):
-    """A file of weights, or a set of them, cannot be used. The message names the file and says what to do about it."""
-
-
-@dataclass(frozen=True)
-class HeaderEntry:
-    """One tensor as the header of a safetensors file describes it.
-
-    Attributes:
-        name: its key.
-        dtype: as the format spells it ("F32", "BF16", "F8_E4M3", …); PyTorch need not know it.
-        shape: of the tensor.
-        start, stop: the bytes that hold it, counted from the end of the header.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.stop - self.start
-
-
-def read_header(path: str | os.PathLike[str]) -> list[HeaderEntry] | None:
-    """The tensors of a safetensors file, from its header alone; None for another format or a damaged header."""
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _HEADER_LIMIT_BYTES:
-                return None
-            entries: dict[str, Any] = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        return [
-            HeaderEntry(name, str(item["dtype"]), tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
-            for name, item in entries.items()
-        ]
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -122,14 +70,16 @@ class WeightFile:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
-        # A safetensors file starts with the length of its header, which can look like the first byte of a pickle.
-        if start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:9] != b"{"):
-            tensors = _load_pickle(path)
+        # A safetensors file starts with the length of its header, which can look like the start of any other format.
+        if start[8:9] != b"{" and start.startswith((b"PK", b"\x80")):
+            tensors = load_pickle(path)
             return cls(path, size, "pickle", {}, {name: _meta(tensor) for name, tensor in tensors.items()})
-        _check_safetensors_header(path, size, start)
-        with _safetensors(path) as file:
-            entries = {name: _meta(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return cls(path, size, "safetensors", file.metadata() or {}, entries)
+        _refuse_what_is_neither(path, size, start)
+        listed, metadata = checked_header(path)
+        try:
+            return cls(path, size, "safetensors", metadata, {entry.name: entry.meta() for entry in listed})
+        except ValueError as error:
+            raise CheckpointError(f"{path}: expected weights; it {error}. Use another copy.") from None
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -148,14 +98,16 @@ class WeightFile:
                 mapped = 0
                 while names and mapped < _MAPPED_BYTES:
                     name = names.pop(0)
-                    stored = get(name)
+                    stored, listed = get(name), self.entries[name]
+                    if (stored.shape, stored.dtype) != (listed.shape, listed.dtype):
+                        raise CheckpointError(f"{self.path}: expected the file as it was opened; it has changed.")
                     mapped += stored.nbytes
                     tensor = stored.detach().to(device=device, dtype=dtype, copy=True).contiguous()
                     if not _is_finite(tensor):
                         overflowed = tensor.dtype == torch.float16 != stored.dtype
                         raise CheckpointError(
-                            f"{self.path}: expected finite values in {name or 'its tensor'}; got NaN or infinity as "
-                            f"{_dtype_name(tensor.dtype)} (stored as {_dtype_name(stored.dtype)}). "
+                            f"{self.path}: expected finite values in {printable(name) or 'its tensor'}; got NaN or "
+                            f"infinity as {_dtype_name(tensor.dtype)} (stored as {_dtype_name(stored.dtype)}). "
                             f"{'Load it as bfloat16 or float32, or fetch' if overflowed else 'Fetch'} it again."
                         )
                     yield name, tensor
@@ -163,7 +115,7 @@ class WeightFile:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Callable[[str], Tensor]]:
         if self.format == "pickle":
-            yield _load_pickle(self.path).__getitem__
+            yield load_pickle(self.path).__getitem__
         else:
             with _safetensors(self.path) as file:
                 yield file.get_tensor
@@ -201,7 +153,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     # aminmax needs no second tensor and passes NaN on; 8-bit floats do not have it.
     low, high = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())
@@ -219,54 +171,7 @@ def _safetensors(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `torch.save` archive, mapped where the archive allows it."""
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted or "Unsupported" in str(error):
-            what = f"asks Python to run {wanted.group(1)}" if wanted else "holds objects"
-            raise CheckpointError(
-                f"{path}: expected a pickle of plain tensors; this one {what}. It was refused, and nothing in it was "
-                f"run. Use the .safetensors form of these weights, or a copy from the model's own page."
-            ) from None
-        raise CheckpointError(_damaged_archive(path, error)) from None
-    except _DAMAGED as error:
-        raise CheckpointError(_damaged_archive(path, error)) from None
-    return _flatten(content)
-
-
-def _damaged_archive(path: Path, error: Exception) -> str:
-    reason = (str(error) or type(error).__name__).split("\n")[0][:200]
-    return (
-        f"{path}: expected an archive of torch.save; it is damaged, truncated or of another kind "
-        f"({path.stat().st_size} bytes; {reason}). Fetch it again."
-    )
-
-
-def _flatten(content: object) -> dict[str, Tensor]:
-    """Named tensors of an unpickled checkpoint: a bare tensor, a list of them, a state dict, or one in a wrapper."""
-    if isinstance(content, Tensor):
-        return {"": content}
-    state: Mapping[object, object] = {}
-    if isinstance(content, list | tuple):
-        state = {"": content[0]} if len(content) == 1 else dict(enumerate(content))
-    elif isinstance(content, Mapping):
-        inner = [content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-        state = inner[0] if inner else content
-    tensors = {}
-    for name, value in state.items():
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, Tensor):
-            tensors[str(name)] = value
-    return tensors
-
-
-def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
+def _refuse_what_is_neither(path: Path, size: int, start: bytes) -> None:
     """Raises a CheckpointError that says what the file is unless it can be a whole safetensors file."""
     if size == 0:
         raise CheckpointError(f"{path}: expected a file of weights; it is empty (0 bytes). Fetch it again.")
@@ -281,14 +186,8 @@ def _check_safetensors_header(path: Path, size: int, start: bytes) -> None:
     if start.startswith(b"GGUF"):
         raise CheckpointError(f"{path}: expected safetensors or torch.save weights; GGUF files are not supported.")
     length = struct.unpack("<Q", start[:8])[0] if size >= 8 else 0
-    if not 2 <= length <= _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
+    if not 2 <= length <= HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
         raise CheckpointError(
             f"{path}: expected safetensors or torch.save weights; it is neither (it starts with {start[:8]!r}). "
             f"Choose a file of weights."
-        )
-    # A header that cannot be read is left for `safe_open` to report.
-    needed = 8 + length + max((entry.stop for entry in read_header(path) or ()), default=0)
-    if size < needed:
-        raise CheckpointError(
-            f"{path}: expected {needed} bytes (as its header says); got {size}: the file is truncated. Fetch it again."
         )

@@ -1,4 +1,4 @@
-"""What a node shows of itself while it runs and afterwards: lines on the node, in every open page."""
+"""What a node shows of itself while it runs and afterwards: lines on the node, in the page that queued the prompt."""
 
 from __future__ import annotations
 
@@ -18,5 +18,6 @@ def send(node_id: str | None, **message: Any) -> None:
             memory {predicted, measured, budget, advice} in bytes and words.
     """
     server = prompt.server()
-    if server is not None and node_id is not None:
+    # A prompt without a client comes from a script: ComfyUI would tell every page, whose nodes have the same ids.
+    if server is not None and node_id is not None and server.client_id is not None:
         server.send_sync(EVENT, {"node": node_id, **message}, server.client_id)

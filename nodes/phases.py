@@ -17,7 +17,7 @@ from ..patches import presses, residency
 from ..patches.versions import supported, unique_id
 from . import node_status, receipts
 from .receipts import Line, ReceiptCard
-from .sockets import FlashVSRType, as_json, passed_output, report_output, with_report
+from .sockets import as_json, passed_output, report_output, with_report
 
 log = logging.getLogger("steadyvsr.nodes")
 
@@ -73,7 +73,7 @@ class PhaseGate(io.ComfyNode):
                 gib_input(
                     "peak_gb",
                     "The most that live tensors may take on a card during this phase, in GiB. -1: no limit. It is "
-                    "checked when the phase is over.",
+                    "watched while the nodes before this gate run: the one that exceeds it is stopped there.",
                     optional=True,
                 ),
                 io.AnyType.Input(
@@ -83,14 +83,21 @@ class PhaseGate(io.ComfyNode):
                     "prompt. It is not passed on.",
                 ),
                 *(
-                    io.MultiType.Input(
+                    io.AnyType.Input(
                         f"model_{number}",
-                        [io.Model, io.Clip, io.Vae, FlashVSRType],
                         optional=True,
-                        tooltip="A model to take off the card at the end of this phase. It stays in RAM. Kept and "
-                        "pinned models move too: keep and pin protect against others, not against you.",
+                        tooltip="A model of any kind to take off the card at the end of this phase. It stays in RAM. "
+                        "Kept and pinned models move too: keep and pin protect against others, not against you.",
                     )
                     for number in range(1, MODELS + 1)
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=list(gate.SCOPES),
+                    default=gate.THESE,
+                    optional=True,
+                    tooltip="What leaves the card here. these: the connected models. everything else too: with them "
+                    "every model that nobody keeps. everything: kept and pinned ones as well.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -126,10 +133,11 @@ class PhaseGate(io.ComfyNode):
         model_2: list[Any] | None = None,
         model_3: list[Any] | None = None,
         model_4: list[Any] | None = None,
+        offload: list[str] | None = None,
     ) -> io.NodeOutput:
         models = [model for wired in (model_1, model_2, model_3, model_4) for model in wired or () if model is not None]
         try:
-            ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb))
+            ended = gate.end_phase(phase[0], models, limits_of(budget_gb, needs_gb, peak_gb), scope_of(offload))
         except TypeError as error:
             raise ValueError(f"{GATE}: {error} on a model input. Connect a loader's output there.") from error
         for line in ended.lines():
@@ -174,6 +182,11 @@ def limits_of(budget_gb: list[float], needs_gb: list[float], peak_gb: list[float
         peak=gib(peak) if peak is not None and peak >= 0 else None,
         free=gib(free) if free is not None and free > 0 else None,
     )
+
+
+def scope_of(offload: list[str] | None) -> str:
+    """Workflows that were saved before this input was there take the connected models."""
+    return offload[0] if offload and offload[0] in gate.SCOPES else gate.THESE
 
 
 class MemoryReport(io.ComfyNode):

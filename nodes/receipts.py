@@ -1,16 +1,15 @@
-"""Receipts of what was asked for, kept in a ring and pushed to every open page."""
+"""Receipts of what was asked for, kept in a ring and pushed to the pages that have the memory panel open."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..memory.process import shared
-from ..patches import prompt
 
 RING_RECEIPTS = 64
 EVENT = "steadyvsr.receipt"
@@ -55,15 +54,24 @@ def new_id() -> str:
 
 
 def give(card: ReceiptCard) -> dict[str, Any]:
-    """Keeps a card, pushes it to the pages, and returns it as plain values."""
+    """Keeps a card, tells the listeners, and returns it as plain values."""
     plain = asdict(card) | {"id": card.id or new_id()}
     ring = _ring()
     for old in [old for old in ring if old["id"] == plain["id"]]:
         ring.remove(old)
     ring.append(plain)
-    if (server := prompt.server()) is not None:
-        server.send_sync(EVENT, plain)
+    for listener in _listeners():
+        listener(plain)
     return plain
+
+
+def listen(listener: Callable[[dict[str, Any]], None]) -> None:
+    """Calls `listener` with every card, as plain values."""
+    _listeners().append(listener)
+
+
+def _listeners() -> list[Callable[[dict[str, Any]], None]]:
+    return shared("receipt_listeners", list)
 
 
 def newest() -> Sequence[dict[str, Any]]:

@@ -19,19 +19,17 @@ ADVANCED = supported(io.Float.Input, advanced=True)
 def keep_loaded_input(
     tooltip: str = "Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. "
     "keep: it stays in RAM and is not read again; it makes room on the card when another model needs it. pin: it stays "
-    "on the card too, even if another model then does not fit.",
+    "on the card too, even if another model then does not fit; with dynamic VRAM (a start option of ComfyUI 0.33) the "
+    "driver decides that.",
 ) -> io.Input:
     return io.Combo.Input("keep_loaded", options=list(POLICIES), default=EJECTABLE, optional=True, tooltip=tooltip)
 
 
-def offload_input() -> io.Input:
-    return io.Boolean.Input(
-        "offload_after_load",
-        default=True,
-        optional=True,
-        tooltip="Leaves the model in RAM, off its device; the report verifies that by measurement. With keep or pin it "
-        "is off the device now and kept from then on.",
-    )
+def offload_input(
+    tooltip: str = "Leaves the model in RAM, off its device; the report verifies that by measurement. A model that was "
+    "on the device before this node ran stays there, and so does a pinned one.",
+) -> io.Input:
+    return io.Boolean.Input("offload_after_load", default=True, optional=True, tooltip=tooltip)
 
 
 def device_input(choices: list[str], tooltip: str, **more: Any) -> io.Input:

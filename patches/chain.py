@@ -1,8 +1,9 @@
 """How functions of ComfyUI are wrapped: checked first, put in place, found again in a chain of wrappers, taken away.
 
 ComfyUI's prompt worker has no guard around these functions: an exception of ours would end it for good. So a wrapper
-runs the original whatever becomes of our part, and raises what the original raised and nothing else. A function that
-does not look as our part needs it (renamed, or with other arguments) is left alone: that costs one promise.
+runs the original whatever becomes of our part, and raises what the original raised, or what its hook says it raises. A
+function that does not look as our part needs it (renamed, or with other arguments) is left alone, at the cost of one
+promise.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Hook:
         promise: what is off without it.
         parameters: names that its first parameters must have, in this order.
         required: False where only some versions have it.
+        raises: errors of ours that are meant for the prompt, and reach ComfyUI.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Hook:
     promise: str
     parameters: tuple[str, ...] = ()
     required: bool = True
+    raises: tuple[type[Exception], ...] = ()
 
     def place(self) -> tuple[Any, str]:
         """What has the function; None without a server, whose worker's module is only looked up."""
@@ -171,7 +174,7 @@ def _wrap(hook: Hook) -> None:
                 if error is original.error:
                     raise
                 raise original.error  # noqa: B904  ours came while it passed, and is worth less
-            if not isinstance(error, Exception):
+            if isinstance(error, hook.raises) or not isinstance(error, Exception):
                 raise
             _failed(hook.name, error)
             return original.result if original.called else function(*arguments, **keywords)

@@ -6,7 +6,9 @@
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
 | unload_model_and_clones | nothing is protected from a caller that names the model it wants gone (since 0.33) |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
+| load_models_gpu | what will not fit is said, and refused beyond the limit of a phase |
 | load_models_gpu | after an error in the middle of a load, resident kept models are put back into the list |
+| throw_exception_if_processing_interrupted | a phase that takes more than its gate allows stops |
 | PromptExecutor.execute | wishes of the prompt's loaders are read before it; after it, no kept model is in use |
 | execution.execute | between two nodes, values are given up as asked, and RAM is yielded if it is short |
 | PromptExecutor.reset | a press has come to its reset |
@@ -32,7 +34,7 @@ import torch
 
 from ..memory.host import trim
 from ..memory.reading import size_text
-from . import chain, idle, presses, prompt, versions
+from . import chain, idle, limits, presses, prompt, versions
 from .chain import Hook, attempt, state
 from .kept import KEPT, PINNED, registry, same_model
 from .residency import EVERYTHING, adopt, explicit, is_explicit, look
@@ -84,7 +86,7 @@ def _unload_everywhere() -> None:
     """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
     devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
     for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
-        mm.free_memory(EVERYTHING, device)
+        versions.free_memory(EVERYTHING, device, [])
 
 
 def _hide(original: chain.Original, out_of_memory: bool) -> list[tuple[int, Any]]:
@@ -189,7 +191,7 @@ def unload_model_and_clones(original: chain.Original, *arguments: Any, **keyword
 
 def soft_empty_cache(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     thread, press = state().thread, presses.open_press()
-    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
+    if thread.depth > 0 or thread.emptying:
         return original(*arguments, **keywords)
     # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
@@ -264,6 +266,9 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
     thread = state().thread
     if thread.loading:
         return original(*arguments, **keywords)
+    stopped = attempt("predicting a load", lambda: limits.refusal(*arguments[:2], **_named(keywords)))
+    if stopped is not None:
+        raise stopped
     thread.loading = True
     try:
         if registry().keeps_anything:
@@ -277,6 +282,18 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
     finally:
         thread.loading = False
         attempt("looking at models", look)
+
+
+def _named(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: keywords[name] for name in ("models", "memory_required") if name in keywords}
+
+
+def throw_if_interrupted(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    result = original(*arguments, **keywords)
+    stopped = attempt("reading a phase's peak", limits.exceeded)
+    if stopped is not None:
+        raise stopped
+    return result
 
 
 def readopt() -> None:
@@ -332,8 +349,9 @@ def reset(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
 
 
 def get(original: chain.Original, queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    prompt.worker_is_here()
     # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
-    with idle.lock_of(queue):
+    with idle.lock_of(queue, original.function):
         timeout = keywords.get("timeout", arguments[0] if arguments else None)
         if timeout is not None and attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
             return None  # as if the time were up: the worker then asks for flags
@@ -364,7 +382,19 @@ HOOKS = {
             ("memory_required", "device", "keep_loaded"),
         ),
         Hook("soft_empty_cache", soft_empty_cache, f"{STAY} usable when a copy of them is gone, and yield RAM"),
-        Hook("load_models_gpu", load_models_gpu, f"{STAY} in ComfyUI's books after a load has failed", ("models",)),
+        Hook(
+            "load_models_gpu",
+            load_models_gpu,
+            f"{STAY} in ComfyUI's books after a load has failed, and what will not fit is said before",
+            ("models",),
+            raises=(limits.PhaseLimitExceeded,),
+        ),
+        Hook(
+            "throw_exception_if_processing_interrupted",
+            throw_if_interrupted,
+            "a phase that takes more than its gate allows is stopped at its gate, not before",
+            raises=(limits.PhaseLimitExceeded,),
+        ),
         Hook(
             "unload_model_and_clones",
             unload_model_and_clones,
@@ -379,7 +409,12 @@ HOOKS = {
         ),
         Hook("execution.execute", between_nodes, "kept models yield RAM, and are released, while a prompt runs"),
         Hook("PromptExecutor.reset", reset, "a press tells what dropping the node cache did", ("self",)),
-        Hook("PromptQueue.get", get, "a press during a garbage collection is heard at the next prompt only", ("self",)),
+        Hook(
+            "PromptQueue.get",
+            get,
+            "a press during a garbage collection is heard before the next prompt",
+            ("self", "timeout"),
+        ),
         Hook("PromptQueue.get_flags", get_flags, "the panel's buttons act between prompts", ("self",)),
     )
 }

@@ -11,12 +11,16 @@ import comfy.model_management as mm
 import torch
 
 from ..memory import budget, ledger, probe
-from ..memory.offload import Receipt, Verdict
+from ..memory.offload import Receipt, Verdict, where
 from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from . import prompt, residency, versions
+from .kept import EJECTABLE, POLICIES, registry
 
 CPU = torch.device("cpu")
+THESE, REST, EVERYTHING = "these", "everything else too", "everything"
+SCOPES = (THESE, REST, EVERYTHING)
+"""What a gate takes off the cards: its models; with them all that nobody keeps; kept and pinned models as well."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,22 @@ class Ended:
         }
 
 
-def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits) -> Ended:
+def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits, scope: str = THESE) -> Ended:
     """Offloads the models of a phase, ends it in the ledger, and compares what is left with the limits.
+
+    Args:
+        scope: one of `SCOPES`: whether other models on the cards go as well.
 
     Raises:
         TypeError: something among `models` is no model.
     """
     book = residency.prompt_ledger()
     models = list(models)
-    receipts = tuple(receipt for model in models for receipt in residency.offload_model(model))
+    resting = [note for model in models if (note := _rests(model))]
+    patchers = [patcher for model in models if not _rests(model) for patcher in residency.patchers_of(model)]
+    own = {id(patcher.model) for patcher in patchers}
+    patchers += [patcher for patcher in _on_cards(scope) if id(patcher.model) not in own]
+    receipts = tuple(receipt for patcher in patchers for receipt in residency.offload_model(patcher))
     phase = book.end_phase(name)
     devices = accelerators()
     readings = {reading.device: reading for reading in phase.after}
@@ -152,7 +163,7 @@ def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits) -> Ended:
         for device in devices
     )
     admission = residency.may_load(limits.free, mm.get_torch_device()) if limits.free is not None else None
-    notes = [f"{card.reading.device}: {note}" for card in cards for note in card.reading.notes]
+    notes = [*resting, *(f"{card.reading.device}: {note}" for card in cards for note in card.reading.notes)]
     if not devices:
         notes.append("no accelerator: models rest where they compute, and only needs_gb has a meaning here")
     for card in cards:
@@ -163,10 +174,31 @@ def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits) -> Ended:
     if admission is not None and admission.free is None:
         notes.append(f"{admission.device}: free memory cannot be read; what is needed was not checked")
     violations = tuple(_violations(name, limits, receipts, cards, admission))
+    # Its own models only: what else went may belong to a later phase, whose return is no reason to run again.
     _memory_of(prompt.running()).models = [
-        weakref.ref(patcher.model) for model in models for patcher in residency.patchers_of(model)
+        weakref.ref(patcher.model) for patcher in patchers if id(patcher.model) in own
     ]
     return Ended(phase, limits, receipts, cards, admission, violations, tuple(notes))
+
+
+def _on_cards(scope: str) -> list[Any]:
+    """Patchers of the models on the cards that a scope takes beside those of the phase."""
+    taken = {THESE: (), REST: (None, EJECTABLE), EVERYTHING: (None, *POLICIES)}[scope]
+    listed = [item.model for item in mm.current_loaded_models if item.model is not None and item.device != CPU]
+    owners = [(patcher, registry().owner_of(patcher)) for patcher in listed if patcher.loaded_size()]
+    return [patcher for patcher, owner in owners if (owner and owner.policy) in taken]
+
+
+def _rests(model: Any) -> str:
+    """Where the weights of a model without a patcher are, such as an UPSCALE_MODEL's; "" for one that has a patcher.
+
+    The nodes that use such a model move it themselves: there is nothing to offload through ComfyUI's books.
+    """
+    network = getattr(model, "model", None)
+    if not isinstance(network, torch.nn.Module) or residency.is_model(model):
+        return ""
+    found = ", ".join(f"{exact_text(size)} on {device}" for device, size in where(network.named_parameters()).items())
+    return f"{type(network).__name__}: ComfyUI does not manage it; {found or 'it has no weights'}"
 
 
 def work_counter(limits: PhaseLimits) -> int:
@@ -179,8 +211,8 @@ def work_counter(limits: PhaseLimits) -> int:
     residency.prompt_ledger()  # the first phase of a prompt begins here, before any node has run
     memory = _memory_of(prompt.running())
     own = {id(module) for reference in memory.models if (module := reference()) is not None}
-    loaded = [item.model for item in mm.current_loaded_models if item.model is not None and item.device != CPU]
-    if any(id(patcher.model) in own and patcher.loaded_size() for patcher in loaded) or _beyond(limits):
+    back = any(id(patcher.model) in own for patcher in _on_cards(EVERYTHING))
+    if back or _beyond(limits):
         memory.count += 1
     return memory.count
 

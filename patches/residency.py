@@ -144,18 +144,19 @@ def handle_of(module: Any) -> str:
 
 
 def patchers_of(value: Any) -> list[Any]:
-    """The ModelPatchers inside a MODEL, CLIP, VAE or FLASHVSR.
+    """The ModelPatchers inside a MODEL, CLIP, VAE, FLASHVSR, CLIP_VISION, CONTROL_NET, GLIGEN or anything like them.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none is in it.
     """
     if isinstance(value, comfy.model_patcher.ModelPatcher):
         return [value]
     if isinstance(getattr(value, "patcher", None), comfy.model_patcher.ModelPatcher):
         return [value.patcher]
-    if callable(getattr(value, "patchers", None)):
-        return list(value.patchers())
-    raise TypeError(f"expected a MODEL, CLIP, VAE or FLASHVSR; got {type(value).__name__}")
+    for method in ("patchers", "get_models"):  # ours, and a ControlNet's: itself and those before it
+        if callable(getattr(value, method, None)):
+            return list(getattr(value, method)())
+    raise TypeError(f"expected a model; got {type(value).__name__}")
 
 
 def residents(device: torch.device | None = None) -> list[Resident]:
@@ -188,7 +189,7 @@ def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
     own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
     before = sum(resident.bytes for resident in residents(device))
     versions.free_memory(EVERYTHING, device, own)
-    mm.soft_empty_cache()
+    versions.empty_caches()
     return sum(resident.bytes for resident in residents(device)) < before
 
 
@@ -209,7 +210,7 @@ def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[o
     Raises:
         TypeError: not a model.
     """
-    return [offload.offload(subject(patcher), mm.soft_empty_cache, drop=drop) for patcher in patchers_of(value)]
+    return [offload.offload(subject(patcher), versions.empty_caches, drop=drop) for patcher in patchers_of(value)]
 
 
 def subject(patcher: Any) -> offload.Subject:
@@ -245,7 +246,7 @@ def node_outputs() -> list[Any]:
     # By name: the class lives in a module that starts the server's side when it is imported.
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
     kept = [value for executor in executors for value in versions.cached_outputs(executor)]
-    return [value for value in kept if not _is_model(value)]
+    return [value for value in kept if not is_model(value)]
 
 
 def adopt(patcher: Any) -> None:
@@ -313,7 +314,8 @@ def _dynamic_bytes(device: torch.device) -> int | None:
     return sum(region.loaded_size() for region in regions.values()) if regions else None
 
 
-def _is_model(value: Any) -> bool:
+def is_model(value: Any) -> bool:
+    """Whether there are ModelPatchers in a value."""
     try:
         return bool(patchers_of(value))
     except TypeError:

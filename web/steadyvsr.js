@@ -75,7 +75,7 @@ async function sendSettings() {
   try {
     await connection.settings(values);
   } catch (error) {
-    console.warn(`SteadyVSR: settings not taken: ${error.message}`);
+    toast("warn", "SteadyVSR: settings not taken", error.message);
   }
 }
 

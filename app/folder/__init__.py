@@ -1,16 +1,21 @@
 """Upscales a folder of clips with as many worker processes as memory allows. Knows nothing of ComfyUI.
 
-jobs finds the clips, admission decides how many workers run, manifest records what is done, scheduler hands out the
-clips, worker is the process that upscales them.
+jobs finds the clips, lock keeps other runs out, admission decides how many workers run, manifest records what is done,
+scheduler hands out the clips, process is a worker as the scheduler sees it, worker is what runs in that process, report
+says how it ended.
 """
 
 from .admission import admit
-from .jobs import find_jobs, holds_videos
+from .jobs import Job, find_jobs, holds_videos
+from .lock import FolderLock
 from .manifest import Manifest, folder_settings
-from .scheduler import FolderReport, FolderRun, run_folder
+from .report import FolderReport
+from .scheduler import FolderRun, run_folder
 from .worker import WorkerSettings
 
 __all__ = [
+    "FolderLock",
+    "Job",
     "Manifest",
     "FolderRun",
     "FolderReport",

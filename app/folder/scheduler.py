@@ -1,41 +1,47 @@
-"""Gives the clips of a folder to worker processes: admission, retries, a record after every clip, a table at the end.
+"""Gives the clips of a folder to worker processes: admission, retries, a record after every clip.
 
-Each worker is an executor with a single process, so that a process that dies takes no other with it. Its clip is tried
-once more, alone, with the smallest plan that gives the same frames.
+Each worker is a process of its own, so that one that dies takes no other with it. Its clip is tried once more, alone,
+with the smallest plan that gives the same frames. A clip grows in a place of its own; only this process gives it its
+final name, after it has recorded it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import errno
+import glob
 import os
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
 
 import psutil
 import torch
 
-from ...memory import leak, probe
+from ...memory import probe
 from ...memory.budget import may_load
-from ...memory.reading import size_text
-from . import worker
+from ...models.printable import printable
 from .admission import admit
 from .jobs import Job
+from .lock import FolderLock
 from .manifest import Manifest
-from .worker import DISK_FULL, DONE, FAILED, NO_MODEL, OUT_OF_MEMORY, SMALL, STOPPED, ClipResult, WorkerSettings
+from .process import SILENCE_SECONDS, WorkerProcess
+from .report import FolderReport, growth_of
+from .worker import DISK_FULL, DONE, FAILED, NO_MODEL, OUT_OF_MEMORY, STOPPED, ClipResult, Progress, WorkerSettings
 
-FIRST_STEADY_CLIP = 3
-"""Memory after the first clips still holds what libraries set up once."""
+TICK_SECONDS = 0.5
+STOP_SECONDS = 2.0
+"""So long the workers have for their last step once the user wants to stop; then they are ended."""
+LOADING_DEATHS = 2
+"""So many workers that died while they loaded the model, one after the other, end the run."""
 
 Say = Callable[[str], None]
-Progress = Callable[[int, str, int, "int | None"], None]
+Show = Callable[[int, str, int, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -46,126 +52,18 @@ class FolderRun:
         jobs: all clips of the folder.
         settings: one per device, with that device in it.
         workers: how many in all; None for as many as fit.
-        force: start that many even if they do not fit.
+        force: start that many even if they do not fit, and replace files that no earlier run made.
+        silence: seconds without a finished step, at least, after which a worker is held to hang.
     """
 
     jobs: tuple[Job, ...]
     settings: tuple[WorkerSettings, ...]
     workers: int | None = None
     force: bool = False
+    silence: float = SILENCE_SECONDS
 
 
-@dataclass
-class FolderReport:
-    """How the clips of a folder turned out.
-
-    Attributes:
-        results: one per clip that was tried, in the order of the jobs.
-        skipped: names of clips that an earlier run had finished.
-        admissions: how many workers each device got, and why.
-        redone: names of clips that were tried again after their worker died or ran out of memory.
-        growth: per worker, how the bytes after a clip grow, from the third clip on.
-        stopped: why the run ended before its last clip, or "".
-        seconds: of the whole run.
-    """
-
-    results: list[ClipResult] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    admissions: list[str] = field(default_factory=list)
-    redone: list[str] = field(default_factory=list)
-    growth: dict[str, str] = field(default_factory=dict)
-    stopped: str = ""
-    seconds: float = 0.0
-
-    @property
-    def done(self) -> list[ClipResult]:
-        return [result for result in self.results if result.state == DONE]
-
-    @property
-    def failed(self) -> list[ClipResult]:
-        return [result for result in self.results if result.state != DONE]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`."""
-        return {**vars(self), "results": [asdict(result) for result in self.results]}
-
-    def table(self) -> str:
-        """One line per clip, then the totals."""
-        rows = [("clip", "result", "frames", "fps", "peak", "after")]
-        for result in self.results:
-            fps = f"{result.frames / result.seconds:.2f}" if result.frames and result.seconds else "-"
-            what = result.state if result.state == DONE else f"{result.state}: {result.error}"
-            sizes = size_text(result.footprint), size_text(result.after)
-            rows.append((result.name, what, str(result.frames), fps, *sizes))
-        widths = [min(60, max(len(row[column]) for row in rows)) for column in range(6)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.append(
-            f"{len(self.done)} done, {len(self.failed)} failed, {len(self.skipped)} finished before, "
-            f"{self.seconds:.0f} s"
-        )
-        return "\n".join([*lines, *([self.stopped] if self.stopped else [])])
-
-
-class _Slot:
-    """One worker: an executor with a single process, bound to a device, and a pipe of its own to that process.
-
-    Nothing is shared between workers. A queue or an event for all of them has a lock, and a worker that is killed while
-    it holds that lock makes the others wait for ever.
-    """
-
-    def __init__(self, number: int, settings: WorkerSettings, progress: Progress) -> None:
-        self.number, self.settings, self._progress = number, settings, progress
-        self._executor: ProcessPoolExecutor | None = None
-        self._pipe: tuple[Connection, Connection] | None = None
-        self.job: Job | None = None
-        self.future: Future[ClipResult] | None = None
-
-    @property
-    def started(self) -> bool:
-        """Whether its process runs."""
-        return self._executor is not None
-
-    def submit(self, job: Job, small: bool = False) -> None:
-        if self._executor is None:
-            context = multiprocessing.get_context("spawn")
-            ours, theirs = self._pipe = context.Pipe()
-            self._executor = ProcessPoolExecutor(1, context, worker.start, (self.settings, theirs))
-            threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
-        plan = (SMALL,) if small else ()
-        self.job = job
-        self.future = self._executor.submit(worker.upscale, job.name, str(job.source), str(job.output), *plan)
-
-    def stop(self) -> None:
-        """Lets the worker stop at its next step."""
-        if self._pipe is not None:
-            with suppress(OSError):  # it is gone already
-                self._pipe[0].send(None)
-
-    def take(self) -> tuple[Job, ClipResult | None]:
-        """Waits for the job and returns it with its result; None where the process died."""
-        assert self.job is not None and self.future is not None
-        job, future = self.job, self.future
-        self.job = self.future = None
-        try:
-            return job, future.result()
-        except BrokenProcessPool:
-            self.close()
-            return job, None
-
-    def close(self) -> None:
-        if self._executor is not None and self._pipe is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._pipe[1].close()  # the last copy: the listener's end
-            self._executor = self._pipe = None
-
-    def _listen(self, pipe: Connection) -> None:
-        """Passes on what a worker tells, until it ends."""
-        with pipe, suppress(EOFError, OSError):
-            while True:
-                self._progress(self.number, *pipe.recv())
-
-
-def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress = lambda *_: None) -> FolderReport:
+def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Show = lambda *_: None) -> FolderReport:
     """Upscales every clip that the manifest does not call finished.
 
     Args:
@@ -173,24 +71,42 @@ def run_folder(run: FolderRun, manifest: Manifest, say: Say, progress: Progress 
         progress: called with worker number, clip, frames done, frames in all.
 
     Raises:
-        KeyboardInterrupt: after the workers have stopped cleanly; a rerun goes on where this one ended.
+        KeyboardInterrupt: within five seconds, after the workers have ended; a rerun goes on where this one stopped.
+        ValueError: another run writes into the folder.
     """
     started = time.monotonic()
-    scheduler = _Scheduler(run, manifest, say, progress)
-    report = scheduler.report
-    try:
-        scheduler.run_all()
-    except KeyboardInterrupt:
-        scheduler.stop_clean()
-        raise
-    finally:
-        scheduler.stop_all()
-        scheduler.close_all()
-        order = {job.name: index for index, job in enumerate(run.jobs)}
-        report.results.sort(key=lambda result: order[result.name])
-        report.growth = _growth_of(report.results)
-        report.seconds = time.monotonic() - started
+    with FolderLock(manifest.path.parent) as lock:
+        manifest.read()
+        scheduler = _Scheduler(run, manifest, lock, say, progress)
+        report = scheduler.report
+        try:
+            scheduler.run_all()
+        except KeyboardInterrupt:
+            with _deaf():
+                scheduler.stop_clean()
+            raise
+        finally:
+            with _deaf():
+                scheduler.end_workers()
+    order = {job.name: index for index, job in enumerate(run.jobs)}
+    report.results.sort(key=lambda result: order[result.name])
+    report.growth = growth_of(report.results)
+    report.seconds = time.monotonic() - started
     return report
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """No further Ctrl-C while things are put in order: that takes seconds at most, and half of it would be worse."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 class _Scheduler:
@@ -201,73 +117,204 @@ class _Scheduler:
         again: clips to try once more, alone.
     """
 
-    def __init__(self, run: FolderRun, manifest: Manifest, say: Say, progress: Progress) -> None:
-        self.run, self.manifest, self.say, self.progress = run, manifest, say, progress
+    def __init__(self, run: FolderRun, manifest: Manifest, lock: FolderLock, say: Say, progress: Show) -> None:
+        self.run, self.manifest, self.lock, self.progress = run, manifest, lock, progress
+        self.say = lambda text: say(printable(text, len(text)))
         self.waiting = deque(job for job in run.jobs if not manifest.finished(job))
         self.again: deque[Job] = deque()
         waiting = {job.name for job in self.waiting}
         self.report = FolderReport(skipped=[job.name for job in run.jobs if job.name not in waiting])
-        self.slots: list[_Slot] = []
+        self.workers: list[WorkerProcess] = []
         for settings in run.settings:
-            self._add_slot(settings)
+            self._add_worker(settings)
+        self._admitted: set[str] = set()
+        self._loading_deaths = 0
+        self._looked = time.monotonic()
 
     def run_all(self) -> None:
-        admitted: set[str] = set()
-        while (self.waiting or self._busy()) and not self.report.stopped:
-            for slot in self.slots:
-                # A device gets more workers once its first clip has shown how much memory one takes.
-                if slot.job is None and self.waiting and self._may_start(slot):
-                    slot.submit(self.waiting.popleft())
-            for slot in self._finished():
-                job, result = slot.take()
-                if result is not None and result.state == DONE and slot.settings.device not in admitted:
-                    admitted.add(slot.settings.device)
-                    self._admit(slot.settings, result)
-                if result is None or result.state == OUT_OF_MEMORY:
-                    why = OUT_OF_MEMORY if result else "its worker died"
-                    self.say(f"{job.name}: {why}; trying it again alone later")
-                    self.again.append(job)
-                else:
-                    self._record(job, result)
-        while self.again and not self.report.stopped:
-            self._alone(self.again.popleft())
+        while not self.report.stopped and (self.waiting or self.again or self._busy()):
+            self._hand_out()
+            self._listen(TICK_SECONDS)
+            self._end_hung()
 
     def stop_clean(self) -> None:
-        """Lets every worker stop at its next step and records the clips that were just finished."""
+        """Gives every worker a moment to finish its step, and records the clips that were just finished."""
         self.report.stopped = "stopped by the user"
-        self.stop_all()
-        for slot in self._busy():
-            job, result = slot.take()
-            if result is not None and result.state == DONE:
-                self._record(job, result)
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self.workers:
+            worker.stop()
+        while any(worker.ready for worker in self._busy()) and time.monotonic() < deadline:
+            self._listen(0.1)
 
-    def stop_all(self) -> None:
-        for slot in self.slots:
-            slot.stop()
+    def end_workers(self) -> None:
+        for worker in self.workers:
+            worker.kill()
 
-    def close_all(self) -> None:
-        for slot in self.slots:
-            slot.close()
+    def _add_worker(self, settings: WorkerSettings) -> WorkerProcess:
+        worker = WorkerProcess(len(self.workers), settings, self.run.silence)
+        self.workers.append(worker)
+        return worker
 
-    def _add_slot(self, settings: WorkerSettings) -> _Slot:
-        slot = _Slot(len(self.slots), settings, self.progress)
-        self.slots.append(slot)
-        return slot
+    def _busy(self) -> list[WorkerProcess]:
+        return [worker for worker in self.workers if worker.job is not None]
 
-    def _busy(self) -> list[_Slot]:
-        return [slot for slot in self.slots if slot.future is not None]
+    def _hand_out(self) -> None:
+        for worker in self.workers:
+            # A device gets more workers once its first clip has shown how much memory one takes.
+            while worker.job is None and self.waiting and self._may_start(worker):
+                self._begin(worker, self.waiting.popleft())
+        while self.again and not self.waiting and not self._busy():
+            job = self.again.popleft()
+            self.report.redone.append(job.name)
+            self.end_workers()
+            self.workers = []
+            self._begin(self._add_worker(self.run.settings[0]), job, small=True)
 
-    def _finished(self) -> list[_Slot]:
-        busy = self._busy()
-        done, _ = wait([slot.future for slot in busy if slot.future], timeout=0.5, return_when=FIRST_COMPLETED)
-        return [slot for slot in busy if slot.future in done]
+    def _begin(self, worker: WorkerProcess, job: Job, small: bool = False) -> None:
+        if job.problem:
+            self._finish(job, ClipResult(job.name, FAILED, job.problem))
+        elif not self._may_write(job):
+            self._finish(job, _taken(job))
+        else:
+            try:
+                job.output.parent.mkdir(parents=True, exist_ok=True)
+                place = self.lock.make_place(job.output.parent)
+                worker.submit(job, place, small)
+            except OSError as error:
+                worker.kill()
+                self._release(worker)
+                self._finish(job, _failure(job, error))
 
-    def _may_start(self, slot: _Slot) -> bool:
+    def _may_write(self, job: Job) -> bool:
+        return self.run.force or self.manifest.may_write(job)
+
+    def _listen(self, seconds: float) -> None:
+        """Waits for messages, at most so long, and does what follows from them."""
+        started = {worker.pipe: worker for worker in self.workers if worker.started}
+        heard = wait(list(started), seconds)
+        now = time.monotonic()
+        if now - self._looked > 10 * TICK_SECONDS:
+            # This process stood still (Ctrl-Z, a machine that slept), and so may have the workers.
+            for worker in self.workers:
+                worker.excuse(now - self._looked)
+        self._looked = now
+        for pipe in heard:
+            worker = started[pipe]
+            for message in worker.messages():
+                if isinstance(message, Progress):
+                    if worker.job is not None:
+                        self.progress(worker.number, printable(worker.job.name), message.frames, message.total)
+                elif message is None:
+                    self._died(worker)
+                else:
+                    self._settle(worker, message)
+        if any(worker.ready for worker in self.workers):
+            self._loading_deaths = 0
+
+    def _end_hung(self) -> None:
+        for worker in self._busy():
+            if worker.hangs():
+                worker.kill()
+                again = ", twice" if worker.small else ""
+                self._try_again(worker, f"its worker hung: no step was finished for {worker.silent:.0f} s{again}")
+
+    def _died(self, worker: WorkerProcess) -> None:
+        ready = worker.ready
+        worker.kill()
+        if ready or worker.job is None:
+            twice = " twice" if worker.small else ""
+            self._try_again(worker, f"its worker died{twice} (killed, out of memory, or a crash)")
+            return
+        self._loading_deaths += 1
+        died = "its worker died while loading it (killed, or out of memory)"
+        self._not_loaded(worker, died, final=self._loading_deaths >= LOADING_DEATHS)
+
+    def _not_loaded(self, worker: WorkerProcess, why: str, final: bool = True) -> None:
+        """Gives the clip back: that a worker never had its model says nothing about the clip."""
+        if worker.job is not None:
+            (self.again if worker.small else self.waiting).appendleft(worker.job)
+        self._release(worker)
+        worker.kill()
+        if any(other.ready for other in self.workers):
+            self.workers.remove(worker)
+            self.say(f"one more worker could not load the model, the others go on: {why}")
+        elif final:
+            self.report.stopped = f"The model could not be loaded: {why}"
+
+    def _try_again(self, worker: WorkerProcess, why: str) -> None:
+        job, small = worker.job, worker.small
+        self._release(worker)
+        if job is not None and small:
+            self._finish(job, ClipResult(job.name, FAILED, why))
+        elif job is not None:
+            self.say(f"{job.name}: {why}; trying it again alone later")
+            self.again.append(job)
+
+    def _settle(self, worker: WorkerProcess, result: ClipResult) -> None:
+        """What follows from the result of a clip."""
+        job, place = worker.job, worker.place
+        if result.state == NO_MODEL:
+            self._not_loaded(worker, result.error)
+        elif result.state == OUT_OF_MEMORY:
+            self._try_again(worker, f"out of memory{' even alone' if worker.small else ''}: {result.error}")
+        elif result.state != STOPPED and job is not None and place is not None:
+            if result.state == DONE and worker.settings.device not in self._admitted:
+                self._admitted.add(worker.settings.device)
+                self._admit(worker.settings, result)
+            self._finish(job, _with_real_names(result, place), place)
+        self._release(worker)
+        if result.spent:
+            worker.kill()
+
+    def _release(self, worker: WorkerProcess) -> None:
+        if worker.place is not None:
+            self.lock.remove_place(worker.place)
+        worker.job = worker.place = None
+
+    def _finish(self, job: Job, result: ClipResult, place: Path | None = None) -> None:
+        """Records a clip, and gives its result its name."""
+        if result.state == DONE and place is not None:
+            result = self._publish(job, result, place / job.output.name)
+        if result.state == DISK_FULL:
+            self._stop_for_room(job, result.error)
+        if result.state != DONE:
+            try:
+                self.manifest.record(job, FAILED, error=result.error, seconds=round(result.seconds, 3))
+                result = self._keep_partial(job, result, place)
+            except OSError as error:
+                self._stop_for_room(job, str(error))
+        self.report.results.append(result)
+        self.say(f"{job.name}: {result.state}{f', {result.error}' if result.error else f', {result.frames} frames'}")
+
+    def _stop_for_room(self, job: Job, why: str) -> None:
+        self.report.stopped = f"{job.name}: {why} Finished clips are safe. Make room on the disk and run again."
+
+    def _publish(self, job: Job, result: ClipResult, staged: Path) -> ClipResult:
+        if not self._may_write(job):
+            return _taken(job)
+        try:
+            self.manifest.record(job, DONE, staged, frames=result.frames, seconds=round(result.seconds, 3))
+            os.replace(staged, job.output)
+            self.manifest.drop_partial(job)
+        except OSError as error:
+            return _failure(job, error)
+        return result
+
+    def _keep_partial(self, job: Job, result: ClipResult, place: Path | None) -> ClipResult:
+        """Takes over the readable part of a clip that turned out damaged, or that its container refused."""
+        for staged in sorted(place.glob(f"{glob.escape(job.output.stem)}.partial*")) if place else ():
+            kept = self.manifest.add_partial(job, staged)
+            error = result.error.replace(str(job.output.with_name(staged.name)), str(kept))
+            where = "" if str(kept) in error else f" The frames before that are in {kept}."
+            return replace(result, error=f"{error}{where}")
+        return result
+
+    def _may_start(self, worker: WorkerProcess) -> bool:
         """Whether there is room, as measured now, for a worker whose process does not run yet."""
-        if slot.started or self.run.force or not self._busy():
+        if worker.started or self.run.force or not self._busy():
             return True
         known = [result.footprint for result in self.report.results if result.footprint]
-        answer = may_load(max(known, default=0), probe.read(slot.settings.device))
+        answer = may_load(max(known, default=0), probe.read(worker.settings.device))
         return answer.allowed or answer.free is None
 
     def _admit(self, settings: WorkerSettings, result: ClipResult) -> None:
@@ -283,49 +330,23 @@ class _Scheduler:
         self.report.admissions.append(f"{settings.device}: {found.reason}")
         self.say(self.report.admissions[-1])
         for _ in range(found.count - 1):
-            self._add_slot(settings)
-
-    def _record(self, job: Job, result: ClipResult) -> None:
-        if result.state == STOPPED:
-            return
-        if result.state == NO_MODEL:
-            self.report.stopped = f"The model could not be loaded: {result.error}"
-            return
-        if result.state == DISK_FULL:
-            self.report.stopped = (
-                f"{job.name}: {result.error} Finished clips are safe. Make room on the disk and run again."
-            )
-            self.stop_all()
-        self.report.results.append(result)
-        self.manifest.record(
-            job, DONE if result.state == DONE else FAILED, frames=result.frames, error=result.error,
-            seconds=round(result.seconds, 3),
-        )  # fmt: skip
-        self.say(f"{job.name}: {result.state}{f', {result.error}' if result.error else f', {result.frames} frames'}")
-
-    def _alone(self, job: Job) -> None:
-        """Tries a clip once more, with no other worker and the smallest plan. A second failure is final."""
-        self.report.redone.append(job.name)
-        self.close_all()
-        slot = self._add_slot(self.run.settings[0])
-        slot.submit(job, small=True)
-        _, result = slot.take()
-        slot.close()
-        if result is None:
-            result = ClipResult(job.name, FAILED, "its worker died twice (killed, out of memory, or a crash)")
-        elif result.state == OUT_OF_MEMORY:
-            result = replace(result, state=FAILED, error=f"out of memory even alone: {result.error}")
-        self._record(job, result)
+            self._add_worker(settings)
 
 
-def _growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
-    """How the bytes that each worker holds after a clip grow from clip to clip, without its first two."""
-    series: dict[int, list[int]] = {}
-    for result in results:
-        series.setdefault(result.pid, []).append(result.after)
-    found = {}
-    for number, values in enumerate(series.values()):
-        growth = leak.fit(values[FIRST_STEADY_CLIP - 1 :])
-        if growth is not None:
-            found[f"worker {number}"] = str(growth)
-    return found
+def _taken(job: Job) -> ClipResult:
+    return ClipResult(
+        job.name, FAILED,
+        f"{job.output}: expected a free name, or a result of an earlier run; got a file that none made, or that was"
+        " changed since. Move it away, choose another OUT, or use --force.",
+    )  # fmt: skip
+
+
+def _failure(job: Job, error: OSError) -> ClipResult:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return ClipResult(job.name, DISK_FULL if full else FAILED, str(error))
+
+
+def _with_real_names(result: ClipResult, place: Path) -> ClipResult:
+    """Errors name the file that the user knows, not the place where it grew."""
+    grew, known = f"{place}{os.sep}", f"{place.parent}{os.sep}"
+    return replace(result, error=result.error.replace(grew, known))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import signal
+import queue
+import threading
 import time
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,11 +21,14 @@ from ...models.flashvsr import FlashVSR, StreamOptions
 from ...models.flashvsr.checkpoint import load_flashvsr
 from ...models.flashvsr.memory_plan import MemoryPlan
 from ...models.video import open_clip
-from ..clip import OutputOptions, choose_dtype, footage_of, open_writer, peak_rss_bytes, upscale_clip
+from ..clip import OutputOptions, choose_dtype, footage_of, is_memory_error, open_writer, peak_rss_bytes, upscale_clip
 
 DONE, FAILED, DISK_FULL, STOPPED = "done", "failed", "disk full", "stopped"
 OUT_OF_MEMORY, NO_MODEL = "out of memory", "no model"
+READY = "ready"
+"""What a worker says once its model is loaded."""
 PROGRESS_SECONDS = 0.5
+ERROR_CHARACTERS = 1000
 SMALL = MemoryPlan(kv_in_ram=True, decoder_frames=1)
 """The smallest plan that gives the same frames: for a clip whose worker died."""
 
@@ -50,6 +55,22 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What a worker says every half second while it works on a clip, and before a step that may take longer than told.
+
+    Attributes:
+        frames, total: done, and in all (None where nothing says how many).
+        usual: seconds that the longest step of the kind that begins now took in this clip; None for the first.
+        in_use: part of the device's memory that is in use, by all processes, as measured; None if it cannot be read.
+    """
+
+    frames: int
+    total: int | None
+    usual: float | None
+    in_use: float | None
+
+
+@dataclass(frozen=True)
 class ClipResult:
     """How a clip turned out, and what it took.
 
@@ -60,6 +81,8 @@ class ClipResult:
             resident memory.
         after, after_source: bytes that the worker holds after the clip, and where that number comes from.
         pid: of the worker.
+        in_use: the most of the device's memory that was seen in use during the clip, as a part of the whole.
+        spent: whether the worker is better replaced: the error may have broken its device or its heap.
     """
 
     name: str
@@ -72,6 +95,8 @@ class ClipResult:
     after_source: str = ""
     pid: int = 0
     notes: tuple[str, ...] = ()
+    in_use: float | None = None
+    spent: bool = False
 
 
 class _Stopped(Exception):
@@ -85,83 +110,121 @@ class _Worker:
     device: torch.device
     dtype: torch.dtype
     pipe: Connection
+    stop: threading.Event
 
 
-_worker: _Worker | None = None
-_failure = ""
-"""Why there is no worker: of an error raised in `start`, an executor would only say that the process broke."""
-
-
-def start(settings: WorkerSettings, pipe: Connection) -> None:
-    """Turns this process into a worker and loads the model.
+def serve(pipe: Connection, orders: queue.SimpleQueue[Any], stop: threading.Event) -> None:
+    """Loads the model, says `READY`, and upscales what is ordered, for ever. The parent ends this process.
 
     Args:
-        pipe: takes (clip, frames done, frames in all). Whatever comes from it stops the clip in work, its end too: then
-            the parent is gone. Ctrl-C is the parent's business.
+        pipe: takes READY, `Progress` and `ClipResult`; one with state NO_MODEL comes instead of READY.
+        orders: the settings as plain values first, then for each clip its name, its path, that of its result, and
+            whether to take the smallest plan.
+        stop: set to end the clip in work at its next step.
     """
-    global _worker, _failure
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plain = orders.get()
+    try:
+        options, output = StreamOptions(**plain["options"]), OutputOptions(**plain["output"])
+        worker = _load(WorkerSettings(**{**plain, "options": options, "output": output}), pipe, stop)
+    except Exception as error:  # whatever it is, it would be the same for every clip
+        pipe.send(ClipResult("", NO_MODEL, _text_of(error)))
+        return
+    pipe.send(READY)
+    while True:
+        name, source, output, small = orders.get()
+        pipe.send(upscale(worker, name, Path(source), Path(output), SMALL if small else MemoryPlan()))
+
+
+def _load(settings: WorkerSettings, pipe: Connection, stop: threading.Event) -> _Worker:
     torch.set_num_threads(settings.threads)
     fix_heap_growth()
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = choose_dtype(settings.precision, device)
-    try:
-        model = load_flashvsr(settings.model, settings.version, settings.lq_cache_order, dtype=dtype, device=device)
-    except (ValueError, OSError, RuntimeError) as error:
-        _failure = str(error)
-        return
-    _worker = _Worker(settings, model, device, dtype, pipe)
+    model = load_flashvsr(settings.model, settings.version, settings.lq_cache_order, dtype=dtype, device=device)
+    return _Worker(settings, model, device, dtype, pipe, stop)
 
 
-def upscale(name: str, source: str, output: str, plan: MemoryPlan = MemoryPlan()) -> ClipResult:  # noqa: B008  frozen
+def upscale(worker: _Worker, name: str, source: Path, output: Path, plan: MemoryPlan) -> ClipResult:
     """Upscales one clip in this worker. Raises nothing: whatever goes wrong with the clip is in the result."""
-    if _worker is None:
-        return ClipResult(name, NO_MODEL, _failure)
     started = time.perf_counter()
     try:
-        result = _upscale(_worker, name, Path(source), Path(output), plan)
+        result = _upscale(worker, name, source, output, plan)
     except _Stopped:
         result = ClipResult(name, STOPPED)
-    except torch.OutOfMemoryError as error:
-        result = ClipResult(name, OUT_OF_MEMORY, str(error).splitlines()[0])
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        result = ClipResult(name, DISK_FULL if full else FAILED, str(error))
-    except (ValueError, RuntimeError, MemoryError) as error:
-        result = ClipResult(name, FAILED, f"{error}" or type(error).__name__)
-    footprint, (after, source_of_after) = _footprint(_worker.device), _returned(_worker.device)
+    except Exception as error:  # one odd clip must not end the night
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        state = OUT_OF_MEMORY if is_memory_error(error) else DISK_FULL if full else FAILED
+        result = ClipResult(name, state, _text_of(error), spent=isinstance(error, (RuntimeError, MemoryError)))
+    footprint, (after, source_of_after) = _footprint(worker.device), _returned(worker.device)
     seconds = time.perf_counter() - started
     return replace(
         result, seconds=seconds, footprint=footprint, after=after, after_source=source_of_after, pid=os.getpid()
     )
 
 
+def _text_of(error: Exception) -> str:
+    """What an error says; of one that only names a fault, its type as well."""
+    text = str(error)
+    plain = isinstance(error, (ValueError, OSError, RuntimeError)) and text
+    return (text if plain else f"{type(error).__name__}: {text}")[:ERROR_CHARACTERS]
+
+
 def _upscale(worker: _Worker, name: str, source: Path, output: Path, plan: MemoryPlan) -> ClipResult:
     settings = worker.settings
     footage = footage_of(open_clip(source))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # An older result is replaced by renaming, once the new one is complete.
-    writer = open_writer(footage, output, settings.options.scale, replace(settings.output, force=True))
-    said = 0.0
+    writer = open_writer(footage, output, settings.options.scale, settings.output)
+    watch = _StepWatch()
 
     def step(phase: str, done: int, total: int | None) -> None:
-        nonlocal said
-        if worker.pipe.poll():
+        if worker.stop.is_set():
             raise _Stopped
-        if time.perf_counter() - said >= PROGRESS_SECONDS:
-            said = time.perf_counter()
-            worker.pipe.send((name, done, total or footage.count))
+        if watch.begin(phase):
+            worker.pipe.send(watch.progress(done, total or footage.count, worker.device))
 
     report = upscale_clip(
         worker.model, footage, writer, settings.options, device=worker.device, dtype=worker.dtype, on_step=step,
         plan=plan,
     )  # fmt: skip
-    if not report.complete:
-        Path(report.output).unlink(missing_ok=True)
-        return ClipResult(name, FAILED, report.notes[-1], notes=report.notes)
-    return ClipResult(name, DONE, frames=report.frames, notes=report.notes)
+    result = ClipResult(name, DONE, frames=report.frames, notes=report.notes, in_use=watch.most_in_use)
+    if report.complete:
+        return result
+    return replace(result, state=FAILED, error=report.notes[-1])
+
+
+class _StepWatch:
+    """How long the steps of one clip take, by kind, and when to tell the parent of it."""
+
+    def __init__(self) -> None:
+        self.most_in_use: float | None = None
+        self._longest: dict[str, float] = {}
+        self._phase, self._began = "", 0.0
+        self._told, self._usual = 0.0, 0.0
+
+    def begin(self, phase: str) -> bool:
+        """A step of that kind begins, and so the one before it is done. Says whether the parent should hear of it."""
+        now = time.perf_counter()
+        if self._phase:
+            self._longest[self._phase] = max(now - self._began, self._longest.get(self._phase, 0.0))
+        self._phase, self._began = phase, now
+        usual = self._longest.get(phase)
+        # A step that the parent takes for a shorter one would look like a worker that hangs.
+        longer = usual is None or usual > max(self._usual, PROGRESS_SECONDS)
+        return longer or now - self._told >= PROGRESS_SECONDS
+
+    def progress(self, done: int, total: int | None, device: torch.device) -> Progress:
+        """What to tell now."""
+        usual = self._longest.get(self._phase)
+        self._told, self._usual = self._began, usual or 0.0
+        in_use = _share_in_use(device)
+        self.most_in_use = max((share for share in (in_use, self.most_in_use) if share is not None), default=None)
+        return Progress(done, total, usual, in_use)
+
+
+def _share_in_use(device: torch.device) -> float | None:
+    reading = probe.read(device)
+    return reading.used.bytes / reading.total.bytes if reading.used.bytes and reading.total.bytes else None
 
 
 def _footprint(device: torch.device) -> int:

@@ -22,6 +22,8 @@ COLOURS = tuple(METHODS)
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Number formats a user can choose; which of them "auto" means depends on the host and the device."""
 LQ_CACHE_ORDERS = ("fixed", "as_trained")
+LAYER_LIMIT, SIZE_LIMIT = 128, 1 << 20
+"""Far beyond any released model; what claims more is damaged, and building it would take long."""
 TRAINED_AREA = 768 * 1280
 """Pixels at which `sparse_ratio` is stated: top-k ratio = sparse_ratio · 768 · 1280 / (H · W) (official scripts)."""
 
@@ -51,6 +53,11 @@ class FlashVSRConfig:
     decoder_channels: tuple[int, int, int, int] = (512, 256, 128, 128)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = LAYER_LIMIT if field.name in ("num_layers", "lq_layers") else SIZE_LIMIT
+            if not all(1 <= size <= most for size in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"FlashVSRConfig.{field.name}: expected 1 to {most:,}; got {value}.")
         if self.dim % self.num_heads:
             raise ValueError(
                 f"FlashVSRConfig: expected dim divisible by num_heads; got {self.dim} and {self.num_heads}."
@@ -80,7 +87,7 @@ class FlashVSRConfig:
             num_heads: needed only where the head dim is not 128; no tensor shows it.
 
         Raises:
-            KeyError: a key that fixes a size is missing.
+            KeyError: a key that fixes a size is missing, or a layer among the others.
             ValueError: the sizes do not fit a FlashVSR model.
         """
         patch = transformer["patch_embedding.weight"]
@@ -92,21 +99,28 @@ class FlashVSRConfig:
                 )
             num_heads = int(dim // HEAD_DIM)
         c0, c1, c2, c3 = (decoder[f"decoder.{i}.weight"].shape[0] for i in (1, 10, 16, 22))
-        layers = [int(key.split(".")[1]) for key in transformer if key.startswith("blocks.")]
-        linears = [int(key.split(".")[1]) for key in lq_projection if key.startswith("linear_layers.")]
         return cls(
             dim=dim,
             num_heads=num_heads,
             ffn_dim=transformer["blocks.0.ffn.0.weight"].shape[0],
-            num_layers=max(layers) + 1,
+            num_layers=_layers(transformer, "blocks"),
             freq_dim=transformer["time_embedding.0.weight"].shape[1],
             text_dim=transformer["text_embedding.0.weight"].shape[1],
             in_dim=patch.shape[1],
             out_dim=transformer["head.head.weight"].shape[0] // PATCH**2,
             lq_hidden=(lq_projection["conv1.weight"].shape[0], lq_projection["conv2.weight"].shape[0]),
-            lq_layers=max(linears) + 1,
+            lq_layers=_layers(lq_projection, "linear_layers"),
             decoder_channels=(c0, c1, c2, c3),
         )
+
+
+def _layers(entries: Mapping[str, Tensor], name: str) -> int:
+    """How many layers there are. Their largest number is not believed: each one before it must be there too."""
+    numbers = {key.split(".")[1] for key in entries if key.startswith(f"{name}.")}
+    absent = {str(number) for number in range(len(numbers))} - numbers
+    if absent:
+        raise KeyError(f"{name}.{min(absent)}")
+    return len(numbers)
 
 
 @dataclass(frozen=True)

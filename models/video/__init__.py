@@ -5,7 +5,7 @@ from .pixels import ColourTags
 from .reader import Clip, open_clip
 from .source import DamagedVideoError, VideoError
 from .waveform import Waveform
-from .writer import ClipWriter, Encoding, choose_encoding
+from .writer import ClipWriter, Encoding, MuxingError, choose_encoding
 
 __all__ = [
     "Clip",
@@ -14,6 +14,7 @@ __all__ = [
     "DamagedVideoError",
     "Encoding",
     "ImageSequenceWriter",
+    "MuxingError",
     "VideoError",
     "Waveform",
     "choose_encoding",

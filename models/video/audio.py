@@ -10,8 +10,9 @@ import av
 from av.container import OutputContainer
 from av.error import FFmpegError
 
-from .reader import Clip, time_origin
+from .reader import Clip
 from .source import open_container
+from .timeline import JoinedClock, time_origin
 from .waveform import BITS_PER_SECOND
 
 log = logging.getLogger("steadyvsr.video")
@@ -38,8 +39,10 @@ class AudioCopy:
         self._waiting: av.Packet | None = None
         self._origin = time_origin(self._input) + clip.start
         self._targets: dict[int, tuple] = {}
+        self._clocks: dict[int, JoinedClock] = {}
         for stream in self._input.streams.audio:
             self._targets[stream.index] = self._target(stream)
+            self._clocks[stream.index] = JoinedClock(self._input)
         if clip.start:
             self._input.seek(int(self._origin * av.time_base))
         self._packets = self._input.demux(list(self._input.streams.audio))
@@ -62,13 +65,15 @@ class AudioCopy:
     def advance(self, until: Fraction | None) -> None:
         """Writes the packets that begin before `until` seconds of the window; None writes all that are left."""
         while not self._done:
-            packet = self._waiting or self._next_packet()
-            self._waiting = None
+            waiting, self._waiting = self._waiting, None
+            packet = waiting or self._next_packet()
             if packet is None:
                 self._finish()
                 return
             if packet.dts is None:
                 continue
+            if packet is not waiting:
+                self._close_up(packet)
             begin = packet.dts * packet.time_base - self._origin
             if self._clip.start and begin < 0:
                 continue
@@ -91,6 +96,16 @@ class AudioCopy:
             # The reader of the pictures reports damaged files; here it only means that the sound ends.
             log.warning("%s: the audio ends early: %s", self._clip.name, error.strerror)
             return None
+
+    def _close_up(self, packet: av.Packet) -> None:
+        """Takes the jumps of the source's clock out of a packet's times, as the reader does for the pictures."""
+        assert packet.dts is not None and packet.time_base is not None
+        time = packet.dts * packet.time_base
+        duration = max(1, packet.duration or 0) * packet.time_base
+        ticks = round((self._clocks[packet.stream.index].moved(time, duration) - time) / packet.time_base)
+        packet.dts += ticks
+        if packet.pts is not None:
+            packet.pts += ticks
 
     def _write(self, packet: av.Packet) -> None:
         target, encoded = self._targets[packet.stream.index]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from .orientation import Uprighter
-from .part_file import expect_folder, explained
+from .part_file import PartFolder, explained
 from .pixels import frame_to_rgb, rgb_to_frame
 from .source import DamagedVideoError, Source, VideoError
 
@@ -145,23 +144,18 @@ class ImageSequenceWriter:
             for frame in frames:
                 writer.write(frame)
 
-    The frames go to `FOLDER.part` beside it; leaving the `with` block by an exception removes that and nothing else. An
-    existing folder is refused without `force`; with it, files of the same names are replaced and others stay.
+    The frames go to a part of its own beside it (see `part_file`); leaving the `with` block by an exception removes
+    that and nothing else. An existing folder is refused without `force`; with it, files of the same names are replaced
+    and others stay.
     """
 
     def __init__(self, folder: str | Path, width: int, height: int, *, sixteen_bit: bool = False, force: bool = False):
         self.path = Path(folder)
         self.width, self.height = width, height
         self.frames_written = 0
-        self._force = force
         self._format = "rgb48be" if sixteen_bit else "rgb24"
         self._encoder = _png_encoder(width, height, self._format)
-        self._refuse_existing()
-        expect_folder(self.path)
-        self._part = self.path.with_name(self.path.name + ".part")
-        shutil.rmtree(self._part, ignore_errors=True)
-        with explained(self.path):
-            self._part.mkdir()
+        self._part = PartFolder(folder, force)
 
     def __enter__(self) -> ImageSequenceWriter:
         return self
@@ -176,7 +170,7 @@ class ImageSequenceWriter:
         """Writes one HWC float RGB frame 0..1 as round(x·255) or round(x·65535); images have no time to store."""
         check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
         data = encode_png(frame, self._format, self._encoder)
-        target = self._part / FRAME_NAME.format(self.frames_written)
+        target = self._part.part / FRAME_NAME.format(self.frames_written)
         with explained(self.path), open(target, "wb") as file:
             file.write(data)
             file.flush()
@@ -185,29 +179,15 @@ class ImageSequenceWriter:
 
     def finish(self, to: str | Path | None = None) -> Path:
         """Gives the folder its name (or the name `to`) and returns its path."""
-        if to is not None:
-            self.path = Path(to)
         if not self.frames_written:
             self.abort()
             raise VideoError(f"{self.path}: expected at least one frame to write; got none.")
-        self._refuse_existing()
-        if self.path.is_dir():
-            for image in sorted(self._part.iterdir()):
-                os.replace(image, self.path / image.name)
-            self._part.rmdir()
-        else:
-            self._part.rename(self.path)
+        self.path = self._part.commit(to)
         return self.path
 
     def abort(self) -> None:
         """Removes what was written so far."""
-        shutil.rmtree(self._part, ignore_errors=True)
-
-    def _refuse_existing(self) -> None:
-        if self.path.exists() and not (self.path.is_dir() and (self._force or not any(self.path.iterdir()))):
-            raise FileExistsError(
-                f"{self.path}: already exists. Choose another name, or ask for overwriting (--force)."
-            )
+        self._part.discard()
 
 
 def check_frame(name: str, frame: Tensor, width: int, height: int, index: int) -> None:

@@ -7,7 +7,7 @@ closes it at the end, so memory does not depend on the clip's length and two rea
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from . import images
+from .completeness import Progress, header_end, missing_tail
 from .orientation import Uprighter, display_matrix, turns_sideways, upright
 from .pixels import (
     MATRIX_BT709,
@@ -34,13 +35,13 @@ from .pixels import (
     has_alpha,
     matrix_of,
 )
-from .source import DamagedVideoError, Source, VideoError, open_container, source_name
+from .source import Source, VideoError, open_container, source_name
+from .timeline import JoinedClock, time_origin
 
 log = logging.getLogger("steadyvsr.video")
 
 DEFAULT_FRAME_RATE = Fraction(24)
-# A header's duration is rounded: a clip counts as cut off only if it ends more than this many frames earlier.
-END_TOLERANCE_FRAMES = Fraction(5, 2)
+LISTED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ class Clip:
         for frame, _ in self.frames_with_times():
             yield frame
 
-    def frames_with_times(self) -> Iterator[tuple[Tensor, Fraction]]:
+    def frames_with_times(self, on_note: Callable[[str], object] = log.warning) -> Iterator[tuple[Tensor, Fraction]]:
         """Yields each frame with its time in seconds from the start of the window, strictly increasing.
+
+        Args:
+            on_note: called at the end with what a user should be told: damaged frames that the decoder filled in.
 
         Raises:
             DamagedVideoError: after the good frames, if the file ends earlier than its header says or a frame cannot be
@@ -94,29 +98,44 @@ class Clip:
             yield from images.read_images(self.images, size, self.frame_rate, self.start, self.window, keep)
             return
         with open_container(self.source) as container:
-            yield from _read(self, container)
+            yield from _read(self, container, on_note)
 
-    def verify(self) -> None:
-        """Reads through the file without decoding; raises DamagedVideoError if it is cut off or unreadable.
+    def progress(self, container: InputContainer, stream: VideoStream) -> Progress:
+        """Nothing seen yet of the packets that this clip needs."""
+        end = None if self.window is None else self.start + self.window
+        return Progress(self.name, self.frame_rate, end, container, stream)
+
+    def verify(self) -> list[str]:
+        """Reads through the file without decoding, and returns what a user should be told about it.
 
         Takes minutes of disk reading at most, before hours of upscaling that would end in the same message.
+
+        Raises:
+            DamagedVideoError: it is cut off or unreadable; with damaged="keep" that is among what is returned.
         """
         if self.images:
             images.verify_images(self.images)
-            return
+            return []
         with open_container(self.source) as container:
             stream = _picture_stream(self.name, container)
-            progress = _Progress(self, container, stream)
+            progress = self.progress(container, stream)
+            problem = None
             try:
-                for packet in container.demux(stream):
+                # All streams: where only the container states a duration, the sound may be what goes on longest.
+                for packet in container.demux():
                     progress.packet(packet)
                     if progress.past_window:
-                        return
+                        return progress.notes()
             except FFmpegError as error:
-                raise progress.damage(f"unreadable data ({error.strerror})") from error
-            problem = progress.problem_at_end()
-            if problem:
+                problem = f"unreadable data ({error.strerror})"
+            tail = missing_tail(self.source, container.format.name)
+            problem = problem or progress.problem_at_end() or (str(tail) if tail and tail.certain else None)
+            if problem and self.damaged == "raise":
                 raise progress.damage(problem)
+            notes = progress.notes()
+            if problem or tail:
+                notes.append(f"damaged: {problem or tail}; frames at the end may be missing")
+            return notes
 
 
 def open_clip(
@@ -179,7 +198,7 @@ def _describe(source, name, container: InputContainer, begin, window, damaged) -
     height, width = upright(torch.empty(first.height, first.width, 1), matrix).shape[:2]
     aspect = stream.sample_aspect_ratio or Fraction(1)
     rate = stream.average_rate or stream.guessed_rate or stream.base_rate or DEFAULT_FRAME_RATE
-    end = _header_end(container, stream)
+    end = header_end(container, stream)
     seconds = None if end is None else max(Fraction(0), end - time_origin(container) - begin)
     if window is not None:
         seconds = window if seconds is None else min(window, seconds)
@@ -239,89 +258,14 @@ def _first_frame(name: str, container: InputContainer, stream) -> av.VideoFrame:
     raise VideoError(f"{name}: expected at least one frame; got none that can be decoded ({problem}).")
 
 
-def time_origin(container: InputContainer) -> Fraction:
-    """The container's time that counts as 0 s: MPEG-TS starts anywhere, and audio priming before 0 shifts nothing."""
-    starts = [
-        s.start_time * s.time_base
-        for s in container.streams
-        if s.type in ("video", "audio") and s.start_time is not None and s.time_base is not None
-    ]
-    return max(Fraction(0), min(starts, default=Fraction(0)))
-
-
-def _header_end(container: InputContainer, stream) -> Fraction | None:
-    """When the video ends according to its header, on the stream's own clock; None if no header says so."""
-    begin = (stream.start_time or 0) * stream.time_base
-    if container.format.name == "avi" and stream.frames:
-        return begin + stream.frames * stream.time_base  # its duration is re-estimated when the file is short
-    if stream.duration:
-        return begin + stream.duration * stream.time_base
-    for key, value in stream.metadata.items():  # Matroska's statistics: 00:00:02.000000000
-        if key == "DURATION" or key.startswith("DURATION-"):
-            hours, minutes, seconds = value.split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)
-    if not container.streams.audio and container.duration:
-        return begin + Fraction(container.duration, av.time_base)
-    return None
-
-
-class _Progress:
-    """How far a pass through the packets has come, compared with what the header promised."""
-
-    def __init__(self, clip: Clip, container: InputContainer, stream):
-        self.name, self.rate, self.window_end = clip.name, clip.frame_rate, None
-        self.origin = time_origin(container)
-        if clip.window is not None:
-            self.window_end = self.origin + clip.start + clip.window
-        self.expected_end = _header_end(container, stream)
-        self.expected_frames = stream.frames or (
-            None if self.expected_end is None else round(self.expected_end * self.rate)
-        )
-        self.end = Fraction(0)
-        self.packets = self.corrupt = 0
-        self.delivered: int | None = None
-        self.past_window = False
-
-    def packet(self, packet: av.Packet) -> None:
-        if not packet.size:
-            return
-        self.packets += 1
-        self.corrupt += packet.is_corrupt
-        if packet.pts is not None:
-            step = packet.duration * packet.time_base if packet.duration else 1 / self.rate
-            self.end = max(self.end, packet.pts * packet.time_base + step)
-            # Packets come in decoding order: one that is a second past the window means that all of it was seen.
-            dts = packet.dts if packet.dts is not None else packet.pts
-            self.past_window = self.window_end is not None and dts * packet.time_base > self.window_end + 1
-
-    def problem_at_end(self) -> str | None:
-        if self.corrupt:
-            return "a packet that is cut off"
-        begin = self.origin
-        if self.expected_end is None or not self.end or self.past_window:
-            return None
-        promised = self.expected_end if self.window_end is None else min(self.expected_end, self.window_end)
-        step = max(1 / self.rate, (self.end - begin) / self.packets)
-        if promised - self.end > END_TOLERANCE_FRAMES * step:
-            return f"the end of the file at {float(self.end - begin):.2f} s of {float(self.expected_end - begin):.2f} s"
-        return None
-
-    def damage(self, problem: str) -> DamagedVideoError:
-        expected = f"{self.expected_frames} frames" if self.expected_frames else "an intact video"
-        got = f"{self.packets} readable packets" if self.delivered is None else f"{self.delivered} frames"
-        return DamagedVideoError(
-            f"{self.name}: expected {expected}; got {got}, then {problem}."
-            " Get an intact copy, or ask for the readable part (command line: --keep-damaged).",
-            self.delivered,
-        )
-
-
-def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fraction]]:
+def _read(clip: Clip, container: InputContainer, on_note: Callable[[str], object]) -> Iterator[tuple[Tensor, Fraction]]:
     stream = _picture_stream(clip.name, container)
     stream.thread_type = "AUTO"
     assert stream.time_base is not None  # FFmpeg sets it for every stream it opens
-    progress = _Progress(clip, container, stream)
+    progress = clip.progress(container, stream)
     origin = progress.origin + clip.start
+    clock = JoinedClock(container)
+    filled_in: list[int] = []
     if clip.start:
         container.seek(int(origin / stream.time_base), stream=stream, backward=True)
     half_tick = stream.time_base / 2
@@ -330,7 +274,7 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
     progress.delivered = 0
     for frame in _decode(clip, container, stream, progress):
         if frame.pts is not None:
-            time = frame.pts * stream.time_base - origin
+            time = clock.moved(frame.pts * stream.time_base, 1 / clip.frame_rate) - origin
         else:
             time = previous + 1 / clip.frame_rate if previous is not None else Fraction(0)
         if previous is not None and time <= previous:
@@ -347,13 +291,18 @@ def _read(clip: Clip, container: InputContainer) -> Iterator[tuple[Tensor, Fract
                 f"{clip.name}: expected every frame to be {clip.width}x{clip.height}; got {width}x{height} at frame"
                 f" {progress.delivered}. Split the video where its size changes."
             )
+        if frame.is_corrupt:
+            filled_in.append(progress.delivered)
         yield rgb, time
         progress.delivered += 1
+    if filled_in:
+        listed = ", ".join(map(str, filled_in[:LISTED_FRAMES])) + (" …" if len(filled_in) > LISTED_FRAMES else "")
+        on_note(f"{clip.name}: damaged frames, filled in by the decoder: {len(filled_in)} (counted from 0: {listed})")
     if not progress.delivered:
         raise VideoError(f"{clip.name}: expected frames from {float(clip.start):g} s on; got none.")
 
 
-def _decode(clip: Clip, container: InputContainer, stream, progress: _Progress) -> Iterator[av.VideoFrame]:
+def _decode(clip: Clip, container: InputContainer, stream, progress: Progress) -> Iterator[av.VideoFrame]:
     """Yields decoded frames in display order; damage is raised where it shows, or logged with damaged="keep".
 
     Raising loses up to a handful of good frames that the decoder holds back for reordering: with several decoding

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import av
 from av.container import InputContainer
 from av.error import FFmpegError
+
+from ..printable import printable
 
 Source: TypeAlias = str | Path | BinaryIO
 
@@ -18,7 +22,13 @@ _IO_BUFFER_BYTES = 1 << 18
 
 
 class VideoError(ValueError):
-    """A video cannot be read or written as asked; the message names the file, what was expected and what came."""
+    """A video cannot be read or written as asked; the message names the file, what was expected and what came.
+
+    Control characters in it, which come from file names and metadata, are escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, len(message)))
 
 
 class DamagedVideoError(VideoError):
@@ -58,11 +68,21 @@ class _SharedFile:
 
 
 def source_name(source: Source) -> str:
-    """What messages call the source: its file name, or that it is in memory."""
+    """What messages call the source: its file name with control characters escaped, or that it is in memory."""
     if isinstance(source, (str, Path)):
-        return Path(source).name
+        return printable(Path(source).name)
     name = getattr(source, "name", None)
-    return Path(name).name if isinstance(name, str) else "video in memory"
+    return printable(Path(name).name) if isinstance(name, str) else "video in memory"
+
+
+@contextlib.contextmanager
+def binary(source: Source) -> Iterator[BinaryIO | _SharedFile]:
+    """The source's bytes, to `read`, `seek` and `tell`; an open file keeps its own position."""
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            yield file
+    else:
+        yield _SharedFile(source)
 
 
 def source_bytes(source: Source) -> int:
@@ -94,7 +114,10 @@ def open_container(source: Source) -> InputContainer:
         raise VideoError(f"{name}: expected a video; got an empty file (0 bytes). Copy or download it again.")
     opened = f"file:{Path(source)}" if isinstance(source, (str, Path)) else _SharedFile(source)
     try:
-        return av.open(opened, "r", container_options=_CONTAINER_OPTIONS, buffer_size=_IO_BUFFER_BYTES)
+        # Metadata of old files is often Latin-1; what is not UTF-8 must not cost the pictures.
+        return av.open(
+            opened, "r", container_options=_CONTAINER_OPTIONS, buffer_size=_IO_BUFFER_BYTES, metadata_errors="replace"
+        )
     except PermissionError as error:
         raise PermissionError(f"{name}: expected a readable file; got permission denied.") from error
     except FFmpegError as error:
@@ -105,12 +128,8 @@ def open_container(source: Source) -> InputContainer:
 
 def _what_it_is(source: Source) -> str:
     """A guess from the first bytes, for messages."""
-    if isinstance(source, (str, Path)):
-        with open(source, "rb") as file:
-            head = file.read(512)
-    else:
-        source.seek(0)
-        head = source.read(512)
+    with binary(source) as file:
+        head = file.read(512)
     if head[4:8] == b"ftyp":
         return "an MP4 whose index (moov) is missing: it was cut off before its end, or never finished"
     if head.startswith((b"\x1aE\xdf\xa3", b"RIFF")):

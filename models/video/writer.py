@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,12 @@ _CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
 _LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
 """By codec: formats for ten bits and for eight, in RGB so that nothing is lost."""
 _IO_BUFFER_BYTES = 1 << 20
+MAX_TICKS = 2**31 - 1
+"""Between two frames of an MP4 or MOV file."""
+
+
+class MuxingError(VideoError):
+    """A container cannot take any more. What it holds can be kept: see `ClipWriter.keep`."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +119,9 @@ class ClipWriter:
             for frame, time in frames:
                 writer.write(frame, time)
 
-    The file grows as `out.mp4.part`; leaving the block by an exception removes it. Colours are BT.709 (BT.2020 for a
-    source in those primaries), limited range, tagged as such. Sound is copied packet by packet, or re-encoded with a
-    note if the container cannot hold it.
+    The file grows as a part of its own (see `part_file`); leaving the block by an exception removes it. Colours are
+    BT.709 (BT.2020 for a source in those primaries), limited range, tagged as such. Sound is copied packet by packet,
+    or re-encoded with a note if the container cannot hold it.
 
     Args:
         frame_rate: frames per second; also the step of frames written without a time.
@@ -216,7 +223,11 @@ class ClipWriter:
         if exception_type is not None:
             self.abort()
         elif not self._closed:
-            self.finish()
+            try:
+                self.finish()
+            except BaseException:
+                self.abort()
+                raise
 
     def write(self, frame: Tensor, time: Fraction | None = None) -> None:
         """Encodes one frame, HWC float RGB 0..1; values beyond are clamped, code values are rounded.
@@ -226,6 +237,7 @@ class ClipWriter:
 
         Raises:
             ValueError: a wrong shape, NaN, or a time that is not after the last one.
+            MuxingError: the container cannot hold it (a gap that its clock cannot count, …).
         """
         check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
         if time is not None:
@@ -235,36 +247,72 @@ class ClipWriter:
         if self._last_pts is not None and pts <= self._last_pts:
             last, now = float(self._last_pts * self._time_base), float(pts * self._time_base)
             raise ValueError(f"{self.path.name}: expected frame {self.frames_written} after {last} s; got {now} s.")
+        self._expect_countable(pts)
         self._last_pts = pts
         picture = rgb_to_frame(frame, self.encoding.pixel_format, self._matrix)
         picture.pts, picture.time_base = pts, self._time_base
-        with explained(self.path):
+        with self._muxing():
             self._container.mux(self._stream.encode(picture))
             if self._audio is not None:
                 self._audio.advance(pts * self._time_base)
         self.frames_written += 1
 
+    def _expect_countable(self, pts: int) -> None:
+        """Raises MuxingError for a gap beyond MP4's clock. FFmpeg refuses some and silently shortens others."""
+        gap = 0 if self._last_pts is None else (pts - self._last_pts) * self._time_base
+        tick = self._stream.time_base
+        if self.encoding.container in ("mp4", "mov") and tick and gap / tick > MAX_TICKS:
+            raise MuxingError(
+                f"{self.path.name}: expected frames and sound that {self.encoding.container} can hold; got a gap of"
+                f" {float(gap):.0f} s after {self.frames_written} frames."
+            )
+
     def finish(self, to: str | Path | None = None) -> Path:
         """Writes what the encoder still holds and the rest of the sound, and gives the file its name.
 
         With `to` it gets that name instead (for the readable part of a damaged source). Returns the path.
+
+        Raises:
+            MuxingError: the container cannot hold the rest; `keep` or `abort` comes next.
         """
         try:
             if not self.frames_written:
                 raise VideoError(f"{self.path.name}: expected at least one frame to write; got none.")
-            with explained(self.path):
+            with self._muxing():
                 self._container.mux(self._stream.encode(None))
                 if self._audio is not None:
                     self._audio.advance(None)
-                self._container.close()
-            path = self._part.commit(to)
+            return self.keep(to)
+        except MuxingError:
+            raise
         except BaseException:
             self.abort()
             raise
+
+    def keep(self, to: str | Path | None) -> Path:
+        """Closes the file with what is in it, and gives it its name or the name `to`. Returns the path."""
+        with contextlib.suppress(FFmpegError):  # what the encoder still holds, where the container takes it
+            self._container.mux(self._stream.encode(None))
+        with self._muxing():
+            self._container.close()
+        path = self._part.commit(to)
         self._closed = True
         if self._audio is not None:
             self._audio.close()
         return path
+
+    @contextlib.contextmanager
+    def _muxing(self) -> Iterator[None]:
+        try:
+            with explained(self.path):
+                yield
+        except FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise MuxingError(
+                f"{self.path.name}: expected frames and sound that {self.encoding.container} can hold; got"
+                f" {error.strerror} after {self.frames_written} frames."
+            ) from error
 
     def abort(self) -> None:
         """Removes what was written so far and leaves `path` as it was. Does nothing after `finish`."""

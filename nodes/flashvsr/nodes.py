@@ -13,6 +13,7 @@ from ...models.flashvsr import StreamOptions
 from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
 from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from ...patches import hooks
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
@@ -20,7 +21,7 @@ from ..sockets import ADVANCED, FlashVSRType, device_input, keep_loaded_input, r
 from . import model_sets, prediction
 from .memory import CLEAN, RunLimits
 from .model import LoadedFlashVSR, load
-from .run import Run, checked_frames, upscale_video, with_room
+from .run import Run, TempVideo, checked_frames, upscale_video, with_room
 from .wan_decoder import StreamingWanVAE
 
 CATEGORY = "SteadyVSR/FlashVSR"
@@ -110,6 +111,7 @@ class LoadFlashVSR(io.ComfyNode):
         options = {
             "version": version, "precision": precision, "device": device, "lq_cache_order": lq_cache_order,
         }  # fmt: skip
+        hooks.install()  # again: a pack imported after this one may have replaced them
         model = registry().obtain(
             Key.of("flashvsr", model_sets.files_of(path), options),
             keep_loaded,
@@ -345,5 +347,5 @@ class UpscaleVideo(io.ComfyNode):
         )  # fmt: skip
         limits = RunLimits(budget_gb, tile, clean, log_steps)
         run = Run(UPSCALE_VIDEO, flashvsr, options, chosen_decoder(decoder, vae, UPSCALE_VIDEO), unique_id(cls), limits)
-        upscaled = InputImpl.VideoFromFile(str(upscale_video(run, video)))
+        upscaled = InputImpl.VideoFromFile(TempVideo(upscale_video(run, video)))
         return with_report(upscaled, report=run.report)

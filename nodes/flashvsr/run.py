@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -127,6 +128,23 @@ class Run:
             "memory": memory.report,
         }
         node_status.send(self.node_id, memory=memory.summary())
+
+
+class TempVideo(str):
+    """Path of a video that nobody else knows: the file goes with the last object that holds this value.
+
+    A VIDEO holds it, and so does what other nodes cut from that VIDEO: the file goes when ComfyUI caches none of them.
+    """
+
+    def __new__(cls, path: Path) -> TempVideo:
+        made = super().__new__(cls, path)
+        weakref.finalize(made, _remove, path)
+        return made
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # in use, on Windows: ComfyUI empties the folder when it starts
+        path.unlink(missing_ok=True)
 
 
 def with_room(node: str, what: str, work: Callable[[], Result]) -> Result:

@@ -15,7 +15,7 @@ from comfy_api.v0_0_2 import io
 from ...memory import budget, probe
 from ...memory.reading import size_text
 from ...patches import hooks, prompt, residency
-from ...patches.kept import POLICIES, Entry, Key, registry
+from ...patches.kept import PINNED, POLICIES, Entry, Key, registry
 from ...patches.versions import directed, supported, torch_devices, unique_id
 from .. import node_status
 from ..sockets import (
@@ -147,6 +147,11 @@ def put(patcher: Any, device: torch.device | None) -> Any:
     return patcher if device is None or device == patcher.load_device else directed(patcher, device)
 
 
+def patchers_in(parts: Iterable[Any]) -> list[Any]:
+    """The ModelPatchers of several models; a part may be None."""
+    return [patcher for part in parts if part is not None for patcher in residency.patchers_of(part)]
+
+
 class Loading:
     """One execution of a loader node: finds or reads the model, offloads it if asked to, and reports.
 
@@ -169,6 +174,7 @@ class Loading:
         self.node, self.node_id, self.name = node, unique_id(running), name
         self.keep_loaded, self.offload_after_load = keep_loaded, offload_after_load
         self.device, self.allow_cpu = device, allow_cpu
+        self._left: set[str] = set()
         self._report: dict[str, Any] = {"node": node, "name": name, "source": "memory: nothing was read"}
 
     def obtain(
@@ -190,6 +196,8 @@ class Loading:
             self._report["source"] = "disk"
             return load(place)
 
+        if (known := registry().find(key)) is not None:
+            self.leave(known.patchers)
         hooks.install()  # again: a pack imported after this one may have replaced them
         book = residency.prompt_ledger()
         with book.phase(f"load {self.name}"):
@@ -209,6 +217,10 @@ class Loading:
             self._keeping(entry)
         return value
 
+    def leave(self, patchers: Iterable[Any]) -> None:
+        """What of these is on its device now was not put there by this execution, which leaves it there."""
+        self._left |= {residency.handle_of(patcher.model) for patcher in patchers if patcher.loaded_size()}
+
     def note(self, **more: Any) -> None:
         self._report |= more
 
@@ -222,18 +234,33 @@ class Loading:
     def output(self, *models: Any) -> io.NodeOutput:
         """The node's outputs, taken off their device first if that is asked for. A model may be None."""
         if self.offload_after_load:
-            self._offload([model for model in models if model is not None])
+            self._offload(patchers_in(models))
         return with_report(*models, report=self._report)
 
-    def _offload(self, models: list[Any]) -> None:
-        receipts = [receipt for model in models for receipt in residency.offload_model(model)]
-        self._report["offload"] = [receipt.to_json() for receipt in receipts]
-        self._report["resident_bytes_after"] = sum(receipt.still_loaded for receipt in receipts)
+    def _offload(self, patchers: list[Any]) -> None:
+        stay = [patcher for patcher in patchers if self._stays(patcher)]
+        receipts = [
+            receipt
+            for patcher in patchers
+            if not any(patcher is other for other in stay)
+            for receipt in residency.offload_model(patcher)
+        ]
+        stays_bytes = sum(patcher.loaded_size() for patcher in stay)
+        self._report |= {
+            "offload": [receipt.to_json() for receipt in receipts],
+            "stays_bytes": stays_bytes,
+            "resident_bytes_after": stays_bytes + sum(receipt.still_loaded for receipt in receipts),
+        }
         for receipt in receipts:
             log.info("%s %s: %s", self.node, receipt.name, receipt)
         if receipts:
             worst = max(receipts, key=lambda r: r.still_loaded + r.unnamed + sum(holder.bytes for holder in r.held))
             node_status.send(self.node_id, receipt={"line": str(worst), "verdict": worst.verdict.value})
+
+    def _stays(self, patcher: Any) -> bool:
+        """Whether it was on its device before this node ran, or is pinned: a promise that its own loader keeps, too."""
+        owner = registry().owner_of(patcher)
+        return residency.handle_of(patcher.model) in self._left or (owner is not None and owner.policy == PINNED)
 
     def _admit(self, needed: int) -> None:
         """Checks whether the weights fit into RAM, and releases kept models that nobody uses where they do not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,11 @@ from comfy_api.v0_0_2 import io
 from ...memory.process import shared
 from ...memory.tracker import tensor_bytes
 from ...patches.kept import EJECTABLE, Key, registry
-from ...patches.residency import patchers_of
 from ...patches.versions import supported
 from ..sockets import keep_loaded_input, offload_input, report_output
-from .loading import CATEGORY, REPORT_TOOLTIP, Loading, file_in, file_input, fingerprint
+from .loading import CATEGORY, REPORT_TOOLTIP, Loading, file_in, file_input, fingerprint, patchers_in
 
 NODE = "Apply LoRA (Verified)"
-RECENT_FILES = 2
-"""How many LoRA files stay in RAM although nobody keeps them: workflows are run again with another strength."""
 STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
 
@@ -44,7 +41,7 @@ class ApplyLoRA(io.ComfyNode):
             display_name=NODE,
             category=CATEGORY,
             description="Applies a LoRA like Load LoRA, to a diffusion model and optionally its text encoder. A LoRA "
-            "that fits neither is an error; both are left off their device, verified by measurement.",
+            "that fits neither is an error; what nobody keeps is left off its device, verified by measurement.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model; it is not changed, the output is a clone."),
                 file_input("lora_name", "loras"),
@@ -61,10 +58,13 @@ class ApplyLoRA(io.ComfyNode):
                     **STRENGTH,
                 ),
                 keep_loaded_input(
-                    "Whether the LoRA's file stays in RAM (the model has its own choice on its loader). no: only the "
-                    f"last {RECENT_FILES} files do. keep and pin: until it is released."
+                    "Whether the LoRA's file stays in RAM (the model has its own choice on its loader). no: as long as "
+                    "ComfyUI caches this node's output. keep and pin: until it is released."
                 ),
-                offload_input(),
+                offload_input(
+                    "Leaves the models in RAM, off their device; the report verifies that by measurement. Kept and "
+                    "pinned ones stay where they are."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -92,6 +92,9 @@ class ApplyLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         path = file_in("loras", lora_name, NODE)
         loading = Loading(cls, NODE, lora_name, keep_loaded, offload_after_load)
+        given = patchers_in((model, clip))
+        # A kept model stays where it is: its place is a promise of its own loader.
+        loading.leave(x for x in given if (owner := registry().owner_of(x)) is not None and owner.owned)
         reads: list[int] = []
 
         def load() -> LoraFile:
@@ -102,9 +105,6 @@ class ApplyLoRA(io.ComfyNode):
         file = registry().obtain(
             Key.of("lora", [path]), keep_loaded, load, lambda value: (), lora_name, size_of=lambda value: value.size
         )
-        recent = shared("recent_loras", lambda: deque(maxlen=RECENT_FILES))
-        if file not in recent:
-            recent.append(file)
         patched, patched_clip = comfy.sd.load_lora_for_models(
             model,
             clip,
@@ -118,11 +118,13 @@ class ApplyLoRA(io.ComfyNode):
         if clip is not None:
             counts["clip"] = patches(patched_clip.patcher) - patches(clip.patcher)
         if not any(counts.values()):
-            names = " and ".join(type(patcher.model).__name__ for m in (model, clip) if m for patcher in patchers_of(m))
+            names = " and ".join(type(patcher.model).__name__ for patcher in given)
             raise ValueError(
                 f"{NODE}: expected a LoRA for {names}; got {lora_name}, of whose {len(file.tensors)} tensors none "
                 "fits. Choose a LoRA that was made for this model."
             )
+        # The file lives as long as this output: in ComfyUI's node cache, until a button or another workflow empties it.
+        shared("lora_files", weakref.WeakKeyDictionary)[patched] = file
         loading.note(source="disk" if reads else "memory: nothing was read", patches=counts, file_bytes=file.size)
         return loading.output(patched, patched_clip)
 

@@ -12,9 +12,19 @@ from comfy_api.v0_0_2 import io
 import nodes
 
 from ...patches.kept import EJECTABLE
-from ...patches.residency import patchers_of
 from . import weight_bytes
-from .loading import CPU, DEFAULT, Loading, ModelFiles, file_in, file_input, fingerprint, loader_schema, put
+from .loading import (
+    CPU,
+    DEFAULT,
+    Loading,
+    ModelFiles,
+    file_in,
+    file_input,
+    fingerprint,
+    loader_schema,
+    patchers_in,
+    put,
+)
 
 comfyui_nodes: Any = nodes
 """ComfyUI's own module: this package is never on `sys.path`, where its `nodes` would be found first."""
@@ -255,7 +265,3 @@ class LoadCheckpoint(io.ComfyNode):
         loading = Loading(cls, CHECKPOINT_NODE, ckpt_name, keep_loaded, offload_after_load, device, allow_cpu)
         files = ModelFiles("checkpoint", [path], {}, weight_bytes.total([path], weight_bytes.checkpoint))
         return loading.hand_out(*loading.obtain(files, load, patchers_in))
-
-
-def patchers_in(parts: tuple[Any, ...]) -> list[Any]:
-    return [patcher for part in parts if part is not None for patcher in patchers_of(part)]

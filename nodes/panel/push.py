@@ -52,6 +52,13 @@ class StatePush:
                 self._thread = threading.Thread(target=self._run, name="steadyvsr-panel-push", daemon=True)
                 self._thread.start()
 
+    def send(self, event: str, data: Any) -> None:
+        """Sends something to every page that watches, and to no other."""
+        with self._lock:
+            clients = sorted(self._watching.intersection(PromptServer.instance.sockets))
+        for client in clients:
+            PromptServer.instance.send_sync(event, data, client)
+
     def _run(self) -> None:
         cpu, clock = time.thread_time(), time.monotonic()
         while clients := self._audience():

@@ -1,13 +1,12 @@
 """The routes of the memory panel, under /steadyvsr: what it shows, and what its buttons ask for.
 
-Everything that comes in is checked here. Models are named by handles and ids that this process gave out, never by a
-path. Whatever moves a model waits for the end of the running prompt.
+What comes in is checked in requests.py and here. Models are named by handles and ids that this process gave out, never
+by a path. Whatever moves a model waits for the end of the running prompt.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,17 +24,9 @@ from ..flashvsr import prediction
 from ..receipts import Line, ReceiptCard
 from . import state as panel_state
 from .push import state_push
+from .requests import NUMBER, BadRequest, Kind, body_of, check_host
 
-BODY_BYTES = 64 * 1024
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-class BadRequest(Exception):
-    """What is asked for cannot be done; 400 where the body is not what the route takes, 404 for an unknown name."""
-
-    def __init__(self, text: str, status: int = 400) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 def register_routes() -> None:
@@ -45,58 +36,43 @@ def register_routes() -> None:
         return
     known[0] = True
     presses.listen(_press_receipt)
+    receipts.listen(lambda card: state_push().send(receipts.EVENT, card))
     for name, answer in GETS.items():
-        instance.routes.get(f"/steadyvsr/{name}")(_getter(answer))
-    for name, handler in POSTS.items():
-        instance.routes.post(f"/steadyvsr/{name}")(_poster(handler))
+        instance.routes.get(f"/steadyvsr/{name}")(_route(lambda body, answer=answer: answer()))
+    for name, (handler, fields) in POSTS.items():
+        instance.routes.post(f"/steadyvsr/{name}")(_route(handler, fields))
 
 
-def _getter(answer: Callable[[], dict[str, Any]]) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def get(request: web.Request) -> web.Response:
-        return web.json_response(answer())
+def _route(
+    handler: Handler, fields: Mapping[str, Kind] | None = None
+) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """A handler as the server calls it; without `fields` no body is read."""
 
-    return get
-
-
-def _poster(handler: Handler) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def post(request: web.Request) -> web.Response:
+    async def answer(request: web.Request) -> web.Response:
         try:
-            return web.json_response(handler(await _body(request)))
+            check_host(request)
+            return web.json_response(handler({} if fields is None else await body_of(request, fields)))
         except BadRequest as error:
             return web.json_response({"error": str(error)}, status=error.status)
 
-    return post
+    return answer
 
 
-async def _body(request: web.Request) -> dict[str, Any]:
-    if (request.content_length or 0) > BODY_BYTES:
-        raise BadRequest(f"expected at most {BODY_BYTES} bytes; got {request.content_length}.")
-    try:
-        body = json.loads(await request.text() or "{}")
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BadRequest("expected JSON; got something else.") from error
-    if not isinstance(body, dict):
-        raise BadRequest(f"expected a JSON object; got {type(body).__name__}.")
-    return body
-
-
-def _taken(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-    value = body.get(name, default)
-    # A bool is an int to Python, but not to the sender.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadRequest(f"{name}: got {json.dumps(value)[:80]}, which has the wrong type.")
-    return value
+def _needed(body: dict[str, Any], name: str) -> Any:
+    if name not in body:
+        raise BadRequest(f"{name}: got null, which has the wrong type.")
+    return body[name]
 
 
 def watch(body: dict[str, Any]) -> dict[str, Any]:
     """A panel opens or closes. {client: id of its websocket, open: bool}"""
-    state_push().watch(_taken(body, "client", str), _taken(body, "open", bool))
+    state_push().watch(_needed(body, "client"), _needed(body, "open"))
     return {}
 
 
 def free(body: dict[str, Any]) -> dict[str, Any]:
     """Sets the flags that ComfyUI's own buttons set; its worker acts on them after the running prompt."""
-    flags = {name: _taken(body, name, bool, False) for name in ("unload_models", "free_memory")}
+    flags = {name: body.get(name, False) for name in ("unload_models", "free_memory")}
     if not any(flags.values()):
         raise BadRequest("expected unload_models or free_memory to be true; got neither.")
     for name, wanted in flags.items():
@@ -109,7 +85,6 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
     """Gives up kept models: those in {ids: […]}, or all of them without it."""
     ids = body.get("ids")
     if ids is not None:
-        ids = _taken(body, "ids", list)
         if not all(isinstance(id, str) for id in ids):
             raise BadRequest("ids: expected a list of ids; got a list with something else in it.")
         # Before anything is released: a list with one wrong id changes nothing.
@@ -129,7 +104,7 @@ def release(body: dict[str, Any]) -> dict[str, Any]:
 
 def policy(body: dict[str, Any]) -> dict[str, Any]:
     """Keeps a model or stops keeping it. {id, policy: no | keep | pin}"""
-    id, wanted = _taken(body, "id", str), _taken(body, "policy", str)
+    id, wanted = _needed(body, "id"), _needed(body, "policy")
     if wanted not in POLICIES:
         raise BadRequest(f"policy: expected {', '.join(POLICIES)}; got {wanted[:40]!r}.")
     try:
@@ -149,7 +124,7 @@ def _settle() -> None:
 
 def offload(body: dict[str, Any]) -> dict[str, Any]:
     """Moves one network off its device, after the running prompt, and measures. {handle}"""
-    handle = _taken(body, "handle", str)
+    handle = _needed(body, "handle")
     name = next((network.name for network in residency.networks() if network.handle == handle), None)
     if name is None:
         raise BadRequest(f"no model {handle[:40]!r} is loaded or kept any more.", 404)
@@ -175,19 +150,22 @@ def settings(body: dict[str, Any]) -> dict[str, Any]:
     {warn_percent, critical_percent, kept_ram_gib, least_ram_gib, reset_when_short}
     """
     book, kept, relief = ledger.current(), registry(), idle.relief()
-    warn = _taken(body, "warn_percent", (int, float), book.levels.warn * 100)
-    critical = _taken(body, "critical_percent", (int, float), book.levels.critical * 100)
-    ram = _taken(body, "kept_ram_gib", (int, float), (kept.ram_budget_bytes or 0) / GIB)
+    warn = body.get("warn_percent", book.levels.warn * 100)
+    critical = body.get("critical_percent", book.levels.critical * 100)
+    ram = body.get("kept_ram_gib", (kept.ram_budget_bytes or 0) / GIB)
     if not 0 <= ram <= 1e6:
         raise BadRequest(f"kept_ram_gib: expected 0 (half of the RAM) or more GiB; got {ram}.")
-    least = _taken(body, "least_ram_gib", (int, float), (kept.least_ram_bytes or 0) / GIB)
+    least = body.get("least_ram_gib", (kept.least_ram_bytes or 0) / GIB)
     if not 0 <= least <= 1e6:
         raise BadRequest(f"least_ram_gib: expected 0 (a tenth of the RAM) or more GiB; got {least}.")
-    reset = _taken(body, "reset_when_short", bool, relief.enabled)
+    reset = body.get("reset_when_short", relief.enabled)
     try:
-        book.levels = ledger.Levels(warn=warn / 100, critical=critical / 100)
+        levels = ledger.Levels(warn=warn / 100, critical=critical / 100)
     except ValueError as error:
         raise BadRequest(str(error)) from error
+    if warn > critical:
+        raise BadRequest(f"settings: expected warn_percent up to critical_percent, {critical:g}; got {warn:g}.")
+    book.levels = levels
     kept.ram_budget_bytes, kept.least_ram_bytes = int(ram * GIB) or None, int(least * GIB) or None
     relief.enabled = reset
     return {
@@ -200,16 +178,15 @@ def settings(body: dict[str, Any]) -> dict[str, Any]:
 
 def predict(body: dict[str, Any]) -> dict[str, Any]:
     """What a FlashVSR run of these settings will need; see `prediction.predict`."""
-    number = (int, float)
     try:
         return prediction.predict(
-            _taken(body, "model_set", str, ""),
-            _taken(body, "precision", str, "auto"),
-            _taken(body, "width", int),
-            _taken(body, "height", int),
-            float(_taken(body, "scale", number)),
-            float(_taken(body, "kv_ratio", number, 3.0)),
-            float(_taken(body, "budget_gb", number, 0)),
+            body.get("model_set", ""),
+            body.get("precision", "auto"),
+            _needed(body, "width"),
+            _needed(body, "height"),
+            float(_needed(body, "scale")),
+            float(body.get("kv_ratio", 3.0)),
+            float(body.get("budget_gb", 0)),
         )
     except (ValueError, OverflowError) as error:
         raise BadRequest(str(error)) from error
@@ -217,9 +194,8 @@ def predict(body: dict[str, Any]) -> dict[str, Any]:
 
 def _press_receipt(press: presses.Press) -> None:
     """The receipt of a press, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
-    after = {item.handle: item.bytes for item in press.after.residents}
     lines = tuple(
-        Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
+        Line(item.name, item.policy, (after := press.bytes_after(item)) > 0, item.bytes, after, item.handle)
         for item in press.before.residents
         if item.bytes
     )
@@ -234,12 +210,25 @@ GETS: dict[str, Callable[[], dict[str, Any]]] = {
     "snapshots": lambda: {"snapshots": presses.to_json()},
     "ledger": lambda: ledger.current().to_json(),
 }
-POSTS: dict[str, Handler] = {
-    "watch": watch,
-    "free": free,
-    "release": release,
-    "policy": policy,
-    "offload": offload,
-    "settings": settings,
-    "predict": predict,
-}
+POSTS: dict[str, tuple[Handler, dict[str, Kind]]] = {
+    "watch": (watch, {"client": str, "open": bool}),
+    "free": (free, {"unload_models": bool, "free_memory": bool}),
+    "release": (release, {"ids": list}),
+    "policy": (policy, {"id": str, "policy": str}),
+    "offload": (offload, {"handle": str}),
+    "settings": (
+        settings,
+        {
+            **dict.fromkeys(("warn_percent", "critical_percent", "kept_ram_gib", "least_ram_gib"), NUMBER),
+            "reset_when_short": bool,
+        },
+    ),
+    "predict": (
+        predict,
+        {
+            "model_set": str, "precision": str, "width": int, "height": int, "scale": NUMBER, "kv_ratio": NUMBER,
+            "budget_gb": NUMBER,
+        },
+    ),
+}  # fmt: skip
+"""Route → what it does, and the keys that it takes with their types; a key beside these is refused."""

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from steadyvsr import cli
 from steadyvsr.app import demo
 from steadyvsr.app.drawn_clips import degrade, enlarge, make_clip
@@ -72,3 +73,17 @@ def test_arguments_that_do_not_parse_exit_with_two(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2
+
+
+def test_inspect_escapes_what_the_file_says(tmp_path, capsys):
+    path = tmp_path / "a\x1b[2J.safetensors"
+    tensors = {
+        "linear_layers.0.weight": torch.zeros(2, 2),
+        "norm1.gamma": torch.zeros(2),
+        "norm2.gamma": torch.zeros(2),
+    }
+    save_file(tensors | {"x\nversion v1.1 (certified)": torch.zeros(1)}, path, {"family": "\x07bell"})
+    assert cli.main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and "\nversion v1.1" not in out
+    assert r"a\x1b[2J.safetensors" in out and r"\x07bell" in out

@@ -189,9 +189,15 @@ def test_an_existing_output_needs_force(tmp_path, capsys, engine):
     assert open_clip(out).frame_count == 3
 
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 103079215104 bytes. Error code 12"
+
+
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt(), 130, "Stopped"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--tile"),
-    (ValueError("frame 3: NaN"), 2, "frame 3: NaN"), (OSError(28, "No space left on device"), 2, "No space left"),
+    (RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] err == 0. {CPU_ALLOCATOR}"), 1, "out of memory: "),
+    (MemoryError(), 1, "no more"), (ValueError("frame 3: NaN"), 2, "frame 3: NaN"),
+    (ValueError("a\x1b[2Jb\u202ec"), 2, r"a\x1b[2Jb\u202ec"),
+    (OSError(28, "No space left on device"), 2, "No space left"),
 ])  # fmt: skip
 def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, error, code, words):
     source = make_clip(tmp_path / "in.mp4", 8, sound=True)
@@ -201,14 +207,25 @@ def test_whatever_ends_the_run_leaves_nothing_behind(tmp_path, capsys, engine, e
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_sigterm_is_heard_as_ctrl_c(tmp_path, capsys, engine, monkeypatch):
+    source = make_clip(tmp_path / "in.mp4", 8)
+    monkeypatch.setattr(upscale, "trim", lambda: signal.raise_signal(signal.SIGTERM))  # called as frames are pulled
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["upscale", str(source), str(tmp_path / "out.mp4")]) == 130
+    assert capsys.readouterr().err.endswith("Stopped. Nothing was left behind.\n") and list(tmp_path.iterdir()) == [
+        source
+    ]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT goes to a whole console there")
 def test_ctrl_c_ends_a_running_process_cleanly(tmp_path, package_environment):
     source, out = make_clip(tmp_path / "in.mp4", 400), tmp_path / "out.mp4"
     command = [sys.executable, "-m", "steadyvsr", "upscale", str(source), str(out), "--device", "cpu"]
     process = subprocess.Popen(command, env=package_environment, stderr=subprocess.PIPE, text=True)
-    part = tmp_path / "out.mp4.part"
+
     deadline = time.monotonic() + 60
-    while not part.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out.mp4.*.part")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)

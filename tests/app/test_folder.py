@@ -9,56 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from steadyvsr import cli
 from steadyvsr.app import folder as batch
-from steadyvsr.app.clip import OutputOptions
-from steadyvsr.app.folder import scheduler, worker
+from steadyvsr.app.folder import worker
 from steadyvsr.memory.reading import Reading
-from steadyvsr.models.flashvsr import StreamOptions
-from steadyvsr.models.video import ClipWriter, open_clip
+from steadyvsr.models.video import open_clip
+from steadyvsr.tests.app.folder_runs import files, run, settings, write_clip
 
 GIB = 1 << 30
-WIDTH, HEIGHT, FRAMES = 48, 32, 9
 LENGTHS = (9, 25, 9)
 """Of three clips: the second is long enough that a signal finds it half done."""
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch, package_environment):
-    """Worker processes take over `sys.path`; the package must be found there, installed or not."""
-    for folder in package_environment.get("PYTHONPATH", "").split(os.pathsep):
-        if folder:
-            monkeypatch.syspath_prepend(folder)
-
-
-def write_clip(path: Path, seed: int = 0, frames: int = FRAMES) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with ClipWriter(str(path), WIDTH, HEIGHT, 12) as writer:
-        for frame in torch.rand(frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(seed)):
-            writer.write(frame)
-    return path
-
-
-def settings(**changes) -> worker.WorkerSettings:
-    plain = {"device": "cpu", "model": str(cli.NANO_FILE), "options": StreamOptions(scale=2.0)}
-    return worker.WorkerSettings(**{**plain, "output": OutputOptions(crf=0), **changes})
-
-
-def run(source: Path, output: Path, workers: int | None = 1, progress=lambda *_: None) -> scheduler.FolderReport:
-    chosen = settings()
-    jobs = tuple(batch.find_jobs(source, output))
-    manifest = batch.Manifest(output, batch.folder_settings(chosen))
-    return batch.run_folder(batch.FolderRun(jobs, (chosen,), workers), manifest, lambda line: None, progress)
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 # Which clips, and where to
@@ -157,19 +121,6 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_start_anew_silently(tmp_pa
 
 
 # The run
-
-
-@pytest.fixture
-def in_threads(monkeypatch):
-    """Workers as threads of this process: a test can put a fault into them, and none has to import torch."""
-    monkeypatch.setattr(
-        scheduler,
-        "ProcessPoolExecutor",
-        lambda count, _, start, arguments: ThreadPoolExecutor(count, "", start, arguments),
-    )
-    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(worker.torch, "set_num_threads", lambda *_: None)
-    monkeypatch.setattr(worker, "_worker", None)
 
 
 def test_a_corrupt_clip_is_reported_and_the_rest_is_done_and_not_done_again(tmp_path, in_threads):

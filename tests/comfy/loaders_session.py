@@ -24,6 +24,7 @@ from phases_host import BASE, CARD, EXECUTOR, FILES, error_of, live_bytes, mm, n
 assert host.FILES
 
 import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import server  # noqa: E402
@@ -252,24 +253,54 @@ def strongest() -> dict:
     return seen
 
 
+@contextmanager
+def straight_to_card() -> Iterator[list[dict[str, int]]]:
+    """Stock loaders put what they read on the card, as ComfyUI does where it thinks that there is room.
+
+    Yields:
+        What was on the card after each of these loads.
+    """
+    places = [(nodes.UNETLoader, "load_unet"), (nodes.VAELoader, "load_vae"), (comfy.sd, "load_clip"),
+              (nodes.CheckpointLoaderSimple, "load_checkpoint")]  # fmt: skip
+    stock = [(owner, name, getattr(owner, name)) for owner, name in places]
+    there: list[dict[str, int]] = []
+
+    def put(original):
+        def loading(*arguments, **keywords):
+            made = original(*arguments, **keywords)
+            mm.load_models_gpu(patchers_of(made if isinstance(made, tuple) else [made]))
+            there.append(resident())
+            return made
+
+        return loading
+
+    for owner, name, original in stock:
+        setattr(owner, name, put(original))
+    try:
+        yield there
+    finally:
+        for owner, name, original in stock:
+            setattr(owner, name, original)
+
+
 def offloaded() -> dict:
-    """On the card before the loader runs, off it and kept afterwards, and working again."""
-    clean()
+    """What a loader put on the card itself is off it and kept afterwards, and works; what was there before stays."""
     seen = {}
     for keep in ("keep", "pin"):
-        model, _ = load("LoadDiffusionModel", keep_loaded=keep, offload_after_load=False)
-        mm.load_models_gpu([model])
-        before, books = resident(), model.loaded_size()
+        clean()
+        with straight_to_card() as there:
+            model, report = load("LoadDiffusionModel", keep_loaded=keep, offload_after_load=True)
+        after = resident()
         first = sample(model)
-        again, report = load("LoadDiffusionModel", keep_loaded=keep, offload_after_load=True)
-        (receipt,) = report["offload"]
+        again, second = load("LoadDiffusionModel", keep_loaded=keep, offload_after_load=True)
         seen[keep] = {
-            "before": before, "books_before": books, "after": resident(), "verdict": receipt["verdict"],
-            "asked": receipt["asked"], "left": receipt["left_tensors"], "line": receipt["line"],
-            "policy": report["keep_loaded"], "source": report["source"],
+            "before": there[0], "after": after, "receipts": report["offload"], "policy": report["keep_loaded"],
+            "source": report["source"], "after_again": resident(), "receipts_again": second["offload"],
+            "stays": second["stays_bytes"],
             "same_output": bool(torch.equal(first, sample(again))), "resident_when_used": resident(),
         }  # fmt: skip
-        clean()
+        del model, again
+    clean()
     return seen
 
 
@@ -294,10 +325,14 @@ def lora() -> dict:
     with_lora = sample(patched)
     mm.load_models_gpu([patched])
     before = resident()
+    run("ApplyLoRA", **widgets, offload_after_load=True)
+    kept = resident()
+    registry().release()
     again, _, third = run("ApplyLoRA", **widgets, offload_after_load=True)
     seen = {
         "patches": report["patches"], "reads": len(READS), "sources": [report["source"], second["source"]],
-        "changes": float((with_lora - plain).abs().max()), "on_card_before": before, "on_card_after": resident(),
+        "changes": float((with_lora - plain).abs().max()), "on_card_before": before, "on_card_kept": kept,
+        "on_card_after": resident(),
         "verdict": third["offload"][0]["verdict"], "asked": third["offload"][0]["asked"],
         "foreign": error_of(run, "ApplyLoRA", **{**widgets, "lora_name": "foreign.safetensors"}),
         "missing": error_of(run, "ApplyLoRA", **{**widgets, "lora_name": "gone.safetensors"}),

@@ -15,8 +15,8 @@ import sys
 import traceback
 
 import loaders_session as loaders  # starts ComfyUI; what follows needs that
-from loaders_session import LOADERS, clean, load, patchers_of, registry, run, sample
-from phases_host import BASE, CARD, EXECUTOR, FILES, WITNESS, error_of, mm, nodes, pack, resident, torch
+from loaders_session import LOADERS, clean, load, registry, run, sample, straight_to_card
+from phases_host import BASE, CARD, EXECUTOR, FILES, WITNESS, error_of, nodes, pack, resident, torch
 
 assert loaders.READS == []
 
@@ -46,9 +46,11 @@ def used_again() -> dict:
         clean()
         *values, _ = load(name, keep_loaded="keep", offload_after_load=False)
         first = use(name, values)
-        mm.load_models_gpu(patchers_of(values))
-        before = resident()
-        *again, report = load(name, keep_loaded="keep", offload_after_load=True)
+        del values
+        clean()
+        with straight_to_card() as there:
+            *again, report = load(name, keep_loaded="keep", offload_after_load=True)
+        before = there[0]
         after = resident()
         second = use(name, again)
         receipts = report["offload"]
@@ -58,7 +60,7 @@ def used_again() -> dict:
             "verdicts": sorted({receipt["verdict"] for receipt in receipts}), "networks": len(before),
             "numbers": first.numel(), "finite": bool(first.isfinite().all()), "same": bool(torch.equal(first, second)),
         }  # fmt: skip
-        del values, again
+        del again
     clean()
     return seen
 
@@ -140,15 +142,13 @@ def counters_die() -> dict:
     WITNESS.dies_after = 0
     try:
         for name in LOADERS:
-            *values, report = load(name, offload_after_load=False)
-            mm.load_models_gpu(patchers_of(values))
-            before = resident()
-            *_, report = load(name)
+            with straight_to_card() as there:
+                *values, report = load(name)
             seen[name] = {
-                "before": len(before), "after": resident(),
+                "before": len(there[0]), "after": resident(),
                 "verdicts": sorted({receipt["verdict"] for receipt in report["offload"]}),
             }  # fmt: skip
-            del values, _
+            del values
             EXECUTOR.forget()
         seen["auto"] = error_of(load, "LoadDiffusionModel", device="auto")
         seen["admission"] = load("LoadVAE")[-1]["admission"]

@@ -59,14 +59,18 @@ def free_port() -> int:
 
 
 class Server:
-    """A ComfyUI server on the CPU with the pack in its custom nodes."""
+    """A ComfyUI server on the CPU with the pack in its custom nodes.
 
-    def __init__(self, checkout: Path, base: Path, *options: str) -> None:
+    Args:
+        script: what is started, in ComfyUI's folder.
+    """
+
+    def __init__(self, checkout: Path, base: Path, *options: str, script: str | Path = "main.py") -> None:
         self.url, self.log = f"http://127.0.0.1:{free_port()}", base / "server.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [
-                    PYTHON, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2],
+                    PYTHON, str(script), "--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2],
                     "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
                     *options,
                 ],
@@ -90,7 +94,8 @@ class Server:
     def post(self, path: str, body: Any) -> tuple[int, Any]:
         """Posts JSON, or bytes as they are; gives the status and the answer."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "X-SteadyVSR": "1"}
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 status, text = answer.status, answer.read()

@@ -81,14 +81,25 @@ def test_a_node_of_another_workflow_with_the_same_id_has_no_say(observed):
     assert scenario(observed, "wishes")["id of another"] == {"policies": ["no"], "cached": [], "error": None}
 
 
+def test_offload_after_load_moves_what_the_load_put_there_and_keeps_it(observed):
+    seen = scenario(observed, "offloaded")["keep"]
+    assert seen["before"] == {"WAN21": WAN_BYTES} and seen["after"] == {}
+    (receipt,) = seen["receipts"]
+    assert (receipt["verdict"], receipt["asked"], receipt["left_tensors"]) == ("FREED", WAN_BYTES, WAN_BYTES)
+    assert receipt["line"].startswith("asked 3.33 MiB · left the tensors 3.33 · left the driver 3.33 (books)")
+    assert seen["policy"] == "keep" and seen["source"] == "disk"
+
+
+def test_a_pinned_model_stays_on_the_card_where_its_load_put_it(observed):
+    seen = scenario(observed, "offloaded")["pin"]
+    assert seen["before"] == seen["after"] == {"WAN21": WAN_BYTES} and seen["receipts"] == []
+
+
 @pytest.mark.parametrize("keep", ["keep", "pin"])
-def test_offload_after_load_moves_a_kept_model_now_and_keeps_it(observed, keep):
+def test_a_kept_model_that_is_on_the_card_is_left_there_by_its_own_loader(observed, keep):
     seen = scenario(observed, "offloaded")[keep]
-    assert seen["before"] == {"WAN21": WAN_BYTES} and seen["books_before"] == WAN_BYTES
-    assert seen["after"] == {}
-    assert (seen["verdict"], seen["asked"], seen["left"]) == ("FREED", WAN_BYTES, WAN_BYTES)
-    assert seen["line"].startswith("asked 3.33 MiB · left the tensors 3.33 · left the driver 3.33 (books)")
-    assert seen["policy"] == keep and seen["source"] == "memory: nothing was read"
+    assert seen["after_again"] == {"WAN21": WAN_BYTES} and seen["receipts_again"] == []
+    assert seen["stays"] == WAN_BYTES
 
 
 @pytest.mark.parametrize("keep", ["keep", "pin"])
@@ -101,7 +112,7 @@ def test_a_lora_changes_the_output_is_read_once_and_ends_off_the_card(observed):
     seen = scenario(observed, "lora")
     assert seen["patches"] == {"model": 2} and seen["changes"] > 1e-4
     assert seen["reads"] == 1 and seen["sources"] == ["disk", "memory: nothing was read"]
-    assert seen["on_card_before"] == {"WAN21": WAN_BYTES} and seen["on_card_after"] == {}
+    assert seen["on_card_before"] == seen["on_card_kept"] == {"WAN21": WAN_BYTES} and seen["on_card_after"] == {}
     assert (seen["verdict"], seen["asked"]) == ("FREED", WAN_BYTES)
 
 

@@ -188,6 +188,7 @@ def test_a_line_names_amounts_in_one_unit_and_the_driver_s_source() -> None:
         process=exact(int(3.02 * GIB), "NVML"),
     )
     assert reading.line("VAE encode") == "after VAE encode · 2.10 GiB allocated · 2.50 reserved · 3.02 driver (NVML)"
+    assert reading.line("after VAE encode") == reading.line("VAE encode")
 
 
 def test_a_line_says_where_the_driver_s_number_is_the_whole_device() -> None:

@@ -6,7 +6,9 @@ import hashlib
 import io
 import subprocess
 import sys
+import time
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from steadyvsr.models.flashvsr.checkpoint.download import (
 )
 from steadyvsr.models.flashvsr.checkpoint.parts import KnownFile
 from steadyvsr.models.flashvsr.checkpoint.sources import PROMPT_URL
+from steadyvsr.models.weight_file import CheckpointError, WeightFile
 
 CHUNK = 64
 
@@ -273,3 +276,49 @@ def test_importing_the_package_imports_no_hub_and_opens_no_connection(package_en
         "assert 'huggingface_hub' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=package_environment, cwd=tmp_path)
+
+
+def test_two_downloads_into_one_folder_wait_for_each_other(web, tmp_path, caplog):
+    caplog.set_level("INFO")
+    at_once, most = 0, 0
+    opened = web.urlopen
+
+    def slowly(request, timeout):
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+        return opened(request, timeout)
+
+    web.urlopen = slowly
+    with ThreadPoolExecutor(2) as pool:
+        for result in [pool.submit(run, web, "v1.1", tmp_path) for _ in range(2)]:
+            result.result()
+    assert most == 1 and len(web.requests) == len(WEIGHTS) + 1
+    assert_complete(tmp_path, "v1.1")
+    assert "another download" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right that users lack there")
+@pytest.mark.parametrize("name", [f"{WEIGHTS[0]}.part", download.LOCK_NAME])
+def test_a_link_in_the_folder_is_not_followed(web, tmp_path, name):
+    theirs = tmp_path / "precious.txt"
+    theirs.write_text("precious")
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / name).symlink_to(theirs)
+    with pytest.raises(DownloadError, match="expected a folder to write v1.1 to"):
+        run(web, "v1.1", folder)
+    assert theirs.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, PROMPT])
+def test_a_published_file_with_another_hash_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
+    data = content(name, "v1.1")
+    known = KnownFile(f"JunhaoZhuang/FlashVSR-v1.1 {name}", hashlib.sha256(data).hexdigest(), len(data), None)
+    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (known,))
+    (tmp_path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    file = WeightFile(tmp_path / name, len(data), "pickle", {}, {})
+    with pytest.raises(CheckpointError, match=f"expected the published {known.name} with sha256"):
+        checkpoint_parts.refuse_altered(file, "v1")

@@ -339,6 +339,16 @@ def videos() -> dict:
         "components": through(InputImpl.VideoFromComponents(components)),
         "odd": through(InputImpl.VideoFromFile(path), scale=1.4),
     }
+    seen["results of finished runs"] = left = len(list(temp.glob("steadyvsr_*")))
+    (result, _), cut = call("UpscaleVideo", flashvsr=model, video=InputImpl.VideoFromFile(path), **STREAM), []
+    for held in ("the VIDEO", "what was cut from it", "nothing"):
+        if held == "what was cut from it":
+            # A node behind it makes a VIDEO of the same file, and ComfyUI drops the first one.
+            cut, result = [InputImpl.VideoFromFile(result.get_stream_source())], None
+        elif held == "nothing":
+            cut.clear()
+        gc.collect()
+        seen[f"held: {held}"] = len(list(temp.glob("steadyvsr_*"))) - left
     damaged = {"cut.mp4": Path(path).read_bytes()[:-2000], "empty.mp4": b"", "text.mp4": b"no video at all\n"}
     for name, content in damaged.items():
         (BASE / name).write_bytes(content)
@@ -429,8 +439,8 @@ models_folder = tiny_flashvsr.write_tiny_model(pack, (16, 32), (16, 16, 8, 8), p
 (models_folder / "broken" / "model.safetensors").write_bytes(b"")
 SCENARIOS = {
     "nodes": lambda: sorted(NODES), "schema": schema, "model folder": model_folder, "residency": residency,
-    "short at the start": short_at_the_start,
-    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images, "growth": growth,
+    "kept": kept, "partial load": partial_load, "interrupted": interrupted, "images": images,
+    "short at the start": short_at_the_start, "growth": growth,
     "loader errors": loader_errors, "vae decoder": vae_decoder, "videos": videos, "told": told,
     "same as the engine": same_as_the_engine, "weights changed on use": weights_changed_on_use,
 }  # fmt: skip

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import gzip
+import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.cli_args
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 from host import BASE, CPU, EVENTS, LOOP, SERVER, mm, pack
@@ -35,20 +38,29 @@ def owned(name: str, policy: str = "keep") -> Any:
     return kept.registry().obtain(key, policy, patcher, lambda value: [value], name)
 
 
+OURS = {"X-SteadyVSR": "1", "Content-Type": "application/json"}
+
+
 def asked(talk: Callable[[Any, Any], Awaitable[Any]]) -> Any:
-    """What `talk` makes of the server's answers: `get(name)` and `post(name, body)` give (status, JSON)."""
+    """What `talk` makes of the server's answers: `get(name)` and `post(name, body)` give (status, JSON or text).
+
+    Both take headers; those of `post` stand in the place of the ones that a page of ours sends.
+    """
 
     async def session() -> Any:
         async with TestClient(TestServer(SERVER.app), loop=LOOP) as client:
 
-            async def get(name: str) -> tuple[int, Any]:
-                async with client.get(f"/steadyvsr/{name}") as answer:
-                    return answer.status, await answer.json()
+            async def told(answer: Any) -> tuple[int, Any]:
+                return answer.status, await (answer.json() if "json" in answer.content_type else answer.text())
 
-            async def post(name: str, body: Any) -> tuple[int, Any]:
-                given = {"data": body} if isinstance(body, bytes) else {"json": body}
-                async with client.post(f"/steadyvsr/{name}", **given) as answer:
-                    return answer.status, await answer.json()
+            async def get(name: str, **headers: str) -> tuple[int, Any]:
+                async with client.get(f"/steadyvsr/{name}", headers=headers) as answer:
+                    return await told(answer)
+
+            async def post(name: str, body: Any, headers: dict[str, str] = OURS) -> tuple[int, Any]:
+                data = body if isinstance(body, bytes) else json.dumps(body)
+                async with client.post(f"/steadyvsr/{name}", data=data, headers=headers) as answer:
+                    return await told(answer)
 
             return await talk(get, post)
 
@@ -143,6 +155,20 @@ BAD = {
     "no size": ("predict", {"model_set": "nano (embedded)", "width": 64}),
     "no number": ("predict", {"width": True, "height": 1}),
     "too much": ("free", b'{"a": "' + b"x" * 70_000 + b'"}'),
+    "a misspelt key": ("release", {"id": ["0123456789ab"]}),
+    "a key that another route has": ("predict", {"width": 64, "height": 64, "scale": 2, "decoder": "tc"}),
+    "a warning above the strong one": ("settings", {"warn_percent": 90, "critical_percent": 60}),
+    "a number of 400 digits": ("settings", {"kept_ram_gib": 10**400}),
+    "a size of 400 digits": ("predict", {"width": 10**400, "height": 64, "scale": 2}),
+    "a scale of 400 digits": ("predict", {"width": 64, "height": 64, "scale": 10**400}),
+    "a number of 5,000 digits": ("settings", b'{"kept_ram_gib": ' + b"9" * 5000 + b"}"),
+    "not a number": ("settings", b'{"kept_ram_gib": NaN}'),
+    "no end": ("settings", b'{"warn_percent": Infinity}'),
+    "a deep list": ("release", b'{"ids": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"),
+    "a list of lists": ("release", {"ids": [[[]]]}),
+    "a dict for a word": ("policy", {"id": {"a": 1}, "policy": "keep"}),
+    "half a character": ("policy", b'{"id": "\\ud800", "policy": "keep"}'),
+    "no UTF-8": ("free", b'{"unload_models": "\xff"}'),
 }  # fmt: skip
 
 
@@ -151,6 +177,74 @@ def refused() -> dict:
         return {name: await post(*request) for name, request in BAD.items()}
 
     return asked(talk)
+
+
+HOSTS = {
+    "localhost": "localhost:8188", "the loopback": "127.0.0.1:8188", "the loopback of IPv6": "[::1]:8188",
+    "another name": "evil.example:8188", "a name like ours": "127.0.0.1.evil.example", "nothing": "",
+    "another machine": "203.0.113.9:8188", "nonsense": "[::1", "a list": "localhost, evil.example",
+}  # fmt: skip
+
+
+def hosts() -> dict:
+    """Who may ask, by the Host of a GET and of a POST."""
+
+    async def talk(get: Any, post: Any) -> dict:
+        return {
+            name: [
+                (await get("state", Host=host))[0],
+                (await post("watch", {"client": "x", "open": False}, {**OURS, "Host": host}))[0],
+            ]
+            for name, host in HOSTS.items()
+        }
+
+    return asked(talk)
+
+
+def listened() -> dict:
+    """Statuses of a GET by Host, where ComfyUI was told to listen to a name or to everybody."""
+    arguments = comfy.cli_args.args
+    stock, seen = arguments.listen, {}
+    try:
+        for listen in ("127.0.0.1", "box.lan,127.0.0.1", "0.0.0.0,::"):
+            arguments.listen = listen
+
+            async def talk(get: Any, post: Any) -> list:
+                names = ("box.lan:8188", "203.0.113.9:8188", "[2001:db8::9]:8188", "evil.example")
+                return [(await get("receipts", Host=name))[0] for name in names]
+
+            seen[listen] = asked(talk)
+    finally:
+        arguments.listen = stock
+    return seen
+
+
+def foreign() -> dict:
+    """What a page of another site can send without asking first, and bodies that are not what they seem."""
+    cleared()
+    kept_one = owned("F.safetensors")
+
+    async def talk(get: Any, post: Any) -> dict:
+        bomb = gzip.compress(b'{"unload_models": ' + b" " * 60_000_000 + b"true}")
+        requests = {
+            "no header": (b"{}", {"Content-Type": "application/json"}),
+            "a form": (b"", {"Content-Type": "application/x-www-form-urlencoded"}),
+            "plain text": (b"{}", {"Content-Type": "text/plain"}),
+            "our header, plain text": (b"{}", {**OURS, "Content-Type": "text/plain"}),
+            "our header, no type": (b"{}", {"X-SteadyVSR": "1", "Content-Type": ""}),
+            "another value": (b"{}", {**OURS, "X-SteadyVSR": "0"}),
+            "an unknown charset": (b"{}", {**OURS, "Content-Type": "application/json; charset=klingon"}),
+            "UTF-7": (b"{}", {**OURS, "Content-Type": "application/json; charset=utf-7"}),
+            "packed": (gzip.compress(b"{}"), {**OURS, "Content-Encoding": "gzip"}),
+            "a bomb": (bomb, {**OURS, "Content-Encoding": "gzip"}),
+        }
+        return {name: await post("release", *request) for name, request in requests.items()}
+
+    answers = asked(talk)
+    owners = [entry.name for entry in kept.registry().owned()]
+    kept.registry().release()
+    del kept_one
+    return {"answers": answers, "kept": owners}
 
 
 def buttons() -> dict:
@@ -164,7 +258,11 @@ def buttons() -> dict:
     def policy_of(wanted: str) -> str | None:
         return next((entry.policy for entry in kept.registry().entries() if entry.id == wanted), None)
 
+    push = pack("nodes.panel.push")
+    SERVER.sockets["page"] = object()
+
     async def steps(get: Any, post: Any) -> None:
+        await post("watch", {"client": "page", "open": True})
         EVENTS.clear()
         status, answer = await post("policy", {"id": id, "policy": "keep"})
         seen["keep"] = [status, answer["receipt"]["verdict"], policy_of(id)]
@@ -191,7 +289,9 @@ def buttons() -> dict:
         seen["predict unknown"] = [status, answer["predicted"]]
 
     asked(steps)
-    seen["pushed"] = sorted({event for event, _, _ in EVENTS})
+    seen["pushed"] = sorted({event for event, _, _ in EVENTS} - {push.EVENT})
+    del SERVER.sockets["page"]
+    push.state_push()._thread.join(10)
     return seen
 
 
@@ -218,5 +318,34 @@ def watching() -> dict:
     }  # fmt: skip
 
 
+def receipts_sent() -> dict:
+    """To whom a receipt goes: pages that have the panel open, and nobody else."""
+    cleared()
+    push, receipts, seen = pack("nodes.panel.push"), pack("nodes.receipts"), {}
+    SERVER.sockets |= {"page": object(), "other": object()}
+
+    def told() -> list:
+        EVENTS.clear()
+        receipts.give(receipts.ReceiptCard("A title", "a line", "DONE"))
+        return [sid for event, _, sid in EVENTS if event == receipts.EVENT]
+
+    seen["nobody watches"] = told()
+    for name, open in (("one page watches", True), ("it has closed the panel", False)):
+
+        async def talk(get: Any, post: Any, open: bool = open) -> Any:
+            return await post("watch", {"client": "page", "open": open})
+
+        asked(talk)
+        seen[name] = told()
+    thread = push.state_push()._thread
+    if thread is not None:
+        thread.join(10)
+    del SERVER.sockets["page"], SERVER.sockets["other"]
+    return seen
+
+
 SERVER.add_routes()
-SCENARIOS = {"state": state, "gets": gets, "refused": refused, "buttons": buttons, "watching": watching}
+SCENARIOS = {
+    "state": state, "gets": gets, "refused": refused, "hosts": hosts, "listened": listened, "foreign": foreign,
+    "buttons": buttons, "watching": watching, "receipts": receipts_sent,
+}  # fmt: skip

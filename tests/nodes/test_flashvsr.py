@@ -232,6 +232,13 @@ def comparable(observed: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_the_file_of_a_video_goes_with_the_last_output_that_comes_from_it(observed):
+    seen = scenario(observed, "flashvsr videos")
+    assert seen["results of finished runs"] == 0
+    held = {name: seen[f"held: {name}"] for name in ("the VIDEO", "what was cut from it", "nothing")}
+    assert held == {"the VIDEO": 1, "what was cut from it": 1, "nothing": 0}
+
+
 @pytest.mark.comfy
 def test_the_double_does_what_comfyui_does(observe, comfyui_path: Path):
     assert comparable(observe(None)) == comparable(observe(comfyui_path))

@@ -56,7 +56,17 @@ REFUSED = {
     "least RAM below 0": (400, "least_ram_gib: expected 0"),
     "a switch that is a number": (400, "reset_when_short: got 1"),
     "RAM below 0": (400, "kept_ram_gib: expected 0"), "no size": (400, "height: got null"),
-    "no number": (400, "width: got true"), "too much": (400, "expected at most 65536 bytes; got 70009"),
+    "no number": (400, "width: got true"), "too much": (400, "expected at most 65536 bytes"),
+    "a misspelt key": (400, "expected the keys ids; got 'id'"),
+    "a key that another route has": (400, "got 'decoder'"),
+    "a warning above the strong one": (400, "expected warn_percent up to critical_percent, 60; got 90"),
+    "a number of 400 digits": (400, "kept_ram_gib: expected a number"),
+    "a size of 400 digits": (400, "width: expected a number"),
+    "a scale of 400 digits": (400, "scale: expected a number"),
+    "a number of 5,000 digits": (400, "expected JSON"), "not a number": (400, "expected JSON"),
+    "no end": (400, "expected JSON"), "a deep list": (400, "expected JSON"),
+    "a list of lists": (400, "expected a list of ids"), "a dict for a word": (400, "id: got a dict"),
+    "half a character": (404, "no model has the id"), "no UTF-8": (400, "expected JSON"),
 }  # fmt: skip
 
 
@@ -64,6 +74,46 @@ REFUSED = {
 def test_a_bad_request_is_refused_in_words(observed, case):
     status, answer = scenario(observed, "routes refused")[case]
     assert (status, list(answer)) == (REFUSED[case][0], ["error"]) and REFUSED[case][1] in answer["error"]
+
+
+HOSTS = {
+    "localhost": 200, "the loopback": 200, "the loopback of IPv6": 200, "another name": 403, "a name like ours": 403,
+    "nothing": 403, "another machine": 403, "nonsense": 403, "a list": 403,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_only_a_host_of_this_machine_is_answered(observed, name):
+    """A name that an attacker points at this machine (DNS rebinding) makes their page ours to the browser."""
+    assert scenario(observed, "routes hosts")[name] == [HOSTS[name], HOSTS[name]]
+
+
+def test_a_host_that_comfyui_was_told_to_listen_on_is_answered(observed):
+    assert scenario(observed, "routes listened") == {
+        "127.0.0.1": [403, 403, 403, 403], "box.lan,127.0.0.1": [200, 403, 403, 403],
+        "0.0.0.0,::": [403, 200, 200, 403],
+    }  # fmt: skip
+
+
+FOREIGN = {
+    "no header": (403, "X-SteadyVSR: 1"), "a form": (403, "X-SteadyVSR: 1"), "plain text": (403, "X-SteadyVSR: 1"),
+    "our header, plain text": (415, "application/json"), "our header, no type": (415, "application/json"),
+    "another value": (403, "X-SteadyVSR: 1"), "an unknown charset": (415, "UTF-8"), "UTF-7": (415, "UTF-8"),
+    "packed": (415, "uncompressed"), "a bomb": (415, "uncompressed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_a_page_of_another_site_can_send_is_refused_and_has_no_effect(observed, case):
+    seen = scenario(observed, "routes foreign")
+    status, answer = seen["answers"][case]
+    assert status == FOREIGN[case][0] and FOREIGN[case][1] in answer["error"]
+    assert seen["kept"] == ["F.safetensors"]
+
+
+def test_a_receipt_goes_to_pages_that_have_the_panel_open_and_to_nobody_else(observed):
+    seen = scenario(observed, "routes receipts")
+    assert seen == {"nobody watches": [], "one page watches": ["page"], "it has closed the panel": []}
 
 
 def test_keeping_and_releasing_change_the_policy_at_once(observed):

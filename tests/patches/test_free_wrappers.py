@@ -14,6 +14,7 @@ from steadyvsr.tests.session.observed import played
 
 SCRIPT = Path(__file__).with_name("free_wrappers.py")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
+STEP = "throw_exception_if_processing_interrupted"
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_a_function_that_comfyui_does_not_have_costs_its_own_wrapper_only(observ
     worker = ("PromptExecutor.execute", "execution.execute", "PromptExecutor.reset", *queue)
     gone = ("free_memory", *worker)
     required = {name: status for name, status in seen["status"].items() if name != "unload_model_and_clones"}
-    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, *worker)}
+    assert required == {name: "missing" if name in gone else "on top" for name in (*NAMES, STEP, *worker)}
     assert seen["again"] is True
 
 

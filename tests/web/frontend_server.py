@@ -181,6 +181,8 @@ class FrontendServer:
     async def _post(self, request: web.Request) -> web.Response:
         if self._gone:
             return web.Response(status=503)
+        if request.headers.get("X-SteadyVSR") != "1" or request.content_type != "application/json":
+            return web.json_response({"error": "the panel's header is missing"}, status=403)
         name, body = request.match_info["name"], await request.json()
         self.posts.append((name, body))
         if name == "watch":

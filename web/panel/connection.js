@@ -3,10 +3,12 @@
 import { api } from "../../../scripts/api.js";
 
 const ROOT = "/steadyvsr";
+// The second one is what a page of another site cannot send.
+const HEADERS = { "Content-Type": "application/json", "X-SteadyVSR": "1" };
 
 /** GET or POST a route of the pack; an error carries the server's own words. */
 async function call(route, body) {
-  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: HEADERS };
   const response = await api.fetchApi(ROOT + route, options);
   const text = await response.text();
   let answer = {};

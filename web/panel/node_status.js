@@ -83,12 +83,12 @@ export function statusOn(node) {
 function settingsOf(node) {
   const loader = source(node, "flashvsr");
   return {
-    model_set: loader ? (valueOf(loader, "model_set") ?? null) : null,
-    precision: loader ? (valueOf(loader, "precision") ?? null) : null,
+    // What is undefined is not sent.
+    model_set: loader ? valueOf(loader, "model_set") : undefined,
+    precision: loader ? valueOf(loader, "precision") : undefined,
     scale: valueOf(node, "scale"),
     kv_ratio: valueOf(node, "kv_ratio"),
-    decoder: valueOf(node, "decoder"),
-    budget_gb: valueOf(node, "budget_gb") ?? 0,
+    budget_gb: valueOf(node, "budget_gb"),
   };
 }
 

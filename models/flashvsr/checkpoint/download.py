@@ -6,7 +6,7 @@ come from `huggingface_hub`, so HF_ENDPOINT is honoured), and the authors' GitHu
 hash of the GitHub file is published.
 
 The transfer is our own, because recent versions of `huggingface_hub` discard what has arrived when they are
-interrupted: here a file grows as NAME.part, and the next call continues it.
+interrupted: here a file grows as NAME.part, and the next call continues it. Downloads into one folder take turns.
 
 What is trusted: a file is accepted when its size and sha256 are right. Those of v1.1 and of the prompt are in
 `parts.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub states (git LFS),
@@ -16,16 +16,18 @@ which reveals damage on the way but not a changed repository. No token is sent. 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import importlib
 import logging
 import os
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +36,27 @@ from ...weight_file import file_sha256
 from .parts import KNOWN_FILES, VERSIONS
 from .sources import PROMPT_URL
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 REPOSITORIES = {"v1": "JunhaoZhuang/FlashVSR", "v1.1": "JunhaoZhuang/FlashVSR-v1.1"}
 WEIGHTS = ("diffusion_pytorch_model_streaming_dmd.safetensors", "LQ_proj_in.ckpt", "TCDecoder.ckpt")
 PROMPT = "posi_prompt.pth"
 
+LOCK_NAME = ".steadyvsr-download.lock"
+_WAIT_SECONDS = 0.2
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _PROMPT_REPOSITORY = "OpenImagingLab/FlashVSR"
 _CONNECTIONS = 5
 """Attempts per file before giving up; each continues where the last one stopped."""
 _PAUSE_SECONDS = 2
 _TRANSIENT_STATUS = (408, 425, 429)
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO,
+    errno.ELOOP,
+)  # fmt: skip
 _TIMEOUT_SECONDS = 60
 _CHUNK_BYTES = 1 << 20
 _RESERVE_BYTES = 64 << 20
@@ -108,20 +121,65 @@ def download_flashvsr(
     wanted = [Wanted(PROMPT, PROMPT_URL, prompt.size_bytes, prompt.sha256), *_weights(hub, version)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [file for file in wanted if not _is_there(folder, file, hub, version)]
-        _check_space(folder, missing)
-        total = sum(file.size_bytes for file in wanted)
-        done = total - sum(file.size_bytes for file in missing)
-        for file in missing:
-            _fetch(
-                folder, file, urlopen, lambda name, size, before=done: progress and progress(name, before + size, total)
-            )
-            done += file.size_bytes
+        with _alone(folder):
+            missing = [file for file in wanted if not _is_there(folder, file, hub, version)]
+            _check_space(folder, missing)
+            total = sum(file.size_bytes for file in wanted)
+            done = total - sum(file.size_bytes for file in missing)
+            for file in missing:
+
+                def report(name: str, size: int, before: int = done) -> None:
+                    if progress:
+                        progress(name, before + size, total)
+
+                _fetch(folder, file, urlopen, report)
+                done += file.size_bytes
     except OSError as error:
         raise DownloadError(
             f"{folder}: expected a folder to write {version} to; {error}. Free space or choose another."
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other download into the folder is under way, and keeps others waiting. Can be interrupted."""
+    path, said = folder / LOCK_NAME, False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666)
+        try:
+            _lock(descriptor)
+            # Whoever had it removed the file at the end: then this lock is that of a name that is gone.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        except (BlockingIOError, PermissionError):
+            if not said:
+                log.info("%s: another download into this folder is under way; waiting for it.", folder)
+            said = True
+            time.sleep(_WAIT_SECONDS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink()
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Locks an open file until it is closed or the process ends. Raises BlockingIOError or PermissionError if it is."""
+    if sys.platform == "win32":
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            log.warning("this file system has no locks (%s): start no second download into the folder.", error)
 
 
 def _import_hub() -> Any:
@@ -263,7 +321,8 @@ def _transfer(file: Wanted, part: Path, urlopen: Callable[..., Any], report: Cal
 
 
 def _append(response: Any, part: Path, file: Wanted, start: int, report: Callable[[str, int], object]) -> None:
-    with part.open("ab") as out:
+    # A link called .part is somebody else's: it is not written through.
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o666), "ab") as out:
         out.truncate(start)
         size_bytes = start
         while size_bytes <= file.size_bytes and (chunk := response.read(_CHUNK_BYTES)):

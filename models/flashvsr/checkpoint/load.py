@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...operations import cast_on_use
 from ...weight_file import CheckpointError, WeightFile, tensors_sha256
-from ..config import LQ_CACHE_ORDERS, FlashVSRConfig
+from ..config import LAYER_LIMIT, LQ_CACHE_ORDERS, FlashVSRConfig
 from ..lq_projection import BufferLQ4xProjection, CausalLQ4xProjection
 from ..model import FlashVSR
 from ..tc_decoder import TCDecoder
@@ -38,6 +38,7 @@ from .parts import (
     Source,
     find_parts,
     known_file,
+    refuse_altered,
 )
 from .sources import (
     PROMPT_URL,
@@ -97,8 +98,10 @@ def load_flashvsr(
             f"{checkpoint.label}: expected lq_cache_order 'fixed' for v1.1, which was trained with that order; "
             f"got 'as_trained'. That choice exists for v1 weights only."
         )
+    for source in sources.values():
+        refuse_altered(source.file, version)
     config = _checked_config(checkpoint, sources, num_heads)
-    context = _load_prompt(checkpoint, prompt, config.text_dim, dtype, device)
+    context = _load_prompt(checkpoint, prompt, config.text_dim, version, dtype, device)
     with torch.device("meta"):
         modules = _networks(config, version, lq_cache_order, operations)
     for file in {source.file.path: source.file for source in sources.values()}.values():
@@ -197,7 +200,7 @@ def _checked_config(checkpoint: Checkpoint, sources: Mapping[str, Source], num_h
         shapes = [
             f"{key} {tuple(expected[part][key].shape)} expected, {tuple(tensor.shape)} found"
             for key, tensor in entries[part].items()
-            if config and key in expected[part] and tensor.shape != expected[part][key].shape
+            if key in expected[part] and _differs(tensor, expected[part][key], config is not None)
         ]
         kinds = sorted({str(tensor.dtype) for tensor in entries[part].values() if not tensor.is_floating_point()})
         found = [
@@ -208,16 +211,19 @@ def _checked_config(checkpoint: Checkpoint, sources: Mapping[str, Source], num_h
         ]
         text = "; ".join(f"{len(keys)} {what}: {listed(keys)}" for what, keys in found if keys)
         if text:
-            problems.append(f"\n  {part} ({sources[part].file.path.name}): {text}")
-    if not problems and config is None:
-        problems.append("\n  a tensor that fixes a size has too few axes.")
-    if problems:
+            problems.append(f"  {part} ({sources[part].file.path.name}): {text}")
+    if problems or config is None:
         raise CheckpointError(
-            f"{checkpoint.label}: expected the keys and shapes of FlashVSR; got{''.join(problems)}\n"
-            f"The file is of another model, incomplete, or quantised in a form that is not supported."
+            f"{checkpoint.label}: expected the keys and shapes of FlashVSR; got",
+            *problems,
+            "The file is of another model, incomplete, or quantised in a form that is not supported.",
         )
-    assert config is not None
     return config
+
+
+def _differs(tensor: Tensor, expected: Tensor, sizes_known: bool) -> bool:
+    """Whether the shape is wrong; without known sizes, whether the number of axes is."""
+    return tensor.shape != expected.shape if sizes_known else tensor.ndim != expected.ndim
 
 
 def expected_entries(config: FlashVSRConfig) -> dict[str, dict[str, Tensor]]:
@@ -236,8 +242,8 @@ def names_config(entries: Mapping[str, Mapping[str, Tensor]]) -> FlashVSRConfig:
 
 def _count(entries: Mapping[str, Tensor], name: str) -> int:
     """1 + the largest index under `name` that is plausible for the number of keys."""
-    found = [int(match[1]) for key in entries if (match := re.match(rf"{name}\.(\d+)\.", key))]
-    return 1 + max((index for index in found if index < len(entries)), default=0)
+    found = [int(match[1]) for key in entries if (match := re.match(rf"{name}\.([0-9]{{1,9}})\.", key))]
+    return 1 + max((index for index in found if index < min(len(entries), LAYER_LIMIT)), default=0)
 
 
 def compare_keys(expected: Mapping[str, Tensor], entries: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -249,6 +255,7 @@ def _load_prompt(
     checkpoint: Checkpoint,
     prompt: Tensor | PathLike | None,
     text_dim: int,
+    version: str,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Tensor:
@@ -263,6 +270,7 @@ def _load_prompt(
             )
     else:
         source = find_prompt(checkpoint, text_dim)
+    refuse_altered(source.file, version)
     name = source.names["context"]
     _shaped_prompt(str(source.file.path), source.file.entries[name], text_dim)
     ((_, tensor),) = source.file.read([name], dtype, device)

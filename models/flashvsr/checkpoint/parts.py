@@ -7,6 +7,7 @@ Parts are recognised by their keys, never by file names: files are copied, renam
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -208,6 +209,22 @@ def known_file(file: WeightFile) -> KnownFile | None:
     return next((known for known in fitting if known.sha256 == digest), None)
 
 
+def refuse_altered(file: WeightFile, version: str) -> None:
+    """Raises a CheckpointError for a file with the name and size of a published one and another hash.
+
+    Args:
+        version: that it is loaded as. No hashes of v1 are published: its files may differ from those of v1.1.
+    """
+    for known in KNOWN_FILES:
+        named = known.name.split()[-1] == file.path.name and known.size_bytes == file.size_bytes
+        if named and known.version in (None, version) and known_file(file) is None:
+            raise CheckpointError(
+                f"{file.path}: expected the published {known.name} with sha256 {known.sha256}; got "
+                f"{file_sha256(file.path)}. It is damaged or was altered: fetch it again. A model of your own needs "
+                f"another file name."
+            )
+
+
 def metadata_version(file: WeightFile) -> str | None:
     """`version` in the metadata of a merged file; "1", "1.0" and "1.1" count only together with a `family`."""
     stated = file.metadata.get("version", "").strip().lower()
@@ -237,9 +254,11 @@ def _find_prefixes(file: WeightFile, names: Iterable[str]) -> dict[str, str]:
         hits = [
             name.removesuffix(marker) for marker in markers for name in names if ("." + name).endswith("." + marker)
         ]
-        prefixes = sorted({prefix for prefix in hits if hits.count(prefix) >= 2 and not _is_taehv(file, part, prefix)})
+        prefixes = sorted(
+            prefix for prefix, count in Counter(hits).items() if count >= 2 and not _is_taehv(file, part, prefix)
+        )
         if len(prefixes) > 1:
-            listed = " and ".join(repr(prefix) for prefix in prefixes)
+            listed = " and ".join(repr(prefix) for prefix in prefixes[:4])
             raise CheckpointError(
                 f"{file.path}: expected one {part}; got {len(prefixes)}, under {listed}. Split the file."
             )

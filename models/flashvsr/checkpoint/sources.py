@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...printable import printable
 from ...weight_file import SUFFIXES, CheckpointError, WeightFile
 from .parts import NETWORKS, PARTS, Source, find_parts, known_version, version_hint
 
@@ -104,11 +105,12 @@ def choose_sources(checkpoint: Checkpoint, version: str) -> dict[str, Source]:
         if not found:
             names = [name for file in checkpoint.files for name in file.entries]
             found = [f"{len(names)} keys of another model ({listed(names)})"] if names else ["none of them"]
-        broken = "".join(f"\n  {error}" for error in checkpoint.unreadable)
+        broken = [f"  {error}" for error in checkpoint.unreadable]
         raise CheckpointError(
             f"{checkpoint.label}: expected the keys of a transformer, an LQ projection and a TC decoder; missing: "
             f"{', '.join(missing)}; found: {', '.join(found)}. Add the file, or pass a mapping of part → file."
-            + (f" These could not be read:{broken}" if broken else "")
+            + (" These could not be read:" if broken else ""),
+            *broken,
         )
     return {part: _choose(checkpoint, part, version) for part in NETWORKS}
 
@@ -215,6 +217,6 @@ def find_prompt(checkpoint: Checkpoint, text_dim: int) -> Source:
 
 def listed(keys: Iterable[str]) -> str:
     """The first few keys, and how many more."""
-    keys = list(keys)
+    keys = [printable(key) for key in keys]
     more = len(keys) - _LISTED_KEYS
     return ", ".join(keys[:_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
