@@ -52,7 +52,6 @@ from .app.folder import (
     find_jobs,
     folder_settings,
     holds_videos,
-    printable,
     run_folder,
 )
 from .memory.host import fix_heap_growth

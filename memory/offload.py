@@ -250,7 +250,7 @@ def weigh(
         verdict,
         asked,
         still_loaded,
-        left_tensors=_tensor_drop(before, after),
+        left_tensors=tensor_drop(before, after),
         left_driver=_driver_drop(before, after),
         held=held,
         unnamed=unnamed,
@@ -274,7 +274,7 @@ def judge(asked: int, still_loaded: int, alive: int, before: Reading, after: Rea
     if alive > ALIVE_BYTES:
         notes.append(f"storages of {size_text(alive)} are alive")
     held = still_loaded > 0 or alive > ALIVE_BYTES
-    tensors, process = _tensor_drop(before, after), _dropped(before.process, after.process)
+    tensors, process = tensor_drop(before, after), _dropped(before.process, after.process)
     if tensors is None:
         if held:
             return Verdict.STILL_HELD, notes
@@ -335,7 +335,8 @@ def _dropped(before: Figure, after: Figure) -> int | None:
     return before.bytes - after.bytes
 
 
-def _tensor_drop(before: Reading, after: Reading) -> int | None:
+def tensor_drop(before: Reading, after: Reading) -> int | None:
+    """Bytes by which live tensors went down between two readings; None where they cannot be counted."""
     counted = before.allocated.bytes is not None and after.allocated.bytes is not None
     return _dropped(before.tensors, after.tensors) if counted else None
 

@@ -17,8 +17,8 @@ from ..app.doctor import Guidance, examine, guidance_of, peak_of
 from ..memory import offload, probe
 from ..models.flashvsr import FlashVSR
 from ..models.flashvsr.checkpoint import NANO_FILE, load_flashvsr
-from ..patches import residency
-from ..patches.versions import patcher_class, supported
+from ..patches import hooks, residency
+from ..patches.versions import free_memory, patcher_class, supported
 from .guidance import BATCHED, OFF, SEQUENTIAL, with_guidance
 from .sockets import as_json, report_output
 
@@ -62,7 +62,10 @@ class Doctor(io.ComfyNode):
             guidance=_sampled,
             on_step=lambda what: mm.throw_exception_if_processing_interrupted(),
         )
-        return io.NodeOutput(as_json(findings.to_json()), ui=ui.PreviewText("\n".join(findings.lines())))
+        off = hooks.promises_off()
+        lines = [*findings.lines(), *(f"not in this ComfyUI: {promise}" for promise in off)]
+        report = findings.to_json() | {"wrappers": hooks.status(), "promises_off": off}
+        return io.NodeOutput(as_json(report), ui=ui.PreviewText("\n".join(lines)))
 
 
 def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe) -> offload.Receipt:
@@ -71,7 +74,7 @@ def _moved_by_comfyui(model: FlashVSR, device: torch.device, reader: probe.Probe
     mm.load_models_gpu([patcher])
     (receipt,) = residency.offload_model(patcher)
     if device == rest:
-        mm.free_memory(1e30, device, keep_loaded=[x for x in mm.current_loaded_models if x.model is not patcher])
+        free_memory(residency.EVERYTHING, device, [x for x in mm.current_loaded_models if x.model is not patcher])
     return receipt
 
 
@@ -83,7 +86,7 @@ def _sampled(model: FlashVSR, device: torch.device, reader: probe.Probe) -> Guid
         patched = with_guidance(base, mode)
         mm.load_models_gpu([patched])  # before measuring: weights are not activations
         found[mode] = peak_of(functools.partial(_sample, patched), device, reader)
-    mm.free_memory(1e30, device, keep_loaded=[x for x in mm.current_loaded_models if x.model is not patched])
+    free_memory(residency.EVERYTHING, device, [x for x in mm.current_loaded_models if x.model is not patched])
     latent = "×".join(map(str, LATENT))
     return guidance_of(found, f"{STEPS} steps of a small Wan 2.1, latent {latent}")
 

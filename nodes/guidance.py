@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any
 
-import comfy.model_management as mm
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..memory import ledger, probe
 from ..patches import residency
-from ..patches.versions import supported, unique_id
+from ..patches.versions import empty_caches, supported, unique_id
 from . import node_status, receipts
 from .receipts import ReceiptCard
 
@@ -174,7 +173,7 @@ class Cleaning:
             fill = "" if self.when == EVERY_STEP else ledger.current().levels.of(probe.attempt(probe.current(), device))
             unread += fill == "unknown"
             if self.when == EVERY_STEP or fill in ("warn", "critical"):
-                mm.soft_empty_cache()
+                empty_caches()
                 cleanings += 1
             seconds += time.perf_counter() - started
 

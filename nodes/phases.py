@@ -115,14 +115,9 @@ class PhaseGate(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls,
-        budget_gb: list[float],
-        needs_gb: list[float],
-        peak_gb: list[float] | None = None,
-        offload: list[str] | None = None,
-        **_: object,
+        cls, budget_gb: list[float], needs_gb: list[float], peak_gb: list[float] | None = None, **_: object
     ) -> int:
-        return gate.work_counter(limits_of(budget_gb, needs_gb, peak_gb), scope_of(offload))
+        return gate.work_counter(limits_of(budget_gb, needs_gb, peak_gb))
 
     @classmethod
     def execute(

@@ -19,7 +19,8 @@ ADVANCED = supported(io.Float.Input, advanced=True)
 def keep_loaded_input(
     tooltip: str = "Whether the model outlives ComfyUI's free-memory buttons and other workflows. no: ComfyUI decides. "
     "keep: it stays in RAM and is not read again; it makes room on the card when another model needs it. pin: it stays "
-    "on the card too, even if another model then does not fit.",
+    "on the card too, even if another model then does not fit; with dynamic VRAM (a start option of ComfyUI 0.33) the "
+    "driver decides that.",
 ) -> io.Input:
     return io.Combo.Input("keep_loaded", options=list(POLICIES), default=EJECTABLE, optional=True, tooltip=tooltip)
 

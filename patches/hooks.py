@@ -86,7 +86,7 @@ def _unload_everywhere() -> None:
     """A press means every accelerator that has a listed model; 0.3.64 unloads its current one alone."""
     devices = dict.fromkeys(loaded.device for loaded in mm.current_loaded_models if loaded.model is not None)
     for device in [device for device in devices if device not in (CPU, mm.get_torch_device())]:
-        mm.free_memory(EVERYTHING, device)
+        versions.free_memory(EVERYTHING, device, [])
 
 
 def _hide(original: chain.Original, out_of_memory: bool) -> list[tuple[int, Any]]:
@@ -191,7 +191,7 @@ def unload_model_and_clones(original: chain.Original, *arguments: Any, **keyword
 
 def soft_empty_cache(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     thread, press = state().thread, presses.open_press()
-    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
+    if thread.depth > 0 or thread.emptying:
         return original(*arguments, **keywords)
     # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True
@@ -349,8 +349,9 @@ def reset(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
 
 
 def get(original: chain.Original, queue: Any, *arguments: Any, **keywords: Any) -> Any:
+    prompt.worker_is_here()
     # A flag that is set while the worker collects garbage wakes nobody: without this it waits for the next prompt.
-    with idle.lock_of(queue):
+    with idle.lock_of(queue, original.function):
         timeout = keywords.get("timeout", arguments[0] if arguments else None)
         if timeout is not None and attempt("hearing a press", lambda: bool(queue.flags and not queue.queue), False):
             return None  # as if the time were up: the worker then asks for flags
@@ -408,7 +409,12 @@ HOOKS = {
         ),
         Hook("execution.execute", between_nodes, "kept models yield RAM, and are released, while a prompt runs"),
         Hook("PromptExecutor.reset", reset, "a press tells what dropping the node cache did", ("self",)),
-        Hook("PromptQueue.get", get, "a press during a garbage collection is heard at the next prompt only", ("self",)),
+        Hook(
+            "PromptQueue.get",
+            get,
+            "a press during a garbage collection is heard before the next prompt",
+            ("self", "timeout"),
+        ),
         Hook("PromptQueue.get_flags", get_flags, "the panel's buttons act between prompts", ("self",)),
     )
 }

@@ -43,10 +43,15 @@ def run_when_idle(queue: Any, action: Callable[[], None]) -> None:
     queue.set_flag(FLAG, True)  # wakes the worker
 
 
-def lock_of(queue: Any) -> AbstractContextManager[Any]:
-    """The lock that a queue waits with, if a thread that has it may take it once more."""
-    lock = getattr(queue, "mutex", None)
-    return lock if isinstance(lock, type(threading.RLock())) else nullcontext()
+def lock_of(queue: Any, get: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """The lock that a queue's own `get` gives up while it waits, so that a flag cannot come just before.
+
+    Another pack's `get` may wait in another way, so it is called without the lock; a flag that came just before is then
+    heard at the next look at the RAM.
+    """
+    lock, own = getattr(queue, "mutex", None), getattr(get, "__module__", None) == type(queue).__module__
+    own = own and not hasattr(get, "__wrapped__") and isinstance(lock, type(threading.RLock()))
+    return lock if own and lock is not None else nullcontext()
 
 
 def run_waiting() -> None:

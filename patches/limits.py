@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..memory import budget, probe
 from ..memory.process import shared
-from ..memory.reading import size_text
-from . import prompt, residency
+from ..memory.reading import Figure, size_text
+from . import prompt, residency, versions
 from .kept import PINNED, registry
 
 log = logging.getLogger("steadyvsr.patches")
@@ -49,18 +49,25 @@ class PhaseLimit:
 
 @dataclass
 class _Watch:
-    """The node that was asked about last; `gave` is what has been said of its prompt."""
+    """The node that was asked about last, the limit of its phase, and what was said last.
+
+    Attributes:
+        before: the peak on each device when the node began: what earlier nodes took is not its doing.
+    """
 
     node: tuple[str, str] | None = None
     limit: PhaseLimit | None = None
+    before: dict[str, int] = field(default_factory=dict)
     next_reading: float = 0.0
     said: str = ""
 
 
 def limit_of(running: prompt.RunningPrompt) -> PhaseLimit | None:
     """The limit of the phase that the executing node belongs to; None where no gate sets one."""
+    if running.nodes[running.node].get("class_type") == GATE_CLASS:
+        return None
     children = _children(running.nodes)
-    gates = [gate for gate in _nearest_gates(running.node, running.nodes, children) if gate != running.node]
+    gates = _nearest_gates(running.node, running.nodes, children)
     # A loader may lead to several gates: the first of them ends the phase that is running.
     later = {other for gate in gates for other in _reached(gate, children)}
     limits = [_limit(running.nodes[gate].get("inputs") or {}) for gate in gates if gate not in later]
@@ -70,13 +77,16 @@ def limit_of(running: prompt.RunningPrompt) -> PhaseLimit | None:
 def exceeded() -> PhaseLimitExceeded | None:
     """The error with which the executing node has to stop because its phase took too much; None goes on."""
     watch = _watched()
+    if watch.node is None and (queued := prompt.queued()) is not None and any(_limits(queued.nodes)):
+        # ComfyUI asks once before each node, outside of it.
+        watch.before = {device: figure.bytes or 0 for device, figure in _peaks().items()}
     if watch.limit is None or (now := time.perf_counter()) < watch.next_reading:
         return None
     watch.next_reading = now + PERIOD_SECONDS
-    for device, peak in residency.prompt_ledger().running_peaks().items():
-        found = peak.allocated
-        if device != str(CPU) and found.bytes is not None and found.bytes > watch.limit.peak:
-            got = f"a peak of {_exact(found.bytes)} ({found.source})"
+    for device, figure in _peaks().items():
+        peak = figure.bytes or 0
+        if peak > max(watch.limit.peak, watch.before.get(device, 0)):
+            got = f"a peak of {_exact(peak)} ({figure.source})"
             todo = "Use smaller tiles or fewer frames in this phase, offload more before it, or raise peak_gb."
             return _refused(watch, device, got, todo)
     return None
@@ -96,7 +106,8 @@ def refusal(models: Sequence[Any], memory_required: float = 0) -> PhaseLimitExce
     patchers = {id(x.model): x for model in models for x in (model, *model.model_patches_models())}
     for device in dict.fromkeys(patcher.load_device for patcher in patchers.values()):
         own = [patcher for patcher in patchers.values() if patcher.load_device == device]
-        weights = sum(max(0, patcher.model_size() - patcher.loaded_size()) for patcher in own)
+        # Dynamic VRAM takes what is free and goes on with less: it always fits.
+        weights = sum(max(0, x.model_size() - x.loaded_size()) for x in own if versions.dynamic_vram(x) is None)
         if device == CPU or not weights:
             continue
         reading, needed = probe.read(device, settled=True), int(weights + memory_required)
@@ -123,6 +134,18 @@ def _watched() -> _Watch:
         running = prompt.running() if node is not None else None
         watch.limit = limit_of(running) if running is not None and running.node in running.nodes else None
     return watch
+
+
+def _peaks() -> dict[str, Figure]:
+    """The most live tensors on each card in the phase that is running."""
+    peaks = residency.prompt_ledger().running_peaks()
+    return {device: peak.allocated for device, peak in peaks.items() if device != str(CPU)}
+
+
+def _limits(nodes: Mapping[str, Any]) -> Iterator[PhaseLimit]:
+    for node in nodes.values():
+        if node.get("class_type") == GATE_CLASS and (limit := _limit(node.get("inputs") or {})) is not None:
+            yield limit
 
 
 def _refused(watch: _Watch, device: str, got: str, todo: str) -> PhaseLimitExceeded | None:

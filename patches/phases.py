@@ -174,7 +174,10 @@ def end_phase(name: str, models: Iterable[Any], limits: PhaseLimits, scope: str 
     if admission is not None and admission.free is None:
         notes.append(f"{admission.device}: free memory cannot be read; what is needed was not checked")
     violations = tuple(_violations(name, limits, receipts, cards, admission))
-    _memory_of(prompt.running()).models = [weakref.ref(patcher.model) for patcher in patchers]
+    # Its own models only: what else went may belong to a later phase, whose return is no reason to run again.
+    _memory_of(prompt.running()).models = [
+        weakref.ref(patcher.model) for patcher in patchers if id(patcher.model) in own
+    ]
     return Ended(phase, limits, receipts, cards, admission, violations, tuple(notes))
 
 
@@ -192,13 +195,13 @@ def _rests(model: Any) -> str:
     The nodes that use such a model move it themselves: there is nothing to offload through ComfyUI's books.
     """
     network = getattr(model, "model", None)
-    if residency.is_model(model) or not isinstance(network, torch.nn.Module):
+    if not isinstance(network, torch.nn.Module) or residency.is_model(model):
         return ""
     found = ", ".join(f"{exact_text(size)} on {device}" for device, size in where(network.named_parameters()).items())
     return f"{type(network).__name__}: ComfyUI does not manage it; {found or 'it has no weights'}"
 
 
-def work_counter(limits: PhaseLimits, scope: str = THESE) -> int:
+def work_counter(limits: PhaseLimits) -> int:
     """How often the gate that asks has had something to do when a prompt began; for its fingerprint.
 
     ComfyUI skips a gate whose inputs did not change, and everything behind it. That is right as long as the card is as
@@ -209,7 +212,7 @@ def work_counter(limits: PhaseLimits, scope: str = THESE) -> int:
     memory = _memory_of(prompt.running())
     own = {id(module) for reference in memory.models if (module := reference()) is not None}
     back = any(id(patcher.model) in own for patcher in _on_cards(EVERYTHING))
-    if back or _on_cards(scope) or _beyond(limits):
+    if back or _beyond(limits):
         memory.count += 1
     return memory.count
 

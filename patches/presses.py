@@ -36,7 +36,7 @@ from ..memory.process import shared
 from ..memory.reading import Reading, size_text
 from .kept import Entry, registry
 from .residency import Resident, handle_of, node_outputs, residents
-from .versions import stream_buffers, torch_devices
+from .versions import is_dynamic, stream_buffers, torch_devices
 
 log = logging.getLogger("steadyvsr.patches")
 
@@ -60,6 +60,7 @@ class Kept:
         dead: how many of those have lost their patcher.
         resident: bytes on the devices that it computes on.
         size: of all its weights.
+        dynamic: whether the driver moves its pages (dynamic VRAM).
         places: bytes by where they are: a device, or "RAM".
     """
 
@@ -77,6 +78,7 @@ class Kept:
     hits: int
     loads: int
     yields: int
+    dynamic: bool
 
     def __str__(self) -> str:
         """`wan.safetensors 3.33 MiB in RAM`, `wan.safetensors 3.33 MiB: 1.00 MiB on cuda:0, 2.33 MiB in RAM`"""
@@ -148,6 +150,7 @@ class Press:
         self.looks: list[Snapshot] = []
         self.lost: tuple[Kept, ...] = ()
         self.receipts: tuple[offload.Receipt, ...] = ()
+        self._alive: dict[str, int] = {}
         self._thread = threading.get_ident()
         loaded = [(item.device, item.model) for item in list(mm.current_loaded_models)]
         self._devices = list(dict.fromkeys([*torch_devices(), *(device for device, _ in loaded), CPU]))
@@ -229,6 +232,11 @@ class Press:
         kept = ", ".join(map(str, self.after.kept)) or "none"
         return " · ".join(filter(None, [*left, f"kept: {kept}", self.left_out, self.reason]))
 
+    def bytes_after(self, item: Resident) -> int:
+        """Of a network of the first look, what is on its device now: by ComfyUI's books, or storages that live on."""
+        on_cpu = item.device.type == "cpu"  # where what rests and what is loaded look alike
+        return max(_bytes_now(self.after, item), 0 if on_cpu else self._alive.get(item.handle, 0))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {
@@ -264,6 +272,9 @@ class Press:
     def _settle(self) -> None:
         """What the press came to, said to the log and to whoever listens."""
         self.receipts = tuple(self._receipts())
+        self._alive = {
+            handle: sum(item.bytes for item in watched if item.alive) for handle, watched in self._watched.items()
+        }
         self._watched.clear()
         now = {entry.id: entry for entry in self.after.kept}
         self.lost = tuple(e for e in self.before.kept if e.resident and _is_lost(e, now.get(e.id)))
@@ -289,12 +300,11 @@ class Press:
         unloaded = {receipt.device for receipt in self.receipts}
         looks = zip(self._devices, self.before.devices, self.after.devices, strict=True)
         drops = {
-            str(device): before.tensors.bytes - after.tensors.bytes
-            for device, before, after in looks
-            if device != CPU and str(device) not in unloaded
-            and None not in (before.allocated.bytes, after.allocated.bytes)
-        }  # fmt: skip
-        return {device: drop for device, drop in drops.items() if drop >= offload.ALIVE_BYTES}
+            str(device): offload.tensor_drop(before, after) or 0 for device, before, after in looks if device != CPU
+        }
+        return {
+            device: drop for device, drop in drops.items() if device not in unloaded and drop >= offload.ALIVE_BYTES
+        }
 
     def _receipts(self) -> Iterator[offload.Receipt]:
         for index, device in enumerate(self._devices):
@@ -391,7 +401,9 @@ def _is_lost(before: Kept, now: Kept | None) -> bool:
     """Whether a kept model left its device or ComfyUI's list though nobody gave it up and it did not yield."""
     if now is None or now.yields > before.yields:
         return False
-    return now.resident < before.resident or now.listed < min(1, before.listed)
+    # With dynamic VRAM the driver takes pages and brings them back when they are used.
+    fewer = now.resident < before.resident and not now.dynamic
+    return fewer or now.listed < min(1, before.listed)
 
 
 def _said(receipt: offload.Receipt) -> str:
@@ -438,4 +450,5 @@ def _kept(entry: Entry, there: Iterable[Resident]) -> Kept:
         hits=entry.hits,
         loads=entry.loads,
         yields=entry.yields,
+        dynamic=any(is_dynamic(patcher) for patcher in patchers),
     )

@@ -189,7 +189,7 @@ def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
     own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
     before = sum(resident.bytes for resident in residents(device))
     versions.free_memory(EVERYTHING, device, own)
-    mm.soft_empty_cache()
+    versions.empty_caches()
     return sum(resident.bytes for resident in residents(device)) < before
 
 
@@ -210,7 +210,7 @@ def offload_model(value: Any, drop: Callable[[], None] = lambda: None) -> list[o
     Raises:
         TypeError: not a model.
     """
-    return [offload.offload(subject(patcher), mm.soft_empty_cache, drop=drop) for patcher in patchers_of(value)]
+    return [offload.offload(subject(patcher), versions.empty_caches, drop=drop) for patcher in patchers_of(value)]
 
 
 def subject(patcher: Any) -> offload.Subject:

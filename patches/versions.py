@@ -135,12 +135,22 @@ def directed(patcher: Any, device: torch.device) -> Any:
 
 
 def free_memory(required: float, device: torch.device, spared: Sequence[Any]) -> None:
-    """ComfyUI's function of that name, with arguments by name where it has these names, else in the order of today."""
+    """ComfyUI's function of that name, with arguments by name where it has these names, else in the order of today.
+
+    Nothing is freed where nothing can be spared.
+    """
+    free = getattr(mm, "free_memory", None)
     named = {"memory_required": required, "device": device, "keep_loaded": list(spared)}
-    if named.keys() <= inspect.signature(mm.free_memory).parameters.keys():
-        mm.free_memory(**named)
-    else:
-        mm.free_memory(*named.values())
+    parameters = {} if free is None else inspect.signature(free).parameters
+    if free is not None and named.keys() <= parameters.keys():
+        free(**named)
+    elif free is not None and (len(parameters) >= len(named) or not spared):
+        free(*list(named.values())[: len(parameters)])
+
+
+def empty_caches() -> None:
+    """Gives memory of the allocators' pools back to the devices: ComfyUI's `soft_empty_cache`, where it has that."""
+    getattr(mm, "soft_empty_cache", lambda: None)()
 
 
 def stream_buffers() -> Mapping[Any, Any]:

@@ -9,7 +9,7 @@ from .admission import admit
 from .jobs import Job, find_jobs, holds_videos
 from .lock import FolderLock
 from .manifest import Manifest, folder_settings
-from .report import FolderReport, printable
+from .report import FolderReport
 from .scheduler import FolderRun, run_folder
 from .worker import WorkerSettings
 
@@ -24,6 +24,5 @@ __all__ = [
     "find_jobs",
     "folder_settings",
     "holds_videos",
-    "printable",
     "run_folder",
 ]

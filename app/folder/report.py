@@ -8,6 +8,7 @@ from typing import Any
 
 from ...memory import leak
 from ...memory.reading import size_text
+from ...models.printable import printable
 from .worker import DONE, ClipResult
 
 FIRST_STEADY_CLIP = 3
@@ -78,8 +79,3 @@ def growth_of(results: Iterable[ClipResult]) -> dict[str, str]:
         series.setdefault(result.pid, []).append(result.after)
     growths = {number: leak.fit(values[FIRST_STEADY_CLIP - 1 :]) for number, values in enumerate(series.values())}
     return {f"worker {number}": str(growth) for number, growth in growths.items() if growth is not None}
-
-
-def printable(text: str) -> str:
-    """Text on one line: control characters, and bytes of names that are no text, are shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

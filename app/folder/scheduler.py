@@ -25,12 +25,13 @@ import torch
 
 from ...memory import probe
 from ...memory.budget import may_load
+from ...models.printable import printable
 from .admission import admit
 from .jobs import Job
 from .lock import FolderLock
 from .manifest import Manifest
 from .process import SILENCE_SECONDS, WorkerProcess
-from .report import FolderReport, growth_of, printable
+from .report import FolderReport, growth_of
 from .worker import DISK_FULL, DONE, FAILED, NO_MODEL, OUT_OF_MEMORY, STOPPED, ClipResult, Progress, WorkerSettings
 
 TICK_SECONDS = 0.5
@@ -118,7 +119,7 @@ class _Scheduler:
 
     def __init__(self, run: FolderRun, manifest: Manifest, lock: FolderLock, say: Say, progress: Show) -> None:
         self.run, self.manifest, self.lock, self.progress = run, manifest, lock, progress
-        self.say = lambda text: say(printable(text))
+        self.say = lambda text: say(printable(text, len(text)))
         self.waiting = deque(job for job in run.jobs if not manifest.finished(job))
         self.again: deque[Job] = deque()
         waiting = {job.name for job in self.waiting}

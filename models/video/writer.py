@@ -32,6 +32,8 @@ _CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
 _LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
 """By codec: formats for ten bits and for eight, in RGB so that nothing is lost."""
 _IO_BUFFER_BYTES = 1 << 20
+MAX_TICKS = 2**31 - 1
+"""Between two frames of an MP4 or MOV file."""
 
 
 class MuxingError(VideoError):
@@ -245,6 +247,7 @@ class ClipWriter:
         if self._last_pts is not None and pts <= self._last_pts:
             last, now = float(self._last_pts * self._time_base), float(pts * self._time_base)
             raise ValueError(f"{self.path.name}: expected frame {self.frames_written} after {last} s; got {now} s.")
+        self._expect_countable(pts)
         self._last_pts = pts
         picture = rgb_to_frame(frame, self.encoding.pixel_format, self._matrix)
         picture.pts, picture.time_base = pts, self._time_base
@@ -253,6 +256,16 @@ class ClipWriter:
             if self._audio is not None:
                 self._audio.advance(pts * self._time_base)
         self.frames_written += 1
+
+    def _expect_countable(self, pts: int) -> None:
+        """Raises MuxingError for a gap beyond MP4's clock. FFmpeg refuses some and silently shortens others."""
+        gap = 0 if self._last_pts is None else (pts - self._last_pts) * self._time_base
+        tick = self._stream.time_base
+        if self.encoding.container in ("mp4", "mov") and tick and gap / tick > MAX_TICKS:
+            raise MuxingError(
+                f"{self.path.name}: expected frames and sound that {self.encoding.container} can hold; got a gap of"
+                f" {float(gap):.0f} s after {self.frames_written} frames."
+            )
 
     def finish(self, to: str | Path | None = None) -> Path:
         """Writes what the encoder still holds and the rest of the sound, and gives the file its name.
@@ -278,6 +291,8 @@ class ClipWriter:
 
     def keep(self, to: str | Path | None) -> Path:
         """Closes the file with what is in it, and gives it its name or the name `to`. Returns the path."""
+        with contextlib.suppress(FFmpegError):  # what the encoder still holds, where the container takes it
+            self._container.mux(self._stream.encode(None))
         with self._muxing():
             self._container.close()
         path = self._part.commit(to)

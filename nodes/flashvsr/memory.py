@@ -19,7 +19,7 @@ from ...memory.reading import Reading, size_text
 from ...models.flashvsr.footprint import activation_bytes
 from ...models.flashvsr.memory_plan import TILES, MemoryPlan, plans, smaller
 from ...patches.residency import residents, unload_others
-from ...patches.versions import is_out_of_memory, memory_errors
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from ..attempts import UNLOAD_OTHERS, Attempts, figures, node_line, peak_figures
 from .model import LoadedFlashVSR
 from .wan_decoder import StreamingWanVAE
@@ -27,8 +27,7 @@ from .wan_decoder import StreamingWanVAE
 PHASE = "FlashVSR"
 CLEAN = ("pressure", "never", "every step")
 ATTEMPT_COLUMNS = {"phase": "phase", "frame": "frame", "free": "free", "plan": "did not fit", "tried": "then"}
-"""Of an attempt: the engine's phase (set up, project, transform or decode), the output frames that were finished, the
-plan."""
+"""Of an attempt: the phase (set up, project, transform or decode), the output frames that were finished, the plan."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class RunMemory:
             ledger.mark(PHASE, step=self._steps, quiet=not self.limits.log_steps)
             if self._wants_cleaning():
                 started = time.perf_counter()
-                mm.soft_empty_cache()
+                empty_caches()
                 self._cleanings += 1
                 self._cleaning_seconds += time.perf_counter() - started
         self._steps += 1
@@ -132,7 +131,7 @@ class RunMemory:
         """
         if not is_out_of_memory(error):
             return None
-        mm.soft_empty_cache()
+        empty_caches()
         free = self._read().free
         if unload_others(self.model.device, self.patchers):
             self._attempt(phase, UNLOAD_OTHERS, free)

@@ -13,6 +13,7 @@ from ...models.flashvsr import StreamOptions
 from ...models.flashvsr.attention import backend_choices
 from ...models.flashvsr.checkpoint.parts import VERSIONS
 from ...models.flashvsr.config import COLOURS, LQ_CACHE_ORDERS, PRECISIONS
+from ...patches import hooks
 from ...patches.kept import EJECTABLE, Key, registry
 from ...patches.residency import patchers_of
 from ...patches.versions import supported, unique_id
@@ -110,6 +111,7 @@ class LoadFlashVSR(io.ComfyNode):
         options = {
             "version": version, "precision": precision, "device": device, "lq_cache_order": lq_cache_order,
         }  # fmt: skip
+        hooks.install()  # again: a pack imported after this one may have replaced them
         model = registry().obtain(
             Key.of("flashvsr", model_sets.files_of(path), options),
             keep_loaded,

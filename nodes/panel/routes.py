@@ -194,9 +194,8 @@ def predict(body: dict[str, Any]) -> dict[str, Any]:
 
 def _press_receipt(press: presses.Press) -> None:
     """The receipt of a press, whoever pressed: the panel, ComfyUI's menu, ComfyUI-Manager, or a node."""
-    after = {item.handle: item.bytes for item in press.after.residents}
     lines = tuple(
-        Line(item.name, item.policy, after.get(item.handle, 0) > 0, item.bytes, after.get(item.handle, 0), item.handle)
+        Line(item.name, item.policy, (after := press.bytes_after(item)) > 0, item.bytes, after, item.handle)
         for item in press.before.residents
         if item.bytes
     )

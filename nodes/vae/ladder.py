@@ -6,11 +6,10 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import comfy.model_management as mm
 import torch
 
 from ...models.tiling import TileJob
-from ...patches.versions import is_out_of_memory, memory_errors
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from ..attempts import UNLOAD_OTHERS, Attempts
 
 ATTEMPT_COLUMNS = {
@@ -81,7 +80,7 @@ class TileLadder:
             if words is None:
                 return
             gc.collect()
-            mm.soft_empty_cache()
+            empty_caches()
             self._descend(words)
 
     def _descend(self, words: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ...patches import residency, versions
-from ...patches.versions import is_out_of_memory, memory_errors
+from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from .. import node_status
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
@@ -207,7 +207,7 @@ class TiledRun:
                     raise
             # Outside the handler: the traceback holds the tensors of the trial.
             gc.collect()
-            mm.soft_empty_cache()
+            empty_caches()
             if not residency.unload_others(self.vae.device, [self.vae.patcher]):
                 return None, "its trial ran out of memory"
 

@@ -20,15 +20,16 @@ def as_it_is(frames):
     yield from frames
 
 
-def test_what_the_container_cannot_hold_keeps_the_frames_before_it_and_says_so(tmp_path):
+@pytest.mark.parametrize("crf", [None, 0])  # FFmpeg refuses the gap of the first, and shortens that of the second
+def test_what_the_container_cannot_hold_keeps_the_frames_before_it_and_says_so(tmp_path, crf):
     times = [Fraction(index, 25) for index in range(30)] + [Fraction(60_000)]  # over 2**31 ticks later
     clip = footage(times)
-    writer = ClipWriter(tmp_path / "o.mp4", 64, 48, 25, time_base=clip.time_base)
+    writer = ClipWriter(tmp_path / "o.mp4", 64, 48, 25, time_base=clip.time_base, crf=crf)
     with pytest.raises(VideoError, match=r"o\.mp4: .*frame.*\. The frames before it are in .*o\.partial\.mp4") as error:
         write_footage(clip, as_it_is, writer)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["o.partial.mp4"]
-    assert 20 <= len(list(open_clip(tmp_path / "o.partial.mp4", damaged="keep").frames())) <= 30
+    assert [time for _, time in open_clip(tmp_path / "o.partial.mp4").frames_with_times()] == times[:30]
 
 
 @pytest.mark.parametrize("at", ["frame", "end"])

@@ -10,26 +10,45 @@ import pytest
 from steadyvsr.tests.comfy.server import Server, base_folder
 from steadyvsr.tests.session.observed import ran
 
-SEEN: dict[tuple[Path, tuple[str, ...]], dict[str, Any]] = {}
+SEEN: dict[tuple[Path, tuple[str, ...], str], dict[str, Any]] = {}
+BOOKS = "books"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that names CARDS has its sessions run on each of them, unless a test chooses its own."""
+    cards = getattr(metafunc.module, "CARDS", ())
+    chosen = any("card" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if cards and not chosen and "card" in metafunc.fixturenames:
+        metafunc.parametrize("card", cards)
+
+
+@pytest.fixture
+def card() -> str:
+    """What a session's accelerator is: "books", "simcard", or "simcard:2" for two cards (phases_host.py)."""
+    return BOOKS
 
 
 @pytest.fixture
 def observed(
-    request: pytest.FixtureRequest, comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, comfyui_path: Path, card: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """What the scripts that the test's module names in SESSIONS saw in this ComfyUI, each run once for all tests.
 
     A script lies beside its tests and is given the folder of the pack, in ComfyUI's custom nodes, and the base folder.
     """
     scripts = request.module.SESSIONS
-    if (comfyui_path, scripts) not in SEEN:
+    if (comfyui_path, scripts, card) not in SEEN:
         base = base_folder(tmp_path_factory.mktemp(scripts[0].removesuffix(".py")))
         seen: dict[str, Any] = {}
         for name in scripts:
             script = Path(__file__).with_name(name)
-            seen |= ran(script, base / "custom_nodes" / "steadyvsr", base, place=comfyui_path)
-        SEEN[comfyui_path, scripts] = seen
-    return SEEN[comfyui_path, scripts]
+            pack = base / "custom_nodes" / "steadyvsr"
+            seen |= ran(script, pack, base, place=comfyui_path, STEADYVSR_CARD=card)
+        SEEN[comfyui_path, scripts, card] = seen
+    seen = SEEN[comfyui_path, scripts, card]
+    if "skip" in seen:
+        pytest.skip(seen["skip"])
+    return seen
 
 
 @pytest.fixture(scope="module")

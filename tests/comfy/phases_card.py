@@ -41,20 +41,25 @@ class SimulatedCard:
 
     Attributes:
         device: `cpu:0`.
+        devices: all cards, here that one.
         capacity: bytes.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.device = torch.device("cpu:0")
+    def __init__(self, capacity: int, *devices: torch.device) -> None:
+        self.devices = list(devices) or [torch.device("cpu:0")]
+        self.device = self.devices[0]
         self.capacity = capacity
         self._peak = 0
 
-    def used(self) -> int:
+    def used(self, device: torch.device | None = None) -> int:
         return sum(
             loaded.model_loaded_memory()
             for loaded in mm.current_loaded_models
-            if loaded.device == self.device and loaded.model is not None
+            if loaded.device == (device or self.device) and loaded.model is not None
         )
+
+    def free(self, device: torch.device) -> int:
+        return max(0, self.capacity - self.used(device))
 
     def sample(self, device: Any, *, settled: bool = False) -> Any:
         reading = next(module for name, module in list(sys.modules.items()) if name.endswith(".memory.reading"))
@@ -86,17 +91,19 @@ class SimulatedCard:
         def answer(name: str, amount: Any) -> Any:
             def asked(device: Any = None, also_torch: bool = False, **more: Any) -> Any:
                 also_torch = also_torch or any(more.values())
-                if device is not None and device != self.device:
+                device = self.device if device is None else device
+                if device not in self.devices:
                     return ask[name](device, also_torch)
-                return (amount(), amount()) if also_torch else amount()
+                return (amount(device), amount(device)) if also_torch else amount(device)
 
             return asked
 
         mm.get_torch_device = lambda: self.device
-        mm.get_all_torch_devices = lambda *_, **__: [self.device]
+        if hasattr(mm, "get_all_torch_devices"):  # since 0.33
+            mm.get_all_torch_devices = lambda *_, **__: list(self.devices)
         mm.text_encoder_device = lambda: self.device
-        mm.get_free_memory = answer("get_free_memory", lambda: max(0, self.capacity - self.used()))
-        mm.get_total_memory = answer("get_total_memory", lambda: self.capacity)
+        mm.get_free_memory = answer("get_free_memory", self.free)
+        mm.get_total_memory = answer("get_total_memory", lambda device: self.capacity)
         load = mm.LoadedModel.model_load
 
         def model_load(loaded: Any, *arguments: Any, **keywords: Any) -> Any:

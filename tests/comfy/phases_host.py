@@ -35,7 +35,8 @@ import torch  # noqa: E402
 
 import nodes  # noqa: E402
 
-CAPACITY = 5_000_000
+CAPACITY = {"books": 5_000_000, "simcard": 64_000_000}
+"""Bytes. By the books only weights take any: one model fits, and no two."""
 GIB = 1 << 30
 FLASHVSR = {
     "version": "auto", "precision": "auto", "device": "auto", "attention": "auto", "lq_cache_order": "fixed",
@@ -150,6 +151,7 @@ class Recorder:
         self.loads: list[dict] = []
         self.ended: list[dict] = []
         self.stubbed: str | None = None
+        self.before_move: Callable[[], None] = lambda: None
         self.after_move: Callable[[], None] = lambda: None
         load, free, gates = mm.load_models_gpu, mm.free_memory, pack("patches.phases")
         end_phase, residency = gates.end_phase, pack("patches.residency")
@@ -165,6 +167,7 @@ class Recorder:
                 return free(*args, **keywords)
             if running[0] == self.stubbed:
                 return []
+            self.before_move()
             result = free(*args, **keywords)
             self.after_move()
             return result
@@ -312,7 +315,19 @@ def tiny_taesd():
     return comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=4).state_dict())
 
 
+def card() -> phases_card.SimulatedCard:
+    """The books as a card, or with STEADYVSR_CARD=simcard a card with memory of its own, or two (simcard:2)."""
+    kind, _, count = os.environ.get("STEADYVSR_CARD", "books").partition(":")
+    if kind == "books":
+        return phases_card.SimulatedCard(CAPACITY[kind])
+    return importlib.import_module("simcard_card").AllocatorCards(CAPACITY[kind], int(count or 1))
+
+
 phases_card.take_small_models()
+# Before the pack is loaded: it wraps what ComfyUI has then.
+CARD = card()
+CARD.install()
+vars(sys.modules["steadyvsr_state"]).pop("probe")  # the pack makes its own; it is asked for its reader below
 FILES = phases_card.write_models(BASE)
 if not asyncio.run(nodes.load_custom_node(str(PACK))):
     raise SystemExit("the pack did not load")
@@ -322,8 +337,6 @@ nodes.NODE_CLASS_MAPPINGS.update(
     {"Test_PutOnCard": PutOnCard, "Test_Keep": Keep, "Test_Lists": Lists, "Test_Sink": Sink}
 )
 DYNAMIC_READER = pack("memory.probe").current().dynamic
-CARD = phases_card.SimulatedCard(CAPACITY)
-CARD.install()
 WITNESS = Witness(CARD)
 vars(sys.modules["steadyvsr_state"])["probe"] = WITNESS
 RECORD = Recorder()

@@ -29,6 +29,7 @@ from phases_host import (  # noqa: E402
     RECORD,
     WITNESS,
     Sink,
+    allocated,
     error_of,
     execute,
     execute_plain,
@@ -108,13 +109,14 @@ def reports() -> dict:
         EXECUTOR.forget()
         WITNESS.answers.clear()
         WITNESS.others = salt
-        outcome = EXECUTOR.run(workflow.seven_phases(FILES, budget_gb=0.0, needs_gb=0.001, peak_gb=0.004))
+        most = CARD.capacity / GIB
+        outcome = EXECUTOR.run(workflow.seven_phases(FILES, budget_gb=0.0, needs_gb=0.001, peak_gb=most))
         WITNESS.others = 0
         loads, ended = RECORD.take()
         answers = {number for reading in WITNESS.answers for number in numbers_of(reading.to_json())}
         books = {size for phase in ended for side in ("before", "after") for size in phase[side].values()}
         books |= {item.model.model_size() for item in mm.current_loaded_models if item.model is not None}
-        limits = {int(0.001 * GIB), int(0.004 * GIB), 0}
+        limits = {int(0.001 * GIB), int(most * GIB), 0}
         read = answers | books | limits | read_by_loaders()
         parameters = {
             size for phase in ended for receipt in phase["ended"].receipts for size in receipt.parameters.values()
@@ -234,9 +236,11 @@ def limits() -> dict:
     EXECUTOR.forget()
     taesd = tiny_taesd()
     mm.load_models_gpu([taesd.patcher])
-    size = taesd.patcher.loaded_size()
+    size = allocated() or 0
     seen: dict = {
         "size": size,
+        "device": str(CARD.device),
+        "capacity": CARD.capacity,
         "resident": resident(),
         "budget": error_of(gate, 1, budget_gb=(size - 1) / GIB, phase="small"),
         "budget_met": error_of(gate, 1, budget_gb=(size + 8) / GIB),
@@ -275,11 +279,12 @@ HELD: list = []
 def leaks() -> dict:
     """Storages of the card that something keeps after the move, seen by the probe and named in the receipt.
 
-    A move on this card leaves the storages where they are, so it is completed here as on a real one: the model gets
-    new ones. What then still lives is counted as allocated.
+    By the books a move leaves the storages where they are, so it is completed here as on a real one: the model gets
+    new ones. What then still lives is counted as allocated. A card with memory of its own does and counts that itself.
     """
     holders = pack("memory.holders")
     seen = {}
+    there: list = []
     for kind in ("nothing", "closure", "backup", "node cache"):
         EXECUTOR.forget()
         prompt = {
@@ -293,18 +298,22 @@ def leaks() -> dict:
 
         def finish(kind: str = kind) -> None:
             (patcher,) = gate_models("unet")
-            weight = largest_weight(patcher)
-            WITNESS.watched = holders.watch([*patcher.model.named_parameters(), *patcher.model.named_buffers()])
+            (weight,) = there
+            there.clear()
             if kind == "closure":
                 HELD.append(lambda: weight.sum())
             if kind == "backup":
                 patcher.backup["diffusion_model.text_embedding.0.weight"] = (weight, False)
+            if CARD.device.type != "cpu":
+                return
+            WITNESS.watched = holders.watch([*patcher.model.named_parameters(), *patcher.model.named_buffers()])
             for tensor in [*patcher.model.parameters(), *patcher.model.buffers()]:
                 tensor.data = tensor.data.clone()
 
+        RECORD.before_move = lambda: there.append(largest_weight(gate_models("unet")[0]))
         RECORD.after_move = finish
         outcome = EXECUTOR.run(prompt)
-        RECORD.after_move = lambda: None
+        RECORD.before_move = RECORD.after_move = lambda: None
         _, ended = RECORD.take()
         HELD.clear()
         for phase in ended:

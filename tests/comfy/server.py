@@ -59,14 +59,18 @@ def free_port() -> int:
 
 
 class Server:
-    """A ComfyUI server on the CPU with the pack in its custom nodes."""
+    """A ComfyUI server on the CPU with the pack in its custom nodes.
 
-    def __init__(self, checkout: Path, base: Path, *options: str) -> None:
+    Args:
+        script: what is started, in ComfyUI's folder.
+    """
+
+    def __init__(self, checkout: Path, base: Path, *options: str, script: str | Path = "main.py") -> None:
         self.url, self.log = f"http://127.0.0.1:{free_port()}", base / "server.log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [
-                    PYTHON, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2],
+                    PYTHON, str(script), "--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2],
                     "--base-directory", str(base), "--database-url", "sqlite:///:memory:",
                     *options,
                 ],

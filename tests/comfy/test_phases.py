@@ -1,7 +1,8 @@
-"""The seven phases of a Wan workflow inside a real ComfyUI, on a simulated card of 5,000,000 bytes, ended by gates.
+"""The seven phases of a Wan workflow inside a real ComfyUI, on two kinds of simulated card, ended by gates.
 
-The card holds any one of the models and no two. The states are observed by phases_session.py, which runs in
-ComfyUI's own process and sends prompts through ComfyUI's own executor; the last tests go through its server.
+By the books: 5,000,000 bytes, which hold any one of the models and no two. With memory of its own: 64,000,000 bytes,
+in which activations take their share too. The states are observed by phases_session.py, which runs in ComfyUI's own
+process and sends prompts through ComfyUI's own executor.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ WAN, TEXT, VAE = "WAN21", "WanTEModel", "WanVAE"
 NEEDED = dict(zip(PHASES, (WAN, WAN, TEXT, WAN, VAE, WAN, VAE), strict=True))
 BYTES = {WAN: 3_495_584, VAE: 3_697_964}
 SESSIONS = ("phases_session.py",)
+CARDS = ("books", "simcard")
+ROUNDING = 1.02
+"""How much more an allocator counts than the tensors hold, at most: it rounds each of them up."""
 
 
 def rounds(observed: dict) -> list[dict]:
@@ -39,7 +43,8 @@ def test_loading_the_pack_lets_the_probe_see_dynamic_vram(observed):
     assert scenario(observed, "schema")["dynamic_reader"] is True
 
 
-def test_the_card_holds_each_model_and_no_two(observed):
+@pytest.mark.parametrize("card", ["books"])
+def test_the_card_holds_each_model_and_no_two(observed, card):
     capacity = scenario(observed, "phases")["capacity"]
     sizes = {}
     for phase in rounds(observed)[0]["phases"]:
@@ -49,13 +54,15 @@ def test_the_card_holds_each_model_and_no_two(observed):
     assert max(sizes.values()) < capacity < min(a + b for a in sizes.values() for b in sizes.values() if a != b)
 
 
-def test_inside_each_phase_its_model_and_no_other_was_resident(observed):
+def test_inside_each_phase_its_model_and_no_other_was_resident(observed, card):
+    capacity = scenario(observed, "phases")["capacity"]
     for outcome in rounds(observed):
         assert [phase["phase"] for phase in outcome["phases"]] == list(PHASES)
         for phase in outcome["phases"]:
             needed = NEEDED[phase["phase"]]
             assert phase["resident_in_phase"].keys() == phase["before_gate"].keys() == {needed}
-            assert phase["peak_bytes"] == phase["resident_in_phase"][needed] > 0
+            weights = phase["resident_in_phase"][needed]
+            assert phase["peak_bytes"] == weights > 0 if card == "books" else capacity > phase["peak_bytes"] >= weights
 
 
 def test_at_the_end_of_each_phase_nothing_is_resident_by_the_books_and_by_the_probe(observed):
@@ -66,12 +73,13 @@ def test_at_the_end_of_each_phase_nothing_is_resident_by_the_books_and_by_the_pr
 
 
 @pytest.mark.parametrize("phase", ["load", "LoRA", "sampling patch"])
-def test_after_loading_lora_and_patch_the_receipt_says_that_the_model_left(observed, phase):
+def test_after_loading_lora_and_patch_the_receipt_says_that_the_model_left(observed, card, phase):
     for outcome in rounds(observed):
         (seen,) = [item for item in outcome["phases"] if item["phase"] == phase]
         receipt = seen["receipts"][0]
         assert (receipt["name"], receipt["verdict"]) == (WAN, "FREED")
-        assert receipt["asked"] == receipt["left"] == BYTES[WAN] and receipt["still_loaded"] == 0
+        assert receipt["asked"] == BYTES[WAN] and receipt["still_loaded"] == 0
+        assert receipt["asked"] <= receipt["left"] <= (1 if card == "books" else ROUNDING) * receipt["asked"]
         assert receipt["parameters"] == {"cpu": BYTES[WAN]}
 
 
@@ -156,23 +164,24 @@ def test_what_is_no_model_is_refused_by_name(observed):
     assert message.startswith("ValueError: Phase Gate: expected a MODEL, CLIP, VAE or FLASHVSR; got str")
 
 
-def test_a_budget_names_what_is_resident_and_one_byte_decides(observed):
+def test_a_budget_names_what_is_resident_and_one_byte_decides(observed, card):
     seen = scenario(observed, "limits")
-    assert f'phase "small"; got 9.33 MiB ({seen["size"]:,} B) by ComfyUI\'s books: TAESD' in seen["budget"]
+    source, mib = ("ComfyUI's books", "9.33") if card == "books" else ("simcard", "9.34")
+    assert f'phase "small"; got {mib} MiB ({seen["size"]:,} B) by {source}: TAESD' in seen["budget"]
     assert seen["budget_met"] == "no error"
     assert len(seen["warned"]) == 1 and "TAESD" in seen["warned"][0]
-    assert seen["still_there"] == seen["resident"] == {"TAESD": seen["size"]}
+    assert seen["still_there"] == seen["resident"] == {"TAESD": 9_780_260}
 
 
 def test_what_must_be_free_names_what_is_in_the_way(observed):
     seen = scenario(observed, "limits")
-    assert "expected 4.77 MiB (5,000,000 B) free on cpu:0" in seen["needs"]
+    assert f"({seen['capacity']:,} B) free on {seen['device']}" in seen["needs"]
     assert "in the way: TAESD 9.33 MiB" in seen["needs"] and seen["needs_met"] == "no error"
 
 
-def test_a_peak_above_its_limit_is_told_with_its_phase(observed):
+def test_a_peak_above_its_limit_is_told_with_its_phase(observed, card):
     seen = scenario(observed, "limits")
-    assert f'phase "peaky"; got a peak of 9.33 MiB ({seen["size"]:,} B)' in seen["peak"]
+    assert f'phase "peaky"; got a peak of 9.3{3 if card == "books" else 4} MiB ({seen["size"]:,} B)' in seen["peak"]
 
 
 def test_a_model_that_rests_on_the_card_is_told_and_not_called_gone(observed):
@@ -208,15 +217,16 @@ def test_a_move_that_is_complete_is_freed_and_names_nobody(observed):
         ("node cache", "ComfyUI's node cache"),
     ],
 )
-def test_a_planted_leak_is_named_in_the_gate_s_receipt_and_error(observed, kind, name):
+def test_a_planted_leak_is_named_in_the_gate_s_receipt_and_error(observed, card, kind, name):
     seen = scenario(observed, "leaks")[kind]
     assert seen["verdict"] == "STILL_HELD" and seen["unnamed"] == 0
     ((holder, size),) = seen["held"]
     assert holder.startswith(name) and size == seen["largest"] > 1 << 20
     held, budget = seen["error"].splitlines()
+    source = "books" if card == "books" else "simcard"
     assert name in held and f"{size:,} B" in held and '"leak"' in held
     # The books are empty: only the device's own count shows what is left.
-    assert "at most 0.00 MiB" in budget and f"{size:,} B) by books: 2.00 MiB ({size:,} B) of other tensors" in budget
+    assert "at most 0.00 MiB" in budget and f"{size:,} B) by {source}: 2.00 MiB ({size:,} B) of other tensors" in budget
 
 
 def test_a_probe_that_dies_in_a_run_leaves_marked_reports_and_a_working_queue(observed):

@@ -1,4 +1,4 @@
-"""The queue of prompts, as far as its worker waits for it, and what runs them, as far as it has names."""
+"""The queue of prompts, as far as its worker waits for it and asks for flags, and names of what runs them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,10 @@ if not ON_DOUBLE:
 import comfy.model_management as mm  # noqa: E402
 import server  # noqa: E402
 import torch  # noqa: E402
+
+if os.environ.get("STEADYVSR_CHANGED"):
+    importlib.import_module("changed_comfyui").change(os.environ["STEADYVSR_CHANGED"])
+    mm = sys.modules["comfy.model_management"]
 
 CPU = torch.device("cpu")
 LOOP = asyncio.new_event_loop()

@@ -164,10 +164,11 @@ PROMPT = {
     "2": {"class_type": "Sampler", "inputs": {"model": ["1", 0]}},
     "3": {"class_type": "SteadyVSR_PhaseGate",
           "inputs": {"value": ["2", 0], "phase": "sample", "peak_gb": 20_000 / GIB, "on_violation": "error"}},
-    "4": {"class_type": "Decoder", "inputs": {"samples": ["3", 0]}},
+    "4": {"class_type": "Decoder", "inputs": {"samples": ["3", 0], "vae": ["7", 0]}},
     "5": {"class_type": "SteadyVSR_PhaseGate",
-          "inputs": {"value": ["4", 0], "phase": "decode", "peak_gb": 1e-9, "on_violation": "error"}},
+          "inputs": {"value": ["4", 0], "phase": "decode", "peak_gb": 22_000 / GIB, "on_violation": "error"}},
     "6": {"class_type": "Preview", "inputs": {"image": ["5", 0]}},
+    "7": {"class_type": "Loader", "inputs": {}},
 }  # fmt: skip
 
 
@@ -179,6 +180,7 @@ def running(name: str, **changes: Any) -> Iterator[None]:
     prompt = f"prompt-{running.count}"  # type: ignore[attr-defined]
     SERVER.prompt_queue.currently_running[0] = (0, prompt, nodes)
     try:
+        mm.throw_exception_if_processing_interrupted()  # as ComfyUI does before each node
         with CurrentNodeContext(prompt, name):
             yield
     finally:
@@ -208,9 +210,12 @@ def watched() -> dict:
     with a_card() as card:
         model = patcher()
 
-        def work(name: str, **changes: Any) -> list[str]:
+        def work(name: str, before: int = 0, **changes: Any) -> list[str]:
             cleared()
             card.more = 0
+            pack("memory.ledger").current().devices = [CARD]
+            pack("memory.ledger").current().begin_sequence()
+            card.peak = before
             with running(name, **changes):
                 mm.load_models_gpu([model])
                 card.more = 1_000
@@ -222,6 +227,8 @@ def watched() -> dict:
 
         seen["before the gate"] = work("2")
         seen["a loader, before both gates"] = work("1")
+        seen["a loader of the next phase, after a larger one"] = work("7", before=WEIGHTS + 9_000)
+        seen["a gate"] = work("3")
         seen["behind all gates"] = work("6")
         seen["without a limit"] = work("2", peak_gb=-1.0)
         seen["a limit that another node computes"] = work("2", peak_gb=["1", 0])

@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 
-SUBJECTS = ("schema", "routes", "loaders", "phases", "flashvsr", "vae")
+SUBJECTS = ("schema", "routes", "loaders", "phases", "flashvsr", "vae", "changed")
 
 
 def tell() -> None:

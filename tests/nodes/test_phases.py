@@ -56,6 +56,8 @@ def test_a_loader_is_watched_for_the_first_gate_that_it_leads_to(observed):
 @pytest.mark.parametrize(
     "case",
     [
+        "a loader of the next phase, after a larger one",
+        "a gate",
         "behind all gates",
         "without a limit",
         "a limit that another node computes",

@@ -56,6 +56,7 @@ def pressed(world: World, **flags: bool) -> dict[str, Any]:
     told = press.to_json()
     return {
         "before": before, "after": live(), "line": press.line, "left": told["left_bytes"],
+        "by model": {item.name: press.bytes_after(item) for item in press.before.residents},
         "verdict": told.get("verdict"), "lost": told["lost"], "receipts": told.get("receipts"),
         "devices": [[reading["device"] for reading in look["devices"]] for look in told["snapshots"]],
         "ram": [reading["process"]["bytes"] for reading in told["snapshots"][-1]["devices"]][-1],

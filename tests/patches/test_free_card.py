@@ -28,6 +28,7 @@ def test_what_left_is_what_the_allocator_counts(pressed):
     assert (seen["before"], seen["after"]) == ([48, 0], [8, 0])
     assert (seen["left"], seen["verdict"], seen["lost"]) == (40 * MIB, "FREED", [])
     assert seen["line"] == "40.00 MiB left simcard:0: A 40.00 MiB · kept: B 8.00 MiB on simcard:0"
+    assert seen["by model"] == {"A": 0, "B": 8 * MIB}
 
 
 def test_weights_that_a_foreign_node_holds_have_not_left_and_it_is_named(pressed):
@@ -40,7 +41,7 @@ def test_weights_that_a_foreign_node_holds_have_not_left_and_it_is_named(pressed
     (holder,) = receipt["held"]
     assert (holder["name"], holder["bytes"]) == ("global FOREIGN in module __main__[0]", 40 * MIB)
     assert "asked 40.00 MiB · left the tensors 0.00" in seen["line"] and "40.00 by global FOREIGN" in seen["line"]
-    assert "40.00 MiB left" not in seen["line"]
+    assert "40.00 MiB left" not in seen["line"] and seen["by model"] == {"A": 40 * MIB}
 
 
 def test_a_kept_model_is_named_with_its_place_wherever_it_rests(pressed):

@@ -50,6 +50,7 @@ struct Card {
   int64_t shared_segment = 0;  // > 0: blocks up to half of this share segments of this size (fragmentation)
   bool started = false;
   int64_t live = 0, peak = 0, reserved = 0, allocations = 0, failures = 0;
+  int64_t copied_in = 0, copied_out = 0;
   std::list<Segment> segments;
 
   int64_t context_now() const {
@@ -212,8 +213,15 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
                                            c10::dtype_or_default(dtype));
 }
 
+void count_copy(const at::Tensor& from, const at::Tensor& to) {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (from.is_cpu()) cards[to.device().index()].copied_in += static_cast<int64_t>(to.nbytes());
+  if (to.is_cpu()) cards[from.device().index()].copied_out += static_cast<int64_t>(from.nbytes());
+}
+
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
   if (to.numel() > 0) {
+    count_copy(from, to);
     at::Tensor target = to.is_cpu() ? to : on_host(to);
     target.copy_(from.is_cpu() ? from : on_host(from));
   }
@@ -319,7 +327,8 @@ std::map<std::string, int64_t> read(int64_t index) {
   return {{"live", card.live},         {"peak", card.peak},
           {"reserved", card.reserved}, {"inactive_split", stuck},
           {"context", card.context_now()}, {"capacity", card.capacity},
-          {"allocations", card.allocations}, {"failures", card.failures}};
+          {"allocations", card.allocations}, {"failures", card.failures},
+          {"copied_in", card.copied_in}, {"copied_out", card.copied_out}};
 }
 
 pybind11::dict statistics(int64_t index) {

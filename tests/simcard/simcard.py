@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import importlib.util
 import sys
 import tempfile
 import time
@@ -25,23 +26,34 @@ import torch
 import torch.utils.cpp_extension as cpp_extension
 
 NAME = "simcard"
+LIBRARY = "steadyvsr_simcard"
 CARDS = 2
 BUILD_SECONDS = 600
 SOURCE = Path(__file__).with_name("simcard.cpp")
 
 
 def _build() -> Any:
-    """Compiles the cards, once for each source and torch; later processes load what is there."""
-    key = hashlib.sha256(f"{SOURCE.read_text()} {torch.__version__} {sys.version}".encode()).hexdigest()[:12]
+    """Compiles the cards, once for each source, torch and environment; later processes load what is there."""
+    made_of = f"{SOURCE.read_text()} {torch.__version__} {torch.__file__} {sys.version}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"steadyvsr_simcard_{getpass.getuser()}_{key}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    complete = folder / "complete"
+    if complete.exists():  # torch would ask the compiler and ninja anew, which takes seconds on a busy machine
+        spec = importlib.util.spec_from_file_location(LIBRARY, folder / f"{LIBRARY}.so")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
     # torch waits for this file without end; a build that was killed leaves it behind.
     lock = folder / "lock"
     if lock.exists() and time.time() - lock.stat().st_mtime > BUILD_SECONDS:
         lock.unlink()
-    return cpp_extension.load(
-        "steadyvsr_simcard", [str(SOURCE)], extra_cflags=["-O1", "-w"], build_directory=str(folder), verbose=False
+    library = cpp_extension.load(
+        LIBRARY, [str(SOURCE)], extra_cflags=["-O1", "-w"], build_directory=str(folder), verbose=False
     )
+    complete.touch()
+    return library
 
 
 _card = _build()
@@ -66,7 +78,10 @@ def set_up(device: torch.device | str | int, capacity: int, *, context: int = 0,
 
 
 def statistics(device: torch.device | str | int | None = None) -> dict[str, int]:
-    """Bytes: live, peak, reserved, inactive_split, context, capacity. Counts: allocations, failures."""
+    """Bytes: live, peak, reserved, inactive_split, context, capacity, and copied_in, copied_out since the start: to the
+    card and from it, the arguments and results of operators that the CPU computes for it included. Counts:
+    allocations, failures.
+    """
     return _card.statistics(index_of(device))
 
 

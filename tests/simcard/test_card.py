@@ -63,6 +63,15 @@ def test_each_card_counts_for_itself(simcard, card) -> None:
     assert (simcard.statistics(0)["live"], simcard.statistics(1)["live"]) == (MIB, MIB) and moved.device == card
 
 
+def test_what_is_copied_to_the_card_and_from_it_is_counted(simcard, card) -> None:
+    before = simcard.statistics(card)
+    x = torch.zeros(3 * MIB, dtype=torch.uint8).to(card)
+    x[:MIB].clone().cpu()
+    after = simcard.statistics(card)
+    assert after["copied_in"] - before["copied_in"] == 3 * MIB
+    assert after["copied_out"] - before["copied_out"] == MIB
+
+
 def test_it_computes_what_the_cpu_computes(card) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1, 4, 3, 9, 9, generator=generator), torch.randn(8, 4, 3, 3, 3, generator=generator)
