@@ -151,7 +151,8 @@ class Nights:
             os._exit(code)
 
     def _finish(self, parent: psutil.Process) -> None:
-        os.waitpid(parent.pid, 0)
+        with suppress(ChildProcessError):  # it was waited for already, before a Ctrl-C
+            os.waitpid(parent.pid, 0)
 
     def _kill(self, process: psutil.Process) -> None:
         with suppress(psutil.NoSuchProcess):
