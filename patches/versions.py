@@ -142,10 +142,12 @@ def free_memory(required: float, device: torch.device, spared: Sequence[Any]) ->
     free = getattr(mm, "free_memory", None)
     named = {"memory_required": required, "device": device, "keep_loaded": list(spared)}
     parameters = {} if free is None else inspect.signature(free).parameters
+    # Another pack's wrapper of (*arguments, **keywords) passes on whatever it is given.
+    places = len(named) if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) else len(parameters)
     if free is not None and named.keys() <= parameters.keys():
         free(**named)
-    elif free is not None and (len(parameters) >= len(named) or not spared):
-        free(*list(named.values())[: len(parameters)])
+    elif free is not None and (places >= len(named) or not spared):
+        free(*list(named.values())[:places])
 
 
 def empty_caches() -> None:
