@@ -224,7 +224,8 @@ def test_a_planted_leak_is_named_in_the_gate_s_receipt_and_error(observed, card,
     assert holder.startswith(name) and size == seen["largest"] > 1 << 20
     held, budget = seen["error"].splitlines()
     source = "books" if card == "books" else "simcard"
-    assert name in held and f"{size:,} B" in held and '"leak"' in held
+    assert name in held and "got 2.00 MiB" in held and '"leak"' in held
+    assert card != "books" or f"{size:,} B" in held  # an allocator's loss is rounded up, and what is left down
     # The books are empty: only the device's own count shows what is left.
     assert "at most 0.00 MiB" in budget and f"{size:,} B) by {source}: 2.00 MiB ({size:,} B) of other tensors" in budget
 

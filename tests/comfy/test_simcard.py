@@ -1,7 +1,7 @@
 """Promises of the pack in a real ComfyUI whose cards have memory of their own: an allocator tells what is true.
 
-The states are observed by simcard_session.py, which runs in ComfyUI's own process; test_phases.py, test_loaders.py,
-test_doctor.py and others run their sessions on these cards, too.
+The states are observed by simcard_session.py, which runs in ComfyUI's own process. test_phases.py and
+test_free_server.py run on these cards, too.
 """
 
 from __future__ import annotations
