@@ -319,7 +319,7 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
         raise ValueError("a folder of videos: expected neither --vae nor --image-sequence nor --keep-damaged.")
     if args.download:
         _download(args)
-    jobs = find_jobs(Path(args.input), Path(args.output), lambda text: _say(f"Note: {printable(text)}"))
+    jobs = find_jobs(Path(args.input), Path(args.output), lambda text: _say(f"Note: {text}"))
     output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
     cores = os.cpu_count() or 1
     every_card = args.device == "auto" and torch.cuda.is_available()

@@ -191,7 +191,7 @@ def unload_model_and_clones(original: chain.Original, *arguments: Any, **keyword
 
 def soft_empty_cache(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     thread, press = state().thread, presses.open_press()
-    if thread.depth > 0 or thread.emptying:
+    if thread.depth > 0 or thread.emptying or not (press is not None or registry().keeps_anything):
         return original(*arguments, **keywords)
     # A mark of its own: if the original, another pack's, unloads models, then kept ones are still to be protected.
     thread.emptying = True

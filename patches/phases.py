@@ -194,7 +194,7 @@ def _rests(model: Any) -> str:
 
     The nodes that use such a model move it themselves: there is nothing to offload through ComfyUI's books.
     """
-    network = getattr(model, "model", None)
+    network: Any = getattr(model, "model", None)
     if not isinstance(network, torch.nn.Module) or residency.is_model(model):
         return ""
     found = ", ".join(f"{exact_text(size)} on {device}" for device, size in where(network.named_parameters()).items())

@@ -93,8 +93,10 @@ def look() -> None:
 
 
 def networks() -> tuple[Network, ...]:
-    """What the last `look` saw; any thread may ask."""
-    return shared("networks", _Seen).networks
+    """What the last `look` saw of the networks that are alive; any thread may ask."""
+    # Not by asking the weak references: that would hold each network for a moment.
+    alive = set(shared("handles", weakref.WeakKeyDictionary).data.values())
+    return tuple(network for network in shared("networks", _Seen).networks if network.handle in alive)
 
 
 def patcher_of(handle: str) -> Any | None:

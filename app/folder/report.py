@@ -61,7 +61,7 @@ class FolderReport:
             what = result.state if result.state == DONE else f"{result.state}: {result.error}"
             sizes = size_text(result.footprint), size_text(result.after)
             in_use = "-" if result.in_use is None else f"{result.in_use:.1%}"
-            rows.append((printable(result.name), printable(what), str(result.frames), fps, *sizes, in_use))
+            rows.append((printable(result.name), printable(what, len(what)), str(result.frames), fps, *sizes, in_use))
         widths = [min(WIDEST_CELL, max(map(len, column))) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"{worker}, memory after its clips: {growth}" for worker, growth in self.growth.items()]

@@ -40,12 +40,15 @@ class AudioCopy:
         self._origin = time_origin(self._input) + clip.start
         self._targets: dict[int, tuple] = {}
         self._clocks: dict[int, JoinedClock] = {}
-        for stream in self._input.streams.audio:
+        known = [stream for stream in self._input.streams.audio if stream.codec_context is not None]
+        if len(known) < len(self._input.streams.audio):
+            self.notes.append("an audio stream in an unknown codec was left out")
+        for stream in known:
             self._targets[stream.index] = self._target(stream)
             self._clocks[stream.index] = JoinedClock(self._input)
         if clip.start:
             self._input.seek(int(self._origin * av.time_base))
-        self._packets = self._input.demux(list(self._input.streams.audio))
+        self._packets = self._input.demux(known) if known else iter(())  # demux([]) means all streams
 
     def _target(self, stream) -> tuple:
         name = self._output.format.name

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import av
+import torch
 from av.container import InputContainer
 
 from .source import DamagedVideoError, Source, binary, source_bytes
@@ -21,6 +23,12 @@ CONTAINER_TOLERANCE = Fraction(1, 50)
 """Of a duration that is stated for all streams together, by what wrote the file rather than by an index."""
 MISSING_SHARE = Fraction(1, 100)
 """Of the bytes that a container states: fewer may be padding or an index at the end, and are only noted."""
+REGULAR_FRAMES, REGULAR_SHARE, MOST_IRREGULAR, LATE_STEPS = 8, 0.25, 0.25, 1.75
+"""A video is regular if it has so many frames, and all but a quarter come within a quarter of the usual step; then one
+that takes so many steps is late."""
+MISSING_FRAMES = 0.75
+FLV_END_BYTES = 64
+"""After the last frame: its size, and an empty tag that ends the stream."""
 _STATISTICS = re.compile(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", re.ASCII)
 """Matroska's: 00:00:02.000000000."""
 _HEAD_BYTES = 1 << 16
@@ -72,13 +80,15 @@ class Progress:
         self._stream, self._container = stream, container
         self._clock = JoinedClock(container)
         self._end = self._last_end = Fraction(0)
-        self._packets = self._incomplete = 0
+        self._packets = self._incomplete = self._last_byte = 0
+        self._times = array("d")
 
     def packet(self, packet: av.Packet) -> None:
         """Counts a packet of any stream."""
         if not packet.size:
             return
         self._incomplete += packet.is_corrupt
+        self._last_byte = max(self._last_byte, (packet.pos or 0) + packet.size)
         if packet.pts is not None and packet.time_base:
             step = packet.duration * packet.time_base if packet.duration else 0
             self._last_end = max(self._last_end, packet.pts * packet.time_base + step)
@@ -88,6 +98,7 @@ class Progress:
         if packet.pts is not None:
             step = packet.duration * packet.time_base if packet.duration else 1 / self.rate
             self._end = max(self._end, packet.pts * packet.time_base + step)
+            self._times.append(float(packet.pts * packet.time_base))
             # Packets come in decoding order: one that is a second past the window means that all of it was seen.
             dts = packet.dts if packet.dts is not None else packet.pts
             self._clock.moved(dts * packet.time_base, 1 / self.rate)
@@ -121,7 +132,31 @@ class Progress:
             notes.append(f"jumps of the file's clock that were closed up: {self._clock.jumps}")
         if self._incomplete:
             notes.append(f"incomplete or lost packets: {self._incomplete}; frames near them may be damaged")
+        gaps, first = self._gaps()
+        if gaps:
+            notes.append(f"gaps between frames: {gaps}, the first after {first:.2f} s; frames may be missing there")
+        missing = float((self.expected_end or 0) - self._end) * float(self.rate)
+        if self.window_end is None and missing > MISSING_FRAMES and self._container.format.name != "asf":
+            notes.append(f"the end comes {missing:.1f} frames before the one that the file states")
+        unread = self._container.size - self._last_byte
+        if self._container.format.name == "flv" and self.window_end is None and unread > FLV_END_BYTES:
+            notes.append(f"{unread:,} bytes after the last frame could not be read")
         return notes
+
+    def _gaps(self) -> tuple[int, float]:
+        """How many frames of a video with regular frames come late, and the time before the first of them."""
+        # Packets without a time leave gaps that are none, and so do AVI's chunks of no bytes, which repeat a frame; the
+        # last picture of a program stream has the time that its end code got.
+        if len(self._times) < max(REGULAR_FRAMES, self._packets) or self._container.format.name in ("avi", "mpeg"):
+            return 0, 0.0
+        times = torch.frombuffer(self._times, dtype=torch.float64).unique()
+        steps = times.diff()
+        if len(steps) < REGULAR_FRAMES - 1:
+            return 0, 0.0
+        usual = steps.median()
+        late = (steps > LATE_STEPS * usual).nonzero()[:, 0]
+        regular = ((steps / usual - 1).abs() < REGULAR_SHARE).double().mean() >= 1 - MOST_IRREGULAR
+        return (len(late), times[late[0]].item()) if regular and len(late) else (0, 0.0)
 
     def damage(self, problem: str) -> DamagedVideoError:
         """The error for a problem."""
@@ -215,8 +250,28 @@ def _asf(file: Any, size: int) -> int | None:
 
 
 def _gif(file: Any, size: int) -> int | None:
-    file.seek(-min(size, _HEAD_BYTES), os.SEEK_END)
-    return size if file.read(_HEAD_BYTES).rstrip(b"\0").endswith(b";") else size + 1
+    file.seek(0)
+    head = file.read(13).ljust(13, b"\0")
+    at = 13 + (3 << (head[10] & 7) + 1 if head[10] & 0x80 else 0)  # a colour table
+    while True:
+        file.seek(at)
+        block = file.read(10)
+        if block[:1] == b";":
+            return at + 1
+        if block[:1] == b"!":
+            at += 2
+        elif block[:1] == b"," and len(block) == 10:
+            at += 11 + (3 << (block[9] & 7) + 1 if block[9] & 0x80 else 0)
+        else:
+            return size + 1  # cut off, or no block where one should be
+        file.seek(at)
+        while length := file.read(1):
+            at += 1 + length[0]
+            if not length[0]:
+                break
+            file.seek(at)
+        else:
+            return size + 1
 
 
 def _flv(file: Any, size: int) -> int | None:

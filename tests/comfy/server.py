@@ -20,6 +20,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
 SERVER_SECONDS = 120
+ANSWER_SECONDS = 60
+"""Of one request: a busy machine is no failure."""
 CLIP_FRAMES, CLIP_WIDTH, CLIP_HEIGHT, CLIP_RATE, SAMPLE_RATE = 10, 48, 32, 12, 48_000
 
 
@@ -88,7 +90,7 @@ class Server:
         raise AssertionError(f"the server did not start:\n{self.log.read_text()[-3000:]}")
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=ANSWER_SECONDS) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: Any) -> tuple[int, Any]:
@@ -97,7 +99,7 @@ class Server:
         headers = {"Content-Type": "application/json", "X-SteadyVSR": "1"}
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
                 status, text = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
@@ -108,7 +110,7 @@ class Server:
         body = json.dumps({"prompt": workflow}).encode()
         request = urllib.request.Request(self.url + "/prompt", body, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
                 prompt = json.load(answer)["prompt_id"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"the workflow was refused: {error.read().decode()}") from error

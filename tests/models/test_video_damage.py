@@ -156,3 +156,38 @@ def test_a_duration_that_is_no_duration_is_not_believed(tmp_path, value):
                 packet.stream = stream
                 output.mux(packet)
     assert sum(1 for _ in footage_of(open_clip(tmp_path / "b.mkv")).frames()) == FRAMES
+
+
+@pytest.mark.parametrize("name", ["mute.flv", "sound.wmv", "sound.mkv", "sound.ts", "fragments.mp4"])
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.7])
+def test_a_hole_in_the_middle_is_never_accepted_in_silence(tmp_path, videos, name, place):
+    data, path = bytearray(videos[name].read_bytes()), tmp_path / name
+    start, length = int(place * len(data)), len(data) // 10
+    data[start : start + length] = np.random.default_rng(0).bytes(length)
+    path.write_bytes(data)
+    try:
+        footage = footage_of(open_clip(path))
+        frames = sum(1 for _ in footage.frames())
+    except VideoError as error:
+        assert name in str(error)
+        return
+    assert frames == FRAMES or footage.notes
+
+
+def test_frames_behind_the_end_of_a_file_are_mentioned(tmp_path, videos):
+    path = tmp_path / "twice.flv"
+    path.write_bytes(videos["mute.flv"].read_bytes() * 2)
+    footage = footage_of(open_clip(path))
+    frames = sum(1 for _ in footage.frames())
+    assert frames == 2 * FRAMES or footage.notes
+
+
+def test_sound_in_an_unknown_codec_is_left_out_with_a_note(tmp_path, videos):
+    path = tmp_path / "a.mp4"
+    make(path, sound="aac")
+    path.write_bytes(path.read_bytes().replace(b"mp4a", b"zzzz").replace(b"esds", b"free"))
+    footage = footage_of(open_clip(path))
+    writer = open_video(footage, tmp_path / "out.mp4", 1.0, OutputOptions())
+    out, damage = write_footage(footage, lambda frames: (frame for frame in frames), writer)
+    assert damage is None and "an audio stream in an unknown codec was left out" in writer.notes
+    assert sum(1 for _ in open_clip(out).frames()) == FRAMES

@@ -357,3 +357,27 @@ def test_images_appear_together_or_not_at_all(tmp_path):
         writer.write(ramp(2, 3))
     assert (next(open_clip(folder).frames()) - ramp(2, 3)).abs().max() * 255 < 0.51
     assert (folder / "notes.txt").exists() and sorted(e.name for e in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_encoder_holds_few_frames(tmp_path):
+    """Each takes 5 bytes per pixel; x264's own choice is 40, and more with more cores."""
+
+    class Spy:
+        def __init__(self, container) -> None:
+            self.container, self.packets = container, 0
+
+        def __getattr__(self, name: str):
+            return getattr(self.container, name)
+
+        def mux(self, packets) -> None:
+            self.packets += len(packets)
+            self.container.mux(packets)
+
+    frames = 80 + 2 * (os.cpu_count() or 1)
+    with ClipWriter(tmp_path / "clip.mp4", WIDTH, HEIGHT, 25) as writer:
+        writer._container = spy = Spy(writer._container)
+        for index in range(frames):
+            writer.write(ramp(index, frames))
+        held = frames - spy.packets
+    assert 20 <= held <= 26 + 2 * (os.cpu_count() or 1)
+    assert spy.packets == frames
