@@ -33,6 +33,16 @@ kept: Any = machine.kept
 machine.MIB = worlds.MIB = UNIT_BYTES
 
 
+class Running(dict):
+    """Running prompts, in which a loader's definition tells its policy: one that asks otherwise is another one."""
+
+    steps: tuple[tuple, ...] = ()
+
+    def __setitem__(self, number: int, item: tuple) -> None:
+        definitions = {step[0]: {"inputs": {"keep_loaded": step[1]}} for step in reversed(self.steps)}
+        super().__setitem__(number, (*item[:2], definitions))
+
+
 class SmallWorld(machine.PolicyWorld):
     """Its networks take KiB where those of the scenarios take MiB.
 
@@ -49,6 +59,12 @@ class SmallWorld(machine.PolicyWorld):
         self.modules.append(worlds.weakref.ref(made))
         self.modules = [ref for ref in self.modules if ref() is not None]
         return worlds.ModelPatcher(made, device, worlds.REST)
+
+    def prompt(self, *steps: tuple, **options: Any) -> None:
+        if not isinstance(self.queue.currently_running, Running):
+            self.queue.currently_running = Running()
+        self.queue.currently_running.steps = steps
+        super().prompt(*steps, **options)
 
     def load(self, name: str, keep: Any, **options: Any) -> Any:
         if keep == "unmanaged":
@@ -82,14 +98,17 @@ class Patches(machine.Freeing):
     def panel_sets_a_policy(self, name: str, policy: str) -> None:
         entry = self._entry(name)
         if entry is not None:
+            alive = entry.value is not None
             kept.registry().set_policy(entry.id, policy)
-            self.world.asked[name] = policy
+            kept.registry().settle()  # the worker's turn
+            self.world.asked[name] = policy if alive else kept.EJECTABLE
 
     @rule(name=machine.names)
     def panel_releases_one(self, name: str) -> None:
         entry = next((entry for entry in kept.registry().owned() if entry.name == name), None)
         if entry is not None:
             assert [gone.name for gone in kept.registry().release([entry.id])] == [name]
+            kept.registry().settle()
             self.world.asked[name] = kept.EJECTABLE
 
     @rule(name=machine.names)
