@@ -86,6 +86,7 @@ class Receipt:
         left_driver: bytes by which the driver's figure went down, with its source.
         held: who holds memory that should be gone.
         unnamed: bytes for which no holder could be named.
+        searched: whether the search for holders ended before its time was up.
         parameters: bytes of parameters and buffers by the device where they are now.
         before, after: the readings; None where nothing was moved.
         seconds: of the offload and both readings.
@@ -102,6 +103,7 @@ class Receipt:
     left_driver: Figure = Figure()
     held: tuple[holders.Holder, ...] = ()
     unnamed: int = 0
+    searched: bool = True
     parameters: Mapping[str, int] = field(default_factory=dict)
     before: Reading | None = None
     after: Reading | None = None
@@ -135,7 +137,8 @@ class Receipt:
         if rest := self.held[NAMED_HOLDERS:]:
             said.append(("held", sum(holder.bytes for holder in rest), f" by {len(rest)} more"))
         if self.unnamed:
-            said.append(("held", self.unnamed, " by nothing that Python shows (C++, or a running function)"))
+            nobody = "nothing that Python shows (C++, or a running function)" if self.searched else "nobody found in time"
+            said.append(("held", self.unnamed, f" by {nobody}"))
         numbers = spelled([amount for _, amount, _ in said])
         parts = [f"{verb} {number}{more}" for (verb, _, more), number in zip(said, numbers, strict=True)]
         if self.left_tensors is None:
@@ -238,11 +241,11 @@ def weigh(
     alive = sum(item.bytes for item in watched if item.alive) if device.type != "cpu" else 0
     verdict, notes = judge(asked, still_loaded, alive, before, after)
     held: tuple[holders.Holder, ...] = ()
-    unnamed = 0
+    unnamed, searched = 0, True
     if (verdict is Verdict.STILL_HELD or alive) and seconds:
         found = holders.find(watched, roots, seconds, clock)
-        held, unnamed = found.holders, found.unnamed
-        if not found.complete:
+        held, unnamed, searched = found.holders, found.unnamed, found.complete
+        if not searched:
             notes.append(f"the search for holders was stopped after {found.seconds:.1f} s")
     return Receipt(
         name,
@@ -254,6 +257,7 @@ def weigh(
         left_driver=_driver_drop(before, after),
         held=held,
         unnamed=unnamed,
+        searched=searched,
         before=before,
         after=after,
         seconds=after.moment - before.moment,

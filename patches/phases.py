@@ -264,7 +264,8 @@ def _violations(
     for receipt in receipts:
         wanted = f"{receipt.name} ({exact_text(receipt.asked)}) off {receipt.device} {end}"
         if receipt.verdict is Verdict.STILL_HELD:
-            there = receipt.still_loaded or receipt.asked - (receipt.left_tensors or 0)
+            held = sum(holder.bytes for holder in receipt.held) + receipt.unnamed
+            there = receipt.still_loaded or held or receipt.asked - (receipt.left_tensors or 0)
             todo = "Remove what holds it, or press Free model and node cache, and queue again."
             yield wanted, f"{exact_text(there)} still there: {receipt}", todo
         # On the CPU nothing can be offloaded, and nothing has to be.

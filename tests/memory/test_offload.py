@@ -274,3 +274,12 @@ def test_a_receipt_never_grows_beyond_a_paragraph() -> None:
     held = tuple(holders.Holder("global " + "x" * 300, MIB, ("y" * 300,) * 5) for _ in range(20))
     receipt = Receipt("a", "cuda:0", Verdict.STILL_HELD, GIB, 0, held=held, unnamed=MIB, error="z" * 2000)
     assert len(str(receipt)) <= 600 and "17 more" in str(receipt) and "STILL_HELD" in str(receipt)
+
+
+@pytest.mark.parametrize(
+    ("searched", "words"), [(True, "by nothing that Python shows"), (False, "by nobody found in time")]
+)
+def test_a_search_that_ran_out_of_time_does_not_say_that_nobody_holds_it(searched: bool, words: str) -> None:
+    """What it could not look at may well be shown by Python."""
+    receipt = Receipt("A", "cuda:0", Verdict.STILL_HELD, MIB, 0, unnamed=MIB, searched=searched)
+    assert words in str(receipt)
