@@ -137,8 +137,8 @@ class Receipt:
         if rest := self.held[NAMED_HOLDERS:]:
             said.append(("held", sum(holder.bytes for holder in rest), f" by {len(rest)} more"))
         if self.unnamed:
-            nobody = "nothing that Python shows (C++, or a running function)" if self.searched else "nobody found in time"
-            said.append(("held", self.unnamed, f" by {nobody}"))
+            shown = "nothing that Python shows (C++, or a running function)"
+            said.append(("held", self.unnamed, f" by {shown if self.searched else 'nobody found in time'}"))
         numbers = spelled([amount for _, amount, _ in said])
         parts = [f"{verb} {number}{more}" for (verb, _, more), number in zip(said, numbers, strict=True)]
         if self.left_tensors is None:

@@ -286,10 +286,7 @@ class TCDecoder(nn.Module):
         grow, conv = transition
         if conv not in memory.kernels:
             grown, convolution = cast(TimeGrow, self.decoder[grow]), cast(nn.Conv2d, self.decoder[conv])
-            weights = (
-                weight_and_bias(m, like.new_empty(0, dtype=m.weight.dtype))[0] for m in (grown.conv, convolution)
-            )
-            folded = phase_kernels(*weights, grown.stride)
+            folded = phase_kernels(_weight(grown.conv, like), _weight(convolution, like), grown.stride)
             memory.kernels[conv] = [to_like(kernel, like) for kernel in folded]
         return memory.kernels[conv]
 
@@ -310,3 +307,8 @@ class TCDecoder(nn.Module):
             strip = self.decoder[26](F.relu_(self.decoder[24](strip)))
             frame[:, :, 2 * top : 2 * bottom] = strip[:, :, 2 * (top - low) : 2 * (bottom - low)]
         return frame
+
+
+def _weight(conv: nn.Conv2d, like: Tensor) -> Tensor:
+    """On the device of `like`, in its own dtype: kernels are folded before they are rounded."""
+    return weight_and_bias(conv, like.new_empty(0, dtype=conv.weight.dtype))[0]
