@@ -181,8 +181,11 @@ class Entry:
         """By node id: wishes of the loaders in a prompt, also of those that ComfyUI has cached and does not execute."""
         if running is None:
             return {}
+        # Nodes that a prompt's nodes expanded into are not in its definition, but their wishes begin with its id.
+        prefix = f"{running.id}/"
+        expanded = {text[len(prefix) :]: wish for text, wish in self.wishes.items() if text.startswith(prefix)}
         definitions = running.definitions | {running.node: running.own_definition}
-        return {node: self.wishes[text] for node, text in definitions.items() if text in self.wishes}
+        return expanded | {node: self.wishes[text] for node, text in definitions.items() if text in self.wishes}
 
 
 class Registry:

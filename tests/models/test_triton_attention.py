@@ -30,7 +30,7 @@ def test_in_the_interpreter_every_case_gives_the_exact_result() -> None:
 
 
 def test_asked_for_on_the_cpu_it_is_an_error_in_one_sentence() -> None:
-    attention._choose_backend.cache_clear()
+    attention.choose_backend.cache_clear()
     with pytest.raises(attention.AttentionBackendError, match="expected the triton backend to work on cpu"):
         attention.choose_backend("triton", CPU, torch.float32)
 

@@ -33,12 +33,11 @@ def products() -> dict:
     comfyui.load_models_gpu([*model.patchers(), stranger])
     comfyui.unload_all_models()
     hooks.install()
-    foreign = comfyui.load_models_gpu = (lambda stock: lambda *given, **more: stock(*given, **more))(
-        comfyui.load_models_gpu
-    )
+    ours = comfyui.load_models_gpu
+    comfyui.load_models_gpu = lambda *given, **more: ours(*given, **more)
     replaced = hooks.status()["load_models_gpu"]
     tiny_model()
-    comfyui.load_models_gpu, healed = getattr(foreign, "__wrapped__", foreign), hooks.status()["load_models_gpu"]
+    healed, comfyui.load_models_gpu = hooks.status()["load_models_gpu"], ours
     return {
         "healed": [replaced, healed],
         "nodes": len(NODES), "frames": list(frames.shape), "picture": list(picture.shape),

@@ -177,7 +177,9 @@ class World:
     def prompt(self, *steps: tuple, fails: BaseException | None = None, together: bool = False, **options: Any) -> None:
         """A workflow: every step's loader, LoRA and use. With `fails` its last use raises."""
         self.prompts += 1
-        inputs = {name: {"name": name, "keep": keep, **options} for name, keep, *_ in steps}
+        # Of two steps with one model, the loader that asks for something is the node that the definition shows.
+        asking = sorted(steps, key=lambda step: step[1] != "unmanaged")
+        inputs = {name: {"name": name, "keep": keep, **options} for name, keep, *_ in asking}
         nodes = {name: {"class_type": "Load", "inputs": given} for name, given in inputs.items()}
         self.queue.currently_running[0] = (0, f"p{self.prompts}", nodes)
 
