@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from ..known_files import refuse_altered
 from ..operations import cast_on_use
 from ..weight_file import CheckpointError, WeightFile
 from .model import WanVAE
@@ -23,10 +24,11 @@ def load_wan_vae(
         vae = load_wan_vae("Wan2.1_VAE.pth", torch.bfloat16, "cuda")
 
     Raises:
-        CheckpointError (a ValueError): there is no such file, it is not a Wan 2.1 VAE, is damaged, holds NaN, or is a
-            pickle of more than tensors.
+        CheckpointError (a ValueError): there is no such file, it is not a Wan 2.1 VAE, is damaged or altered, holds
+            NaN, or is a pickle of more than tensors.
     """
     file = WeightFile.open(path)
+    refuse_altered(file)
     try:
         vae = WanVAE.from_state_dict(file.entries, operations)  # checks names and shapes before any weight is read
     except ValueError as error:

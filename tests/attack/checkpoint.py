@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from steadyvsr import cli
+from steadyvsr.models import known_files
 from steadyvsr.models.flashvsr.checkpoint import load_flashvsr
-from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.wan_vae import WanVAE, load_wan_vae
 from steadyvsr.tests.attack import archive_damages, safetensors_damages
 from steadyvsr.tests.attack.damages import ANY, REFUSED, Spoilt
@@ -221,8 +221,8 @@ def guard(target: Target, canary: Path) -> None:
 def publish(folder: Path, size: int, target: Target) -> None:
     """Enters a file of this name and size, with another hash, among the published ones."""
     (name,) = [path.name for path in folder.iterdir() if path.name.startswith(Path(target.name).stem)]
-    known = checkpoint_parts.KnownFile(f"somebody/model {name}", "0" * 64, size, None)
-    checkpoint_parts.KNOWN_FILES = (*checkpoint_parts.KNOWN_FILES, known)
+    known = known_files.KnownFile(f"somebody/model {name}", "0" * 64, size, None)
+    known_files.KNOWN_FILES = (*known_files.KNOWN_FILES, known)
 
 
 def ended(path: Path, part: str, reader: str, touched: int, case: str) -> Outcome:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from steadyvsr.models import known_files
 from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.load import expected_entries, save_merged
-from steadyvsr.models.flashvsr.checkpoint.parts import KnownFile
 from steadyvsr.models.flashvsr.config import FlashVSRConfig
+from steadyvsr.models.known_files import KnownFile
 from steadyvsr.models.weight_file import WeightFile, file_sha256
 
 TINY = FlashVSRConfig(
@@ -78,4 +79,4 @@ def publish(monkeypatch, path: Path, version: str | None) -> None:
     """Enters a file among the published ones."""
     file = WeightFile.open(path)
     known = KnownFile(path.name, file_sha256(file.path), file.size_bytes, version)
-    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (*checkpoint_parts.KNOWN_FILES, known))
+    monkeypatch.setattr(known_files, "KNOWN_FILES", (*known_files.KNOWN_FILES, known))

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from steadyvsr.models import known_files
 from steadyvsr.models.flashvsr.checkpoint import download
-from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
 from steadyvsr.models.flashvsr.checkpoint.download import (
     PROMPT,
     REPOSITORIES,
@@ -22,8 +22,8 @@ from steadyvsr.models.flashvsr.checkpoint.download import (
     DownloadError,
     download_flashvsr,
 )
-from steadyvsr.models.flashvsr.checkpoint.parts import KnownFile
 from steadyvsr.models.flashvsr.checkpoint.sources import PROMPT_URL
+from steadyvsr.models.known_files import KnownFile
 from steadyvsr.models.weight_file import CheckpointError, WeightFile
 
 CHUNK = 64
@@ -262,7 +262,7 @@ def test_an_unknown_version_is_refused(web, tmp_path):
 
 
 def test_every_file_of_v1_1_and_the_prompt_have_a_published_hash():
-    known = {file.name: file for file in checkpoint_parts.KNOWN_FILES}
+    known = {file.name: file for file in known_files.KNOWN_FILES}
     for name in [*(f"{REPOSITORIES['v1.1']} {name}" for name in WEIGHTS), f"OpenImagingLab/FlashVSR {PROMPT}"]:
         assert len(known[name].sha256) == 64 and known[name].size_slack_bytes == 0
 
@@ -317,8 +317,8 @@ def test_a_link_in_the_folder_is_not_followed(web, tmp_path, name):
 def test_a_published_file_with_another_hash_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
     data = content(name, "v1.1")
     known = KnownFile(f"JunhaoZhuang/FlashVSR-v1.1 {name}", hashlib.sha256(data).hexdigest(), len(data), None)
-    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (known,))
+    monkeypatch.setattr(known_files, "KNOWN_FILES", (known,))
     (tmp_path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     file = WeightFile(tmp_path / name, len(data), "pickle", {}, {})
     with pytest.raises(CheckpointError, match=f"expected the published {known.name} with sha256"):
-        checkpoint_parts.refuse_altered(file, "v1")
+        known_files.refuse_altered(file, "v1")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from steadyvsr.models.flashvsr.checkpoint import parts as checkpoint_parts
+from steadyvsr.models import known_files
 from steadyvsr.models.flashvsr.checkpoint.inspect import inspect_checkpoint
 from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
 from steadyvsr.models.weight_file import CheckpointError, WeightFile, read_header
@@ -295,9 +295,9 @@ def test_a_published_file_with_other_bytes_never_loads(tmp_path, parts, monkeypa
 def test_the_files_of_v1_which_nobody_published_a_hash_of_load_when_asked_for(tmp_path, parts, monkeypatch):
     folder = write_folder(tmp_path / "w", parts)
     publish(monkeypatch, folder / OFFICIAL["transformer"], "v1.1")
-    known = checkpoint_parts.KNOWN_FILES[-1]
-    wrong = checkpoint_parts.KnownFile(known.name, "0" * 64, known.size_bytes, "v1.1")
-    monkeypatch.setattr(checkpoint_parts, "KNOWN_FILES", (wrong,))
+    known = known_files.KNOWN_FILES[-1]
+    wrong = known_files.KnownFile(known.name, "0" * 64, known.size_bytes, "v1.1")
+    monkeypatch.setattr(known_files, "KNOWN_FILES", (wrong,))
     assert load_flashvsr(folder, version="v1").version == "v1"
 
 

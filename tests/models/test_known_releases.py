@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from steadyvsr.models.flashvsr.checkpoint.download import PROMPT, WEIGHTS
 from steadyvsr.models.flashvsr.checkpoint.load import load_flashvsr
-from steadyvsr.models.flashvsr.checkpoint.parts import KNOWN_FILES, KNOWN_PROJECTIONS, VERSIONS
+from steadyvsr.models.flashvsr.checkpoint.parts import KNOWN_PROJECTIONS, VERSIONS
+from steadyvsr.models.known_files import KNOWN_FILES
 from steadyvsr.models.weight_file import CheckpointError
 from steadyvsr.tests.models.checkpoint_files import random_parts, write_folder
 

@@ -9,9 +9,9 @@ The transfer is our own, because recent versions of `huggingface_hub` discard wh
 interrupted: here a file grows as NAME.part, and the next call continues it. Downloads into one folder take turns.
 
 What is trusted: a file is accepted when its size and sha256 are right. Those of v1.1 and of the prompt are in
-`parts.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub states (git LFS),
-which reveals damage on the way but not a changed repository. No token is sent. `.ckpt` and `.pth` files are pickles;
-`load_flashvsr` reads them with weights_only=True, which runs no code in them.
+`known_files.KNOWN_FILES`. No hashes of v1 are published: its files are compared with those that the hub states (git
+LFS), which reveals damage on the way but not a changed repository. No token is sent. `.ckpt` and `.pth` files are
+pickles; `load_flashvsr` reads them with weights_only=True, which runs no code in them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...known_files import KNOWN_FILES
 from ...weight_file import file_sha256
-from .parts import KNOWN_FILES, VERSIONS
+from .parts import VERSIONS
 from .sources import PROMPT_URL
 
 if sys.platform == "win32":

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...known_files import known_file
 from ...weight_file import file_sha256
 from .load import compare_keys, expected_entries, names_config
-from .parts import FAMILY, NETWORKS, PARTS, Source, known_file, known_version
+from .parts import FAMILY, NETWORKS, PARTS, Source, known_version
 from .sources import PathLike, find_checkpoint
 
 

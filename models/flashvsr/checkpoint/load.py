@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...known_files import known_file, refuse_altered
 from ...operations import cast_on_use
 from ...weight_file import CheckpointError, WeightFile, tensors_sha256
 from ..config import LAYER_LIMIT, LQ_CACHE_ORDERS, FlashVSRConfig
@@ -37,8 +38,6 @@ from .parts import (
     VERSIONS,
     Source,
     find_parts,
-    known_file,
-    refuse_altered,
 )
 from .sources import (
     PROMPT_URL,
