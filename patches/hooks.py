@@ -437,8 +437,11 @@ def status() -> dict[str, str]:
 
 
 def promises_off() -> list[str]:
-    """What cannot be promised in this ComfyUI, in words."""
-    off = [HOOKS[name].promise for name in status() if not chain.is_in_place(HOOKS[name])]
+    """What cannot be promised in this ComfyUI, in words.
+
+    "replaced" is not among it: another pack's wrapper may well call ours, and the next prompt puts ours back on top.
+    """
+    off = [HOOKS[name].promise for name, where in status().items() if where in ("missing", "does not fit", "off")]
     if versions.dynamic_vram_is_on():
         off.append("pinned models stay on the card: with dynamic VRAM the driver takes and brings back their pages")
     return off

@@ -114,6 +114,8 @@ def reports() -> dict:
         WITNESS.others = 0
         loads, ended = RECORD.take()
         answers = {number for reading in WITNESS.answers for number in numbers_of(reading.to_json())}
+        # Of the machine's RAM, which is read beside the card, reports tell what concerns them.
+        of_card = [reading for reading in WITNESS.answers if reading.device == str(CARD.device)]
         books = {size for phase in ended for side in ("before", "after") for size in phase[side].values()}
         books |= {item.model.model_size() for item in mm.current_loaded_models if item.model is not None}
         limits = {int(0.001 * GIB), int(most * GIB), 0}
@@ -143,7 +145,7 @@ def reports() -> dict:
                 "unexplained_in_text": sorted(set(in_text) - amounts),
                 "salted": sum(number >= salt for number in said if number in answers and number - salt in read),
                 "said": sorted(set(said)),
-                "answers": sorted(answers),
+                "answers": sorted({number for reading in of_card for number in numbers_of(reading.to_json())}),
             }
         )
         del ended, loads
