@@ -119,11 +119,13 @@ def test_every_number_of_every_report_was_read_in_that_run(observed, run):
     assert seen["press_as_recorded"] is True
 
 
-def test_what_only_one_run_could_read_stands_in_its_reports_and_in_no_other(observed):
+def test_what_only_one_run_could_read_stands_in_its_reports_and_in_no_other(observed, card):
+    # On a card of its own the look before the first load is another one; it is told only where the load does not fit.
+    untold = 1 if card == "simcard" else 0
     first, second = scenario(observed, "reports")["runs"]
     for this, other in ((first, second), (second, first)):
         only_here = set(this["answers"]) - set(other["answers"])
-        assert len(only_here) >= 4 and only_here <= set(this["said"])
+        assert len(only_here) >= 4 and len(only_here - set(this["said"])) <= untold
         assert not only_here & set(other["said"])
 
 
