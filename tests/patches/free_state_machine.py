@@ -48,17 +48,36 @@ BASE = {name: getattr(mm, name) for name in hooks.NAMES}
 
 
 class PolicyWorld(World):
-    """A world whose loaders are given their policy; "unmanaged" is a loader of somebody else's."""
+    """A world whose loaders are given their policy; "unmanaged" is a loader of somebody else's.
+
+    Attributes:
+        asked: model → the policy that holds.
+        wished: (model, policy) of each loader that has asked since the model was read.
+    """
 
     asked: dict[str, str]
+    wished: set[tuple[str, str]]
+
+    def prompt(self, *steps: tuple, **options: Any) -> None:
+        """A loader that ComfyUI has cached never asks again: what it asked for holds from the prompt's start."""
+        registered = {entry.name for entry in kept.registry().entries()}
+        for name, keep, *_ in steps:
+            if name in registered and (name, keep) in self.wished:
+                self.asked[name] = max(self.asked[name], keep, key=kept.POLICIES.index)
+        super().prompt(*steps, **options)
 
     def load(self, name: str, keep: Any, **options: Any) -> Any:
         if keep == "unmanaged":
             return self.read(name, SIZES[name])
         key = kept.Key.of("model", [self.path(name)])
-        read = functools.partial(self.read, name, SIZES[name])
+
+        def read() -> Any:
+            self.wished = {wish for wish in self.wished if wish[0] != name}
+            return self.read(name, SIZES[name])
+
         value = kept.registry().obtain(key, keep, read, lambda patcher: [patcher], name)
         self.asked[name] = keep
+        self.wished.add((name, keep))
         return value.clone()
 
 
@@ -107,7 +126,7 @@ class Freeing(RuleBasedStateMachine):
             setattr(mm, name, original)
         gc.collect()
         self.world = PolicyWorld(free_worlds.STOCK, CAPACITY)
-        self.world.asked = {}
+        self.world.asked, self.world.wished = {}, set()
         self.calls = Calls()
         self.foreign = 0
         hooks.install()
