@@ -23,14 +23,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from steadyvsr.app.card.random_model import released_model
 from steadyvsr.benchmarks import frame
 from steadyvsr.models.flashvsr import (
     CausalLQ4xProjection,
-    FlashVSR,
-    FlashVSRConfig,
     StreamOptions,
     TCDecoder,
-    Transformer,
     rotary,
     stream,
     transformer,
@@ -39,6 +37,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+META = torch.device("meta")
 SCALE = 4
 BLOCK_SIDE = 128
 """Output pixels of a block's side; a block has as many tokens as pixels of a side."""
@@ -179,21 +178,6 @@ class Counts(TorchDispatchMode):
         return None
 
 
-def released_model() -> FlashVSR:
-    """The released sizes in bf16 on the meta device."""
-    config = FlashVSRConfig()
-    with torch.device("meta"):
-        networks = (
-            Transformer(config),
-            CausalLQ4xProjection(config.lq_hidden, config.dim, config.lq_layers),
-            TCDecoder(config.decoder_channels),
-        )
-        prompt = torch.empty(1, 512, config.text_dim, dtype=torch.bfloat16)
-    for network in networks:
-        network.requires_grad_(False).to(torch.bfloat16)
-    return FlashVSR(*networks, prompt, "v1.1", "released")
-
-
 def selected_pairs(options: StreamOptions, height: int, width: int) -> int:
     """Block pairs that one head of a layer attends to in a steady step, where the threshold selects all it may."""
     rows, columns, reach = height // BLOCK_SIDE, width // BLOCK_SIDE, options.local_range // 2
@@ -207,7 +191,11 @@ def selected_pairs(options: StreamOptions, height: int, width: int) -> int:
 
 def count(height: int, width: int, backend: str) -> Counts:
     """One steady step at an output size, from frames of a quarter of its sides."""
-    options, counts, model = StreamOptions(scale=SCALE, attention="gather"), Counts(), released_model()
+    options, counts, model = (
+        StreamOptions(scale=SCALE, attention="gather"),
+        Counts(),
+        released_model("v1.1", torch.bfloat16, META),
+    )
     padded = [-(-side // BLOCK_SIDE) * BLOCK_SIDE for side in (height, width)]
     pairs = selected_pairs(options, *padded)
 
@@ -264,9 +252,7 @@ def count(height: int, width: int, backend: str) -> Counts:
             block.ffn.forward = counts.counting(block.ffn.forward, "transformer: feed-forward")  # type: ignore
         patches.enter_context(counts)
         patches.enter_context(torch.no_grad())
-        run = stream.upscale_frames(
-            model, source, options, device=torch.device("meta"), dtype=torch.bfloat16, on_step=on_step
-        )
+        run = stream.upscale_frames(model, source, options, device=META, dtype=torch.bfloat16, on_step=on_step)
         for _ in zip(range(steady + 8), run, strict=False):
             pass
         run.close()
