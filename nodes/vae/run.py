@@ -13,13 +13,15 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...memory.reading import size_text
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ...patches import residency, versions
 from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from .. import node_status
+from ..attempts import UNLOAD_OTHERS, Attempts
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
-from .ladder import MIN_TILE, TileLadder, dtype_name, smaller_tiles
+from .ladder import ATTEMPT_COLUMNS, MIN_TILE, TileLadder, dtype_name, smaller_tiles
 from .layout import compression
 from .memory import TileMemory
 
@@ -93,8 +95,12 @@ class TiledRun:
     node_id: str | None
     notes: list[str] = field(default_factory=list)
     _exact: ExactPath | None = None
+    _attempts: Attempts = field(init=False)
     _again: list[str] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._attempts = Attempts(self.node, ATTEMPT_COLUMNS)
 
     def run(self, source: Tensor) -> Tensor:
         """Encodes pixels 0..1 or decodes latents, NCHW or NCTHW; the result is fp32 on the CPU, pixels in 0..1.
@@ -108,15 +114,17 @@ class TiledRun:
             self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
         )
         with versions.device_context(self.vae.device), memory.running("VAE encode" if self.encodes else "VAE decode"):
-            memory.load(MIN_TILE)
-            self._exact = self._exact_path(source)
+            too_large = self._load(memory, MIN_TILE)
+            self._exact = None if too_large else self._exact_path(source)
             tile, overlap = self._first_tile(memory)
-            memory.load(tile)
+            too_large = too_large or self._load(memory, tile)
             job = self._job(source, tile, overlap)
-            weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
-            ladder = self._ladder(job, weights, memory, source)
+            weights = CastWeights(self.vae.first_stage_model, (self.vae.device, self.vae.vae_dtype))
+            ladder = self._ladder(job, weights, memory, source, untried=bool(too_large) and self._exact is None)
+            if too_large:
+                ladder.without_own_weights(too_large)
             try:
-                self._carry_out(ladder, weights, memory, source)
+                self._carry_out(ladder, memory, source)
             except RuntimeError as error:
                 # From torch, or from a VAE that checks its input; the one cause known here is a mismatch of channels.
                 self._explain_channels(source, error)
@@ -152,6 +160,35 @@ class TiledRun:
         """Height and width of the image."""
         factor = 1 if self.encodes else self._compression
         return source.shape[-2] * factor, source.shape[-1] * factor
+
+    def _load(self, memory: TileMemory, tile: int) -> str:
+        """Has the weights put on the device, without the other models there if need be.
+
+        Returns:
+            "", or why they are not there: what was expected, and what there was.
+        """
+        while True:
+            try:
+                memory.load(tile)
+                return ""
+            except memory_errors() as error:
+                if not is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # Outside the handler: the traceback holds what was being copied.
+            gc.collect()
+            empty_caches()
+            free, need = memory.read().free, self.vae.patcher.model_size()
+            if self.options.on_oom != SHRINK or not self._unload_others():
+                self._report.setdefault(
+                    "mode_reason", "its weights do not fit on the device, where they would be tried"
+                )
+                return f"expected {size_text(need)} for the weights; got {size_text(free)} free: {words}"
+            place = {"dtype": dtype_name(self.vae.vae_dtype), "device": str(self.vae.device)}
+            self._attempts.append({"unit": 0, "tile": tile, **place, "free": free, "tried": UNLOAD_OTHERS})
+
+    def _unload_others(self) -> bool:
+        return residency.unload_others(self.vae.device, [self.vae.patcher])
 
     def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
         """Side and overlap to start with."""
@@ -208,7 +245,7 @@ class TiledRun:
             # Outside the handler: the traceback holds the tensors of the trial.
             gc.collect()
             empty_caches()
-            if not residency.unload_others(self.vae.device, [self.vae.patcher]):
+            if not self._unload_others():
                 return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
@@ -228,34 +265,40 @@ class TiledRun:
             return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=prepare)
         return BlendDecode(network.decode, source, tile, overlap, size, **place)
 
-    def _ladder(self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor) -> TileLadder:
+    def _ladder(
+        self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor, *, untried: bool
+    ) -> TileLadder:
+        """`untried`: the weights did not fit, so that there was no trial of the exact path."""
+        # Blended tiles in half precision may be far off, and nobody has chosen them.
+        untried = untried and self.options.mode != BLEND
         halves = [item for item in getattr(self.vae, "working_dtypes", ()) if item.itemsize < job.dtype.itemsize]
         return TileLadder(
             self.node,
             job,
             weights.run,
             self._smaller(job.tile, source),
-            halves[0] if halves else None,
-            self.options.allow_cpu,
+            halves[0] if halves and not untried else None,
+            self.options.allow_cpu and not (untried and self.options.mode == EXACT),
             self.options.on_oom == SHRINK,
-            lambda: residency.unload_others(self.vae.device, [self.vae.patcher]),
+            self._unload_others,
             lambda device, dtype: self._move(weights, device, dtype),
             lambda: memory.read().free,
+            self._attempts,
         )
 
-    def _carry_out(self, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor) -> None:
+    def _carry_out(self, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
         job = ladder.job
         bar = comfy.utils.ProgressBar(job.total, node_id=self.node_id)
         if self._exact is None:
             with memory.measuring_tile():
-                self._advance(ladder, weights)
+                self._advance(ladder)
             self._recalibrate(ladder, memory, source)
             bar.update_absolute(job.done, job.total)
         while job.done < job.total:
-            self._advance(ladder, weights)
+            self._advance(ladder)
             bar.update_absolute(job.done, job.total)
 
-    def _advance(self, ladder: TileLadder, weights: CastWeights) -> None:
+    def _advance(self, ladder: TileLadder) -> None:
         """Computes one tile, again in fp32 if it is not finite."""
         job, on_step = ladder.job, mm.throw_exception_if_processing_interrupted
         try:
@@ -264,15 +307,13 @@ class TiledRun:
             if job.dtype == torch.float32:
                 raise self._not_finite(error) from error
             self._again.append(str(error).partition("; ")[2])
-        dtype, job.dtype = job.dtype, torch.float32
-        weights.prepare(job.device, torch.float32)
+        dtype, job.dtype, ladder.prepared = job.dtype, torch.float32, False
         try:
             ladder.advance(on_step)
         except NotFinite as error:
             raise self._not_finite(error) from error
         finally:
-            job.dtype = dtype
-            weights.prepare(job.device, dtype)
+            job.dtype, ladder.prepared = dtype, False
 
     def _not_finite(self, error: NotFinite) -> ValueError:
         return ValueError(f"{self.node}: {error} Check the input, or load another VAE.")
@@ -302,6 +343,7 @@ class TiledRun:
     def _move(self, weights: CastWeights, device: torch.device, dtype: torch.dtype) -> None:
         """Swaps in copies of the weights; ComfyUI's own leave the device first."""
         residency.offload_model(self.vae)
+        weights.own = None
         weights.prepare(device, dtype)
 
     def _explain_channels(self, source: Tensor, error: RuntimeError) -> None:

@@ -134,7 +134,7 @@ def ladder_alone() -> dict:
         made = ladders.TileLadder(
             "Node", job, lambda compute: compute(), ladders.smaller_tiles(256, 480, 64), torch.bfloat16, allow_cpu,
             shrink, lambda: bool(others) and others.pop(), lambda *place: prepared.append([str(p) for p in place]),
-            lambda: 1 << 20,
+            lambda: 1 << 20, pack("nodes.attempts").Attempts("Node", ladders.ATTEMPT_COLUMNS),
         )  # fmt: skip
         return made, prepared
 
