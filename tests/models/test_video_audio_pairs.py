@@ -18,7 +18,7 @@ CODECS = (
     "pcm_s24le", "pcm_f32le", "pcm_u8", "pcm_alaw", "wmav2",
 )  # fmt: skip
 SOURCES = ("avi", "matroska", "mov", "mp4")
-RATE, SAMPLES, FRAMES = 48_000, 1920, 4
+RATE, SAMPLES, FRAMES = 48_000, 1920, 5
 
 
 @cache
