@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +36,7 @@ class TileLadder:
 
     Attributes:
         node: display name, which errors begin with.
+        attempts: of the run so far; those of its tiles are added.
         job: the tiles.
         around: runs a computation with the weights that it needs.
         tiles: smaller sides to try, largest first.
@@ -48,6 +49,7 @@ class TileLadder:
     """
 
     node: str
+    attempts: Attempts
     job: TileJob
     around: Callable[[Callable[[], None]], None]
     tiles: list[int]
@@ -57,10 +59,6 @@ class TileLadder:
     unload_others: Callable[[], bool]
     prepare: Callable[[torch.device, torch.dtype], None]
     free: Callable[[], int | None]
-    attempts: Attempts = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.attempts = Attempts(self.node, ATTEMPT_COLUMNS)
 
     def advance(self, on_step: Callable[[], None]) -> None:
         """Computes one tile, as far down the ladder as that takes.

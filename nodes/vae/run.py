@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import comfy.model_management as mm
 import comfy.utils
@@ -17,9 +19,10 @@ from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, T
 from ...patches import residency, versions
 from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
 from .. import node_status
+from ..attempts import UNLOAD_OTHERS, Attempts
 from .cast_weights import CastWeights
 from .exact import ExactPath, exact_path
-from .ladder import MIN_TILE, TileLadder, dtype_name, smaller_tiles
+from .ladder import ATTEMPT_COLUMNS, MIN_TILE, TileLadder, dtype_name, smaller_tiles
 from .layout import compression
 from .memory import TileMemory
 
@@ -33,6 +36,8 @@ SIDES = range(MAX_TILE, 0, -MIN_TILE)
 """Sides to choose from where the user chose none."""
 NAMED_TILES = 3
 """How many tiles that were not finite the report names; the others are counted."""
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,10 @@ class TiledRun:
     _exact: ExactPath | None = None
     _again: list[str] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
+    _attempts: Attempts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._attempts = Attempts(self.node, ATTEMPT_COLUMNS)
 
     def run(self, source: Tensor) -> Tensor:
         """Encodes pixels 0..1 or decodes latents, NCHW or NCTHW; the result is fp32 on the CPU, pixels in 0..1.
@@ -108,11 +117,11 @@ class TiledRun:
             self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
         )
         with versions.device_context(self.vae.device), memory.running("VAE encode" if self.encodes else "VAE decode"):
-            memory.load(MIN_TILE)
-            self._exact = self._exact_path(source)
+            self._making_room(lambda: memory.load(MIN_TILE), memory)
+            self._exact = self._exact_path(source, memory)
             tile, overlap = self._first_tile(memory)
-            memory.load(tile)
-            job = self._job(source, tile, overlap)
+            self._making_room(lambda: memory.load(tile), memory)
+            job = self._making_room(lambda: self._job(source, tile, overlap), memory)
             weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
             ladder = self._ladder(job, weights, memory, source)
             try:
@@ -122,9 +131,7 @@ class TiledRun:
                 self._explain_channels(source, error)
                 raise
             self._note_again()
-            result = job.result
-            if isinstance(job, BlendDecode):
-                result = self.vae.process_output(result)
+            result = self._making_room(partial(self._finished, job), memory)
             place = f"{job.tile} px, {dtype_name(job.dtype)}, {job.device}"
             self._describe(source, job, result, ladder)
             del job, ladder, weights
@@ -178,7 +185,33 @@ class TiledRun:
         estimate = self.vae.memory_used_encode if self.encodes else self.vae.memory_used_decode
         return int(estimate(shape, self.vae.vae_dtype))
 
-    def _exact_path(self, source: Tensor) -> ExactPath | None:
+    def _making_room(self, step: Callable[[], Made], memory: TileMemory) -> Made:
+        """What a step beside the tiles makes; where memory runs out in it, again without the other models.
+
+        Raises:
+            mm.OOM_EXCEPTION: no other model is left to unload, and the message says so; or on_oom is error.
+        """
+        while True:
+            try:
+                return step()
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # Outside the handler: the traceback holds the tensors of the step.
+            gc.collect()
+            empty_caches()
+            dtype, device, free = dtype_name(self.vae.vae_dtype), str(self.vae.device), memory.read().free
+            made_room = residency.unload_others(self.vae.device, [self.vae.patcher])
+            place = {"unit": 0, "tile": "", "dtype": dtype, "device": device, "free": free}
+            self._attempts.append({**place, "tried": UNLOAD_OTHERS if made_room else ""})
+            if not made_room:
+                raise self._attempts.exhausted(words, "Choose a smaller image, or unload other models.")
+
+    def _finished(self, job: TileJob) -> Tensor:
+        return self.vae.process_output(job.result) if isinstance(job, BlendDecode) else job.result
+
+    def _exact_path(self, source: Tensor, memory: TileMemory) -> ExactPath | None:
         """The exact path, where it is wanted and possible.
 
         Raises:
@@ -187,7 +220,7 @@ class TiledRun:
         if self.options.mode == BLEND:
             self._report["mode_reason"] = "chosen"
             return None
-        found, reason = self._tried_exact_path(source)
+        found, reason = self._tried_exact_path(source, memory)
         if found is None and self.options.mode == EXACT:
             raise ValueError(
                 f"{self.node}: expected a VAE with an exact path for mode exact; got one without: {reason}. "
@@ -196,20 +229,17 @@ class TiledRun:
         self._report["mode_reason"] = reason
         return found
 
-    def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
-        """As `exact_path`, tried again without the other models on the device if memory runs out in its trial."""
+    def _tried_exact_path(self, source: Tensor, memory: TileMemory) -> tuple[ExactPath | None, str]:
+        """As `exact_path`, which is none where its trial finds no memory."""
         frames = source.shape[2] if source.ndim == 5 else 1
-        while True:
-            try:
-                return exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
-            except memory_errors() as error:
-                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
-                    raise
-            # Outside the handler: the traceback holds the tensors of the trial.
-            gc.collect()
-            empty_caches()
-            if not residency.unload_others(self.vae.device, [self.vae.patcher]):
-                return None, "its trial ran out of memory"
+        place = self._pixels(source), frames, self._compression
+        try:
+            return self._making_room(lambda: exact_path(self.vae, self.encodes, *place), memory)
+        except memory_errors() as error:
+            if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                raise
+            self._attempts[-1]["tried"] = BLEND
+            return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
         if self._exact is not None:
@@ -232,6 +262,7 @@ class TiledRun:
         halves = [item for item in getattr(self.vae, "working_dtypes", ()) if item.itemsize < job.dtype.itemsize]
         return TileLadder(
             self.node,
+            self._attempts,
             job,
             weights.run,
             self._smaller(job.tile, source),
