@@ -233,8 +233,14 @@ def _add_upscale_options(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--force", action="store_true", help=text)
     files.add_argument("--log", metavar="FILE", help="write all that is said to the end of FILE as well, with the time")
-    files.add_argument("--codec", help="FFmpeg encoder: libx264, libx265, libsvtav1, libvpx-vp9, prores_ks, ffv1, …")
+    text = (
+        "FFmpeg encoder: libx264, libx265, libsvtav1, libvpx-vp9, prores_ks, ffv1, h264_nvenc, hevc_nvenc, …; auto: the"
+        " card's (NVENC) where it passes a check, else the CPU's"
+    )
+    files.add_argument("--codec", help=text)
     files.add_argument("--crf", type=int, help="quality of the encoder; lower is better")
+    files.add_argument("--preset", help="speed of the encoder against size of OUT, in its own words: slow, p6, 8, …")
+    files.add_argument("--encoder-threads", type=_count, metavar="N", help="of the encoder (default: its own choice)")
     files.add_argument("--ten-bit", action="store_true", help="ten bits per colour (16 with --image-sequence)")
     files.add_argument("--image-sequence", action="store_true", help="write PNG files into the folder OUT")
     files.add_argument("--frame-rate", type=_positive, help="of IN if it is an image sequence (default: 24)")
@@ -260,6 +266,12 @@ def _workers(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1; got {text}")
+    return int(text)
+
+
 def _run_upscale(args: argparse.Namespace) -> int:
     given = (field.name for field in dataclasses.fields(StreamOptions) if field.name in args)
     options = StreamOptions(**{name: getattr(args, name) for name in given})
@@ -280,7 +292,9 @@ def _run_upscale(args: argparse.Namespace) -> int:
     dtype = choose_dtype(args.precision, device)
     clip = open_clip(args.input, frame_rate=args.frame_rate, damaged="keep" if args.keep_damaged else "raise")
     footage = footage_of(clip)
-    output = OutputOptions(args.codec, args.crf, args.ten_bit, args.image_sequence, args.force)
+    output = OutputOptions(
+        args.codec, args.crf, args.ten_bit, args.image_sequence, args.force, args.preset, args.encoder_threads
+    )
     writer = open_writer(footage, args.output, options.scale, output)
     try:
         if args.download:
@@ -320,7 +334,7 @@ def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
     if args.download:
         _download(args)
     jobs = find_jobs(Path(args.input), Path(args.output), lambda text: _say(f"Note: {text}"))
-    output = OutputOptions(args.codec, args.crf, args.ten_bit, False, False)
+    output = OutputOptions(args.codec, args.crf, args.ten_bit, preset=args.preset, threads=args.encoder_threads)
     cores = os.cpu_count() or 1
     every_card = args.device == "auto" and torch.cuda.is_available()
     devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if every_card else [choose_device(args.device)]

@@ -1,4 +1,4 @@
-"""One run from file to file: decoder → engine → encoder. Only a window of frames is in memory.
+"""One run from file to file: decoder → engine → encoder, each in a thread of its own. Only a window is in memory.
 
 The command line, the workers of a folder run and the VIDEO node all go through `write_footage`.
 """
@@ -36,6 +36,7 @@ from ..models.video import (
     VideoError,
     Waveform,
 )
+from .pipeline import read_ahead, written_behind
 
 BF16_CAPABILITY = (8, 0)
 """The first CUDA capability that computes in bf16 natively (Ampere)."""
@@ -43,9 +44,11 @@ MEMORY_WORDS = ("DefaultCPUAllocator", "not enough memory", "out of memory")
 """By which a RuntimeError of torch is known as one of memory: its CPU allocator on Linux, on Windows, cuDNN."""
 STEP_FRAMES = 8
 """The engine pulls so many frames for each of its steps."""
+READ_BYTES, WRITE_BYTES = 128 << 20, 192 << 20
+"""May wait before and behind the engine: at 4K output, more than the frames of one of its steps, packed in 8 bits."""
 
 Upscale = Callable[[Generator[Tensor, None, None]], Generator[Tensor, None, None]]
-"""The engine: frames HWC 0..1 in, as many frames of the output size out."""
+"""The engine: frames HWC 0..1 in, as many of the output size out: HWC 0..1, or packed by the writer's `pack`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class OutputOptions:
     ten_bit: bool = False
     image_sequence: bool = False
     force: bool = False
+    preset: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Footage:
         sound: what goes along into the output file.
         colour, sample_aspect_ratio: see `ClipWriter`.
         notes: what a user should be told about the source; complete after a pass.
+        decoded: whether the frames are decoded on the way, which a thread of its own may do ahead of the engine.
     """
 
     frames: Callable[[], Iterator[tuple[Tensor, Fraction]]]
@@ -84,6 +90,7 @@ class Footage:
     colour: ColourTags = ColourTags()
     sample_aspect_ratio: Fraction = Fraction(1)
     notes: Sequence[str] = ()
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def footage_of(clip: Clip) -> Footage:
     notes = [*clip.notes, *clip.verify()]
     return Footage(
         partial(clip.frames_with_times, notes.append), clip.width, clip.height, clip.frame_count, clip.frame_rate,
-        clip.time_base, clip, clip.colour, clip.sample_aspect_ratio, notes,
+        clip.time_base, clip, clip.colour, clip.sample_aspect_ratio, notes, decoded=True,
     )  # fmt: skip
 
 
@@ -181,8 +188,8 @@ def open_writer(
     """A writer for the footage at its output size: a video with the source's times and sound, or a folder of PNGs."""
     if not options.image_sequence:
         return open_video(footage, path, scale, options)
-    if options.codec is not None or options.crf is not None:
-        raise ValueError(f"{Path(path).name}: expected no --codec and no --crf for an image sequence (PNG).")
+    if (options.codec, options.crf, options.preset) != (None, None, None):
+        raise ValueError(f"{Path(path).name}: expected no --codec, --crf or --preset for an image sequence (PNG).")
     width, height = output_size(footage.width, footage.height, scale)
     return ImageSequenceWriter(path, width, height, sixteen_bit=options.ten_bit, force=options.force)
 
@@ -193,7 +200,7 @@ def open_video(footage: Footage, path: str | Path, scale: float, options: Output
     return ClipWriter(
         path, width, height, footage.frame_rate, time_base=footage.time_base, audio=footage.sound,
         colour=footage.colour, sample_aspect_ratio=footage.sample_aspect_ratio, codec=options.codec, crf=options.crf,
-        ten_bit=options.ten_bit, force=options.force,
+        ten_bit=options.ten_bit, preset=options.preset, threads=options.threads, force=options.force,
     )  # fmt: skip
 
 
@@ -205,12 +212,15 @@ def write_footage(
 ) -> tuple[Path, DamagedVideoError | None]:
     """Pulls the footage through the engine into the writer and finishes the file.
 
+    Frames are decoded and encoded in threads of their own while the engine works here; so many as `READ_BYTES` and
+    `WRITE_BYTES` say may wait in between. All three have ended when this returns or raises.
+
     Footage that turns out damaged on the way loses nothing: all frames before the damage are upscaled and stored as
     `NAME.partial.EXT`, and so are those before a `MuxingError`, whose message then says so. Any other exception leaves
     through here with the writer's file removed and both generators closed.
 
     Args:
-        on_frame: called with every output frame (HWC float32 RGB 0..1 on the CPU) after it was written.
+        on_frame: called with every output frame, as `upscale` gave it, when it was handed to the writer.
 
     Returns:
         The path of the file, and the damage if there was any.
@@ -237,12 +247,23 @@ def write_footage(
             # For the engine the footage ends here: it finishes what it has.
             damage.append(error)
 
+    def write(item: tuple[Tensor, Fraction]) -> None:
+        writer.write(*item)
+
     try:
         # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
-        with closing(source()) as pulled, closing(upscale(pulled)) as outputs:
+        frames = source()
+        if footage.decoded:
+            frames = read_ahead(frames, lambda frame: frame.nbytes, READ_BYTES)
+        with (
+            closing(frames) as pulled,
+            closing(upscale(pulled)) as outputs,
+            written_behind(write, lambda item: item[0].nbytes, WRITE_BYTES) as put,
+        ):
             for frame in outputs:
-                writer.write(frame, times.popleft())
+                put((frame, times.popleft()))
                 on_frame(frame)
+                del frame
         path = writer.finish(_partial_name(writer.path) if damage else None)
     except MuxingError as error:
         try:
@@ -270,6 +291,7 @@ def upscale_clip(
     on_frame: Callable[[Tensor], object] = lambda frame: None,
     on_step: Callable[[str, int, int | None], object] = lambda phase, done, total: None,
     plan: MemoryPlan | None = None,
+    packed: bool = True,
 ) -> RunReport:
     """`write_footage` with the engine, outside ComfyUI, and what it cost.
 
@@ -277,10 +299,12 @@ def upscale_clip(
         on_frame: see `write_footage`.
         on_step: see `upscale_frames`.
         plan: where the run begins on the ladder; None at its top.
+        packed: frames leave the device as the writer packs them; False: as RGB, for an `on_frame` that looks at them.
     """
     ladder = Ladder((writer.width, writer.height), device)
     upscale = partial(
         upscale_frames, model, options=options, vae=vae, device=device, dtype=dtype, on_step=on_step, plan=plan,
+        finish=writer.pack if packed else None,
         # Not on the CPU: there the system kills the process, and the Wan decoder's cache would be kept twice.
         on_memory_error=None if device.type == "cpu" else ladder.on_memory_error,
     )  # fmt: skip

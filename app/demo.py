@@ -64,7 +64,7 @@ def run_demo(
     footage = footage_of(open_clip(source))
     run = upscale_clip(
         model, footage, open_writer(footage, folder / "output.mp4", SCALE, OutputOptions(force=True)),
-        StreamOptions(scale=SCALE), device=device, dtype=dtype, on_frame=keep,
+        StreamOptions(scale=SCALE), device=device, dtype=dtype, on_frame=keep, packed=False,
     )  # fmt: skip
     bicubic, output = enlarge(small), torch.stack(outputs)
     middle = frames // 2

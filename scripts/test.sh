@@ -8,5 +8,7 @@ fetch_frontends
 python -m ruff check .
 python -m ruff format --check .
 python -m pyright
-# A worker for each core; the tests of a file stay together, as they share what is dear to start.
-exec python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+# One worker more than there are cores, as many tests wait for another process; the tests of a file stay together, as they
+# share what is dear to start.
+workers=$(python -c 'import os; print(min(4, os.cpu_count() or 1) + 1)')
+exec python -m pytest -n "$workers" --dist loadfile "$@"

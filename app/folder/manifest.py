@@ -163,6 +163,10 @@ def _signatures(entry: dict[str, Any]) -> Iterator[Signature]:
 def folder_settings(settings: WorkerSettings) -> dict[str, Any]:
     """The part of the settings that changes a result. A manifest is valid for one such set."""
     plain = asdict(replace(settings, device="", threads=1))
+    # Younger than the first manifests, which hold as long as nobody asks for another preset.
+    if plain["output"].pop("preset") is not None:
+        plain["output"]["preset"] = settings.output.preset
+    plain["output"].pop("threads")
     weights = Path(settings.model)
     files = [weights] if weights.is_file() else sorted(path for path in weights.glob("*") if path.is_file())
     plain["weights"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -95,6 +95,7 @@ def upscale_frames(
     vae: StreamingVAE | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
     on_step: OnStep | None = None,
     plan: MemoryPlan | None = None,
     memory_errors: tuple[type[Exception], ...] = (torch.OutOfMemoryError,),
@@ -115,6 +116,8 @@ def upscale_frames(
         vae: a streaming Wan 2.1 decoder for the "full" result; None decodes with the TC decoder.
         device: where to compute; default: the model's. Weights may be elsewhere if the model's layers cast on use.
         dtype: what to compute in; default: fp32 on the CPU, else the model's.
+        finish: applied on the device to THWC fp32 frames in 0..1 before they leave it, as `ClipWriter.pack`; what it
+            returns is yielded row by row. It may be called again for the same frames.
         on_step: called as on_step(phase, done, total) before every LQ clip ("project"), transformer tile ("transform")
             and decoded latent ("decode"); done and total count output frames, total is None while unknown. What it
             raises leaves through this generator, with all state released.
@@ -127,7 +130,7 @@ def upscale_frames(
             second copy of the decoder's cache exists while it works, so that a latent can be started again.
 
     Yields:
-        HWC fp32 frames in 0..1 on the CPU.
+        HWC fp32 frames in 0..1 on the CPU, or what `finish` makes of them.
 
     Raises:
         ValueError: the clip is empty, a frame differs in size, layout or type or holds NaN or infinity, or the noise
@@ -151,7 +154,7 @@ def upscale_frames(
         if not state.frames:
             raise ValueError("upscale_frames: expected at least one frame; got an empty clip.")
         recoverable = on_memory_error is not None
-        engine = set_up(partial(_Engine, model, options, noise, vae, where, dtype, state, recoverable))
+        engine = set_up(partial(_Engine, model, options, noise, vae, where, dtype, state, recoverable, finish))
         attempt = partial(attempts.make, engine, inference)
         while not state.ended or done < state.frames:
             if state.ended:
@@ -196,6 +199,7 @@ class _Engine:
         dtype: torch.dtype,
         state: StreamState,
         recoverable: bool,
+        finish: Callable[[Tensor], Tensor] | None,
     ) -> None:
         height, width, _ = state.window[0].shape
         self.model, self.options, self.vae, self.state = model, options, vae, state
@@ -214,7 +218,7 @@ class _Engine:
         self.constants = model.transformer.prepare(model.prompt.to(device, dtype))
         state.tiles = [whole_frame(rows, columns, device)]
         state.decoder = DecoderMemory() if vae is None else vae.new_cache()
-        self.plan, self.recoverable = MemoryPlan(), recoverable
+        self.plan, self.recoverable, self.finish = MemoryPlan(), recoverable, finish
 
     def follow(self, plan: MemoryPlan) -> None:
         """Rearranges what the run remembers. If it raises, it can be called again."""
@@ -275,7 +279,7 @@ class _Engine:
     def decode(self, first: int, last: int) -> list[Tensor]:
         """Makes output frames first … last-1, those left of the oldest latent, or as many as the plan takes at once.
 
-        Returns them as HWC fp32 in 0..1 on the CPU.
+        Returns them as `upscale_frames` yields them.
         """
         state, at_once = self.state, self.plan.decoder_frames >= last - first
         lq = self._lq(first, last) if at_once else None
@@ -311,7 +315,7 @@ class _Engine:
         width, height = self.size
         frames = METHODS[self.options.colour](frames[..., :height, :width], lq[..., :height, :width])
         frames = rearrange(frames.add_(1).div_(2).clamp_(0, 1), "1 c t h w -> t h w c")
-        finished = list(downloaded(frames))
+        finished = list(downloaded(frames if self.finish is None else self.finish(frames)))
         left = waiting[:, :, last - first :]
         state.decoded = left if left.shape[2] else None
         return finished

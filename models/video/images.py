@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
 import av
-import torch
 from av.error import FFmpegError
 from torch import Tensor
 
 from .orientation import Uprighter
 from .part_file import PartFolder, explained
-from .pixels import frame_to_rgb, rgb_to_frame
+from .pixels import frame_to_rgb, pack, packed_is_finite, packed_to_frame, rgb_to_frame
 from .source import DamagedVideoError, Source, VideoError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
@@ -166,10 +165,18 @@ class ImageSequenceWriter:
         else:
             self.abort()
 
+    def pack(self, frames: Tensor) -> Tensor:
+        """THWC float RGB 0..1, on any device, as rows of bytes for `write` there."""
+        return pack(frames, self._format)
+
     def write(self, frame: Tensor, time: Fraction | None = None) -> None:
-        """Writes one HWC float RGB frame 0..1 as round(x·255) or round(x·65535); images have no time to store."""
-        check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
-        data = encode_png(frame, self._format, self._encoder)
+        """Writes one frame as round(x·255) or round(x·65535); images have no time to store.
+
+        Args:
+            frame: HWC float RGB 0..1, or a row of `pack` on the CPU.
+        """
+        packed = checked(self.path.name, frame, self.width, self.height, self.frames_written, self.pack)
+        data = _encoded(packed_to_frame(packed, self.width, self.height, self._format), self._encoder)
         target = self._part.part / FRAME_NAME.format(self.frames_written)
         with explained(self.path), open(target, "wb") as file:
             file.write(data)
@@ -190,14 +197,24 @@ class ImageSequenceWriter:
         self._part.discard()
 
 
-def check_frame(name: str, frame: Tensor, width: int, height: int, index: int) -> None:
-    """Raises ValueError unless the frame is HWC of this size, floating point, and finite."""
-    if tuple(frame.shape) != (height, width, 3) or not frame.is_floating_point():
-        raise ValueError(
-            f"{name}: expected frame {index} as float HWC {height}x{width}x3; got {frame.dtype} {tuple(frame.shape)}."
-        )
-    if not torch.isfinite(frame.sum(dtype=torch.float32)):
+def checked(
+    name: str, frame: Tensor, width: int, height: int, index: int, packed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The frame as a row of `packed`, which it may be already.
+
+    Raises:
+        ValueError: it is neither that nor HWC of this size in floating point, or it is not finite.
+    """
+    if frame.ndim != 1:
+        if tuple(frame.shape) != (height, width, 3) or not frame.is_floating_point():
+            raise ValueError(
+                f"{name}: expected frame {index} as float HWC {height}x{width}x3; got {frame.dtype} "
+                f"{tuple(frame.shape)}."
+            )
+        frame = packed(frame[None])[0]
+    if not packed_is_finite(frame):
         raise ValueError(f"{name}: expected numbers from 0 to 1; got NaN or infinity in frame {index}.")
+    return frame
 
 
 def _png_encoder(width: int, height: int, pixel_format: str) -> av.VideoCodecContext:
@@ -208,8 +225,11 @@ def _png_encoder(width: int, height: int, pixel_format: str) -> av.VideoCodecCon
     return encoder
 
 
-def encode_png(frame: Tensor, pixel_format: str = "rgb24", encoder: av.VideoCodecContext | None = None) -> bytes:
+def _encoded(picture: av.VideoFrame, encoder: av.VideoCodecContext) -> bytes:
+    return b"".join(bytes(packet) for packet in encoder.encode(picture))
+
+
+def encode_png(frame: Tensor, pixel_format: str = "rgb24") -> bytes:
     """HWC float RGB 0..1 as the bytes of a PNG file, 8 bit (rgb24) or 16 bit (rgb48be)."""
     height, width, _ = frame.shape
-    chosen = _png_encoder(width, height, pixel_format) if encoder is None else encoder
-    return b"".join(bytes(packet) for packet in chosen.encode(rgb_to_frame(frame, pixel_format)))
+    return _encoded(rgb_to_frame(frame, pixel_format), _png_encoder(width, height, pixel_format))

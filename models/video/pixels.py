@@ -34,6 +34,8 @@ LUMA_WEIGHTS = {
 }
 HD_LINES = 720
 PACKED_RGB = frozenset({"rgb24", "rgb48be", "bgr0"})
+REARRANGED = {"bgr0": "rgb24", "p010le": "yuv420p10le"}
+"""Formats that libswscale makes, at the end, of another one by moving bytes."""
 
 _YUV = re.compile(r"yuv(?P<jpeg>j?)a?(?P<chroma>4[0-4][0-4])p(?P<bits>\d*)(?:le|be)?")
 _CHROMA_STEPS = {"444": (1, 1), "440": (1, 2), "422": (2, 1), "420": (2, 2), "411": (4, 1), "410": (4, 4)}
@@ -87,7 +89,7 @@ def pixel_layout(name: str) -> PixelLayout | None:
 
 def can_hold(pixel_format: str, width: int, height: int) -> bool:
     """Whether `rgb_to_frame` writes this format at this size: RGB, or YUV with whole chroma samples."""
-    layout = pixel_layout(pixel_format)
+    layout = pixel_layout(REARRANGED.get(pixel_format, pixel_format))
     if layout is None:
         return pixel_format in PACKED_RGB
     return layout.kind != "grey" and width % layout.x_step == 0 and height % layout.y_step == 0
@@ -150,33 +152,87 @@ def rgb_to_frame(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> 
         ValueError: `can_hold` refuses the format.
     """
     height, width, _ = rgb.shape
+    return packed_to_frame(pack(rgb[None], pixel_format, matrix)[0], width, height, pixel_format, matrix)
+
+
+def pack(rgb: Tensor, pixel_format: str, matrix: int = MATRIX_BT709) -> Tensor:
+    """The bytes of frames as an encoder takes them, made on the device where the frames are.
+
+    Args:
+        rgb: THWC float in 0..1.
+
+    Returns:
+        uint8, T × bytes of a frame: plane by plane without padding, and at the end one byte that is 1, or 0 for a frame
+        with NaN or infinity. See `packed_to_frame`.
+
+    Raises:
+        ValueError: `can_hold` refuses the format.
+    """
+    height, width = rgb.shape[1:3]
     if not can_hold(pixel_format, width, height):
         raise ValueError(f"pixel format {pixel_format}: cannot hold {width}x{height} RGB. Choose yuv444p.")
-    rgb = rgb.float().clamp(0, 1)
-    layout = pixel_layout(pixel_format)
+    finite = rgb.sum((1, 2, 3), dtype=torch.float32).isfinite()
+    layout = pixel_layout(REARRANGED.get(pixel_format, pixel_format))
     if layout is None:
         deep = pixel_format == "rgb48be"
-        top, dtype = (65535, ">u2") if deep else (255, "u1")
-        frame = av.VideoFrame(width, height, "rgb48be" if deep else "rgb24")
-        _write_plane(frame, 0, _codes(rgb * top, top).reshape(height, width * 3), np.dtype(dtype))
-        return frame.reformat(format="bgr0") if pixel_format == "bgr0" else frame
-    frame = av.VideoFrame(width, height, pixel_format)
-    top = 2**layout.bits - 1
-    red, green, blue = rgb.unbind(-1)
-    if layout.kind == "rgb":
-        planes = [red * top, green * top, blue * top]
+        parts = [_code_bytes(rgb.float().clamp(0, 1), 65535 if deep else 255, 0, 65535 if deep else 255, deep)]
     else:
-        kr, kb = LUMA_WEIGHTS[matrix]
-        luma = red * kr + green * (1 - kr - kb) + blue * kb
-        unit = 2 ** (layout.bits - 8)
+        parts = _planar_bytes(rgb, layout, matrix)
+    return torch.cat([*(part.flatten(1) for part in parts), finite.to(torch.uint8)[:, None]], 1)
+
+
+def packed_to_frame(
+    packed: Tensor, width: int, height: int, pixel_format: str, matrix: int = MATRIX_BT709
+) -> av.VideoFrame:
+    """The frame of one row of `pack`, which has to be on the CPU. Whether it was finite is not looked at."""
+    if pixel_format in REARRANGED:
+        return packed_to_frame(packed, width, height, REARRANGED[pixel_format], matrix).reformat(format=pixel_format)
+    data = packed.numpy()
+    layout = pixel_layout(pixel_format)
+    frame = av.VideoFrame(width, height, pixel_format)
+    if layout is None:
+        _write_plane(frame, 0, data[:-1].reshape(height, -1))
+        return frame
+    if layout.kind == "yuv":
         frame.colorspace, frame.color_range = matrix, RANGE_LIMITED  # some encoders (ProRes) tag from the frame
-        planes = [luma * (219 * unit) + 16 * unit]
-        for colour, weight in ((blue, kb), (red, kr)):
-            chroma = _downsample_chroma((colour - luma) / (2 * (1 - weight)), layout)
-            planes.append(chroma * (224 * unit) + 128 * unit)
-    for index, plane in zip(layout.planes, planes, strict=True):
-        _write_plane(frame, index, _codes(plane, top), layout.dtype)
+    start = 0
+    for index in layout.planes:
+        plane = frame.planes[index]
+        rows, row_bytes = plane.height, plane.width * layout.dtype.itemsize
+        _write_plane(frame, index, data[start : start + rows * row_bytes].reshape(rows, row_bytes))
+        start += rows * row_bytes
     return frame
+
+
+def packed_is_finite(packed: Tensor) -> bool:
+    """Whether a row of `pack` comes from a frame without NaN and infinity."""
+    return bool(packed[-1])
+
+
+def _planar_bytes(rgb: Tensor, layout: PixelLayout, matrix: int) -> list[Tensor]:
+    """Bytes of each plane, T × rows × bytes of a row. Plane after plane, so that few copies exist at once."""
+    top, unit = 2**layout.bits - 1, 2 ** (layout.bits - 8)
+    if layout.kind == "rgb":
+        return [_code_bytes(colour.float().clamp(0, 1), top, 0, top) for colour in rgb.unbind(-1)]
+    kr, kb = LUMA_WEIGHTS[matrix]
+    red, green, blue = (colour.float().clamp(0, 1) for colour in rgb.unbind(-1))
+    luma = red * kr + green * (1 - kr - kb) + blue * kb
+    del green
+    parts = [_code_bytes(luma, 219 * unit, 16 * unit, top)]
+    for colour, weight in ((blue, kb), (red, kr)):
+        chroma = _downsample_chroma((colour - luma) / (2 * (1 - weight)), layout)
+        parts.append(_code_bytes(chroma, 224 * unit, 128 * unit, top))
+    return parts
+
+
+def _code_bytes(values: Tensor, factor: int, offset: int, top: int, big_endian: bool = False) -> Tensor:
+    """values · factor + offset, rounded, as bytes: the last dimension is twice as long where `top` needs two."""
+    codes = (values * factor + offset).round_().clamp_(0, top)
+    if top == 255:
+        return codes.to(torch.uint8)
+    codes = codes.to(torch.int32)
+    low, high = (codes & 255).to(torch.uint8), (codes >> 8).to(torch.uint8)
+    return torch.stack([high, low] if big_endian else [low, high], -1).flatten(-2)
 
 
 def _as_planar(frame: av.VideoFrame) -> tuple[av.VideoFrame, PixelLayout | None]:
@@ -212,15 +268,9 @@ def _read_plane(frame: av.VideoFrame, index: int, dtype: np.dtype) -> Tensor:
     return torch.from_numpy(rows[:, : plane.width * dtype.itemsize].view(dtype).astype(np.float32))
 
 
-def _write_plane(frame: av.VideoFrame, index: int, codes: np.ndarray, dtype: np.dtype) -> None:
-    rows = _plane_bytes(frame.planes[index])
-    height, width = codes.shape
-    rows[:height, : width * dtype.itemsize] = codes.astype(dtype).view(np.uint8)
-
-
-def _codes(values: Tensor, top: int) -> np.ndarray:
-    codes = values.round().clamp_(0, top)
-    return codes.to(torch.uint8 if top == 255 else torch.int32).contiguous().cpu().numpy()
+def _write_plane(frame: av.VideoFrame, index: int, data: np.ndarray) -> None:
+    rows, row_bytes = data.shape
+    _plane_bytes(frame.planes[index])[:rows, :row_bytes] = data
 
 
 def _interpolate(chroma: Tensor, dim: int, step: int, length: int, centred: bool) -> Tensor:
@@ -239,12 +289,12 @@ def _interpolate(chroma: Tensor, dim: int, step: int, length: int, centred: bool
 
 
 def _downsample_chroma(chroma: Tensor, layout: PixelLayout) -> Tensor:
-    """Averages rows, and filters columns with [1 2 1]/4 around the even ones, where chroma lies; edges repeat."""
+    """THW: averages rows, and filters columns with [1 2 1]/4 around the even ones, where chroma lies; edges repeat."""
     if layout.y_step > 1:
-        chroma = chroma.unflatten(0, (-1, layout.y_step)).mean(dim=1)
+        chroma = chroma.unflatten(1, (-1, layout.y_step)).mean(dim=2)
     if layout.x_step == 2:
-        left = torch.cat([chroma[:, :1], chroma[:, 1:-1:2]], dim=1)
-        chroma = (left + 2 * chroma[:, ::2] + chroma[:, 1::2]) / 4
+        left = torch.cat([chroma[..., :1], chroma[..., 1:-1:2]], dim=-1)
+        chroma = (left + 2 * chroma[..., ::2] + chroma[..., 1::2]) / 4
     elif layout.x_step > 2:
-        chroma = chroma.unflatten(1, (-1, layout.x_step)).mean(dim=2)
+        chroma = chroma.unflatten(2, (-1, layout.x_step)).mean(dim=3)
     return chroma

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -43,6 +44,10 @@ class DamagedVideoError(VideoError):
         self.frames_read = frames_read
 
 
+_SEEKING = threading.Lock()
+"""Pictures and sound of a video in memory are read from one file by two threads."""
+
+
 class _SharedFile:
     """A separate read position on a file object that others also read; nothing is copied, the file stays open."""
 
@@ -51,14 +56,16 @@ class _SharedFile:
         self._position = 0
 
     def read(self, size: int) -> bytes:
-        self._file.seek(self._position)
-        data = self._file.read(size)
+        with _SEEKING:
+            self._file.seek(self._position)
+            data = self._file.read(size)
         self._position += len(data)
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:
-            self._position = self._file.seek(offset, os.SEEK_END)
+            with _SEEKING:
+                self._position = self._file.seek(offset, os.SEEK_END)
         else:
             self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
         return self._position

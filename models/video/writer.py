@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,104 +14,29 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from .audio import AudioCopy
-from .images import check_frame
+from .encoding import choose_encoding
+from .images import checked
 from .part_file import PartFile, explained
-from .pixels import MATRIX_BT709, MATRIX_BT2020, PRIMARIES_BT2020, RANGE_LIMITED, ColourTags, can_hold, rgb_to_frame
+from .pixels import (
+    MATRIX_BT709,
+    MATRIX_BT2020,
+    PRIMARIES_BT2020,
+    RANGE_LIMITED,
+    ColourTags,
+    pack,
+    packed_to_frame,
+)
 from .reader import Clip
 from .source import VideoError
 from .waveform import Waveform, WaveformEncoder
 
-CONTAINERS = {
-    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
-}  # fmt: skip
-# Where compression is hard to see; the scales differ. Codecs not listed here have no such setting.
-_DEFAULT_CRF = {"libx264": 16, "libx265": 18, "libvpx-vp9": 22, "libsvtav1": 22}
-_CHOICES_8_BIT = ("yuv420p", "yuv422p", "yuv444p")
-_CHOICES_10_BIT = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
-_LOSSLESS_CHOICES = {"ffv1": (("gbrp10le",), ("bgr0",))}
-"""By codec: formats for ten bits and for eight, in RGB so that nothing is lost."""
 _IO_BUFFER_BYTES = 1 << 20
 MAX_TICKS = 2**31 - 1
 """Between two frames of an MP4 or MOV file."""
-LOOKAHEAD_FRAMES = 20
-"""Frames of H.264 that wait in the encoder, which plans its rate with them. Its own 40 take twice the memory, some 5
-bytes per pixel and frame, and are complete only after 60 frames of a clip, so a longer one seemed to leak."""
 
 
 class MuxingError(VideoError):
     """A container cannot take any more. What it holds can be kept: see `ClipWriter.keep`."""
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the pictures are encoded, as decided by `choose_encoding`."""
-
-    container: str
-    codec: str
-    pixel_format: str
-    crf: int | None
-
-
-def choose_encoding(
-    path: str | Path,
-    width: int,
-    height: int,
-    *,
-    codec: str | None = None,
-    crf: int | None = None,
-    ten_bit: bool = False,
-) -> Encoding:
-    """Chooses container (by the file's ending), codec, pixel format (4:2:0; 4:4:4 for odd sizes) and quality.
-
-    Args:
-        codec: None means VP9 for .webm, else H.264 (H.265 for ten bits, which few players show as H.264).
-        crf: None means a default.
-
-    Raises:
-        ValueError: the ending is unknown, there is no such encoder, or it cannot hold the size; nothing is ever
-            cropped. The message names the file, and the next even size where that helps.
-    """
-    name = Path(path).name
-    container = CONTAINERS.get(Path(path).suffix.lower())
-    if container is None:
-        raise ValueError(f"{name}: expected an ending of {', '.join(CONTAINERS)}; got {Path(path).suffix or 'none'}.")
-    if codec is None:
-        codec = "libvpx-vp9" if container == "webm" else ("libx265" if ten_bit else "libx264")
-    try:
-        encoder = av.Codec(codec, "w")
-    except (FFmpegError, ValueError) as error:
-        raise ValueError(
-            f"{name}: expected an encoder of this FFmpeg build; got {codec!r}. Try another --codec."
-        ) from error
-    if encoder.type != "video":
-        raise ValueError(f"{name}: expected a video codec; got {codec!r}, which is for {encoder.type}.")
-    offered: list[str] = [video_format.name for video_format in encoder.video_formats or ()] or list(_CHOICES_8_BIT)
-    pixel_format = _pixel_format(codec, offered, width, height, ten_bit)
-    if pixel_format is None:
-        even = f"{width + width % 2}x{height + height % 2}"
-        wanted = f"{'ten bits' if ten_bit else 'pictures'} of {width}x{height}"
-        raise ValueError(
-            f"{name}: {codec} cannot hold {wanted} without loss of a row or column; got only"
-            f" {', '.join(offered)}. Ask for {even}, or use libx264 in .mp4 or .mkv."
-        )
-    if crf is not None and codec not in _DEFAULT_CRF:
-        raise ValueError(f"{name}: expected no crf for {codec}, which has none; got {crf}.")
-    worst = 51 if codec in ("libx264", "libx265") else 63
-    if crf is not None and not 0 <= crf <= worst:
-        raise ValueError(f"{name}: expected a crf from 0 (best) to {worst}; got {crf}.")
-    return Encoding(container, codec, pixel_format, _DEFAULT_CRF.get(codec) if crf is None else crf)
-
-
-def _pixel_format(codec: str, offered: list[str], width: int, height: int, ten_bit: bool) -> str | None:
-    """The codec's customary format that has whole chroma samples at this size."""
-    ten, eight = _LOSSLESS_CHOICES.get(codec, (_CHOICES_10_BIT, _CHOICES_8_BIT))
-    for choices in (ten,) if ten_bit else (eight, ten):
-        usable = [choice for choice in choices if choice in offered]
-        fitting = [choice for choice in usable if can_hold(choice, width, height)]
-        if fitting:
-            # 4:2:2 is for codecs without 4:2:0 (ProRes); an odd size gets 4:4:4.
-            return fitting[0] if fitting[0] == usable[0] else fitting[-1]
-    return None
 
 
 class ClipWriter:
@@ -132,7 +56,8 @@ class ClipWriter:
         audio: a clip, whose sound within its window goes along, or samples, which become AAC.
         colour: primaries and transfer to tag, as in `Clip.colour`.
         sample_aspect_ratio: width / height of one pixel.
-        codec, crf, ten_bit: see `choose_encoding`.
+        codec, crf, ten_bit, preset: see `choose_encoding`.
+        threads: of the encoder, where it lets itself be told; None: as many as it likes.
 
     Attributes:
         frames_written: so far.
@@ -159,13 +84,16 @@ class ClipWriter:
         codec: str | None = None,
         crf: int | None = None,
         ten_bit: bool = False,
+        preset: str | None = None,
+        threads: int | None = None,
         force: bool = False,
     ):
         self.path = Path(path)
         self.width, self.height = width, height
-        self.encoding = choose_encoding(path, width, height, codec=codec, crf=crf, ten_bit=ten_bit)
+        self.encoding = choose_encoding(path, width, height, codec=codec, crf=crf, ten_bit=ten_bit, preset=preset)
         self.frames_written = 0
-        self.notes: list[str] = []
+        self.notes = [] if self.encoding.note is None else [self.encoding.note]
+        self._threads = threads
         self._step = 1 / Fraction(frame_rate)
         self._time_base = time_base or self._step
         self._last_pts: int | None = None
@@ -187,17 +115,14 @@ class ClipWriter:
 
     def _open(self, frame_rate: Fraction, audio: Clip | Waveform | None, colour: ColourTags, aspect: Fraction) -> None:
         encoding = self.encoding
-        options = {} if encoding.crf is None else {"crf": str(encoding.crf)}
-        if encoding.codec == "libx264":
-            options["rc-lookahead"] = str(LOOKAHEAD_FRAMES)
-        if encoding.codec == "libx265":
-            options["x265-params"] = "log-level=none"
         try:
             with explained(self.path):
-                stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=options)
+                stream = self._container.add_stream(encoding.codec, rate=frame_rate, options=encoding.options())
                 assert isinstance(stream, VideoStream)  # every codec of an Encoding is a video codec
                 stream.width, stream.height, stream.pix_fmt = self.width, self.height, encoding.pixel_format
                 context = stream.codec_context
+                if self._threads is not None:
+                    context.thread_count = self._threads
                 context.time_base = stream.time_base = self._time_base
                 context.sample_aspect_ratio = aspect
                 self._matrix = MATRIX_BT2020 if colour.primaries == PRIMARIES_BT2020 else MATRIX_BT709
@@ -234,17 +159,29 @@ class ClipWriter:
                 self.abort()
                 raise
 
+    def pack(self, frames: Tensor) -> Tensor:
+        """THWC float RGB 0..1, on any device, as rows of bytes for `write` there: an eighth of what they were.
+
+        A card does this in no time; `write` would do it on the CPU.
+        """
+        return pack(frames, self.encoding.pixel_format, self._matrix)
+
+    def picture(self, packed: Tensor) -> av.VideoFrame:
+        """The frame of a row of `pack` on the CPU."""
+        return packed_to_frame(packed, self.width, self.height, self.encoding.pixel_format, self._matrix)
+
     def write(self, frame: Tensor, time: Fraction | None = None) -> None:
-        """Encodes one frame, HWC float RGB 0..1; values beyond are clamped, code values are rounded.
+        """Encodes one frame; values beyond 0..1 are clamped, code values are rounded.
 
         Args:
+            frame: HWC float RGB 0..1, or a row of `pack` on the CPU.
             time: seconds from the start; None: one step of the frame rate after the last frame.
 
         Raises:
             ValueError: a wrong shape, NaN, or a time that is not after the last one.
             MuxingError: the container cannot hold it (a gap that its clock cannot count, …).
         """
-        check_frame(self.path.name, frame, self.width, self.height, self.frames_written)
+        packed = checked(self.path.name, frame, self.width, self.height, self.frames_written, self.pack)
         if time is not None:
             pts = round(time / self._time_base)
         else:
@@ -254,7 +191,7 @@ class ClipWriter:
             raise ValueError(f"{self.path.name}: expected frame {self.frames_written} after {last} s; got {now} s.")
         self._expect_countable(pts)
         self._last_pts = pts
-        picture = rgb_to_frame(frame, self.encoding.pixel_format, self._matrix)
+        picture = self.picture(packed)
         picture.pts, picture.time_base = pts, self._time_base
         with self._muxing():
             self._container.mux(self._stream.encode(picture))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import av
 import comfy.model_management as mm
 import comfy.utils
+from av.video.reformatter import Interpolation
 from PIL import Image
 from torch import Tensor
 
@@ -21,10 +24,16 @@ class RunProgress:
     """The `on_step` of one run: checks whether ComfyUI was interrupted, then moves the bar.
 
     The bar counts output frames, the unit that the user knows; `total` may be an estimate.
+
+    Args:
+        picture: makes a video frame of a packed one; None where frames come as HWC.
     """
 
-    def __init__(self, total: int, node_id: str | None) -> None:
+    def __init__(
+        self, total: int, node_id: str | None, picture: Callable[[Tensor], av.VideoFrame] | None = None
+    ) -> None:
         self.frames = 0
+        self._picture = picture
         self._total = max(1, total)
         self._bar = comfy.utils.ProgressBar(self._total, node_id=node_id)
         self._newest: Tensor | None = None
@@ -36,14 +45,15 @@ class RunProgress:
         mm.throw_exception_if_processing_interrupted()
         preview = None
         if self._newest is not None:
-            preview = ("JPEG", preview_image(self._newest), PREVIEW_PIXELS)
+            shown = preview_image(self._newest) if self._picture is None else small(self._picture(self._newest))
+            preview = ("JPEG", shown, PREVIEW_PIXELS)
             self._newest = None
         self._bar.update_absolute(self.frames, max(self._total, self.frames), preview)
         if time.perf_counter() - self._said >= STATUS_SECONDS:
             self._say(phase)
 
     def frame(self, frame: Tensor) -> None:
-        """Counts a finished frame, HWC 0..1, and keeps it for the next preview."""
+        """Counts a finished frame, HWC 0..1 or packed, and keeps it for the next preview."""
         self.frames += 1
         self._newest = frame
 
@@ -58,6 +68,13 @@ class RunProgress:
         eta = max(0, self._total - self.frames) / fps if self.frames else None
         progress = {"phase": phase, "frames": self.frames, "total": self._total, "fps": fps, "eta": eta}
         node_status.send(self._node_id, progress=progress)
+
+
+def small(frame: av.VideoFrame) -> Image.Image:
+    """A thumbnail of a video frame."""
+    step = max(1, -(-max(frame.width, frame.height) // PREVIEW_PIXELS))
+    size = (max(1, frame.width // step), max(1, frame.height // step))
+    return frame.reformat(*size, "rgb24", interpolation=Interpolation.POINT).to_image()
 
 
 def preview_image(frame: Tensor) -> Image.Image:

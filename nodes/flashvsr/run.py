@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...app.clip import Footage, OutputOptions, footage_of, open_video, write_footage
 from ...models.flashvsr import StreamOptions, output_size, upscale_frames
-from ...models.video import DamagedVideoError, Waveform, open_clip
+from ...models.video import ClipWriter, DamagedVideoError, Waveform, open_clip
 from ...patches.versions import is_out_of_memory, memory_errors, trim_window
 from .. import node_status
 from .memory import RunLimits, RunMemory
@@ -70,8 +70,10 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.node}: {str(error).partition(': ')[2]} Use larger frames.") from error
 
-    def upscale(self, frames: Iterable[Tensor], width: int, height: int, count: int) -> Generator[Tensor, None, None]:
-        """Yields HWC fp32 frames in 0..1 on the CPU.
+    def upscale(
+        self, frames: Iterable[Tensor], width: int, height: int, count: int, writer: ClipWriter | None = None
+    ) -> Generator[Tensor, None, None]:
+        """Yields HWC fp32 frames in 0..1 on the CPU, or those for a writer as it packs them.
 
         Close the generator to end a run early; that releases everything the run holds.
 
@@ -84,7 +86,7 @@ class Run:
         if self.vae is not None:
             patchers.append(self.vae.patcher)
         memory = RunMemory(self.node, model, patchers, self.vae, size, self.options.kv_ratio, self.limits)
-        progress = RunProgress(count, self.node_id)
+        progress = RunProgress(count, self.node_id, None if writer is None else writer.picture)
 
         def step(phase: str, done: int, total: int | None) -> None:
             progress(phase, done, total)
@@ -99,6 +101,7 @@ class Run:
                 vae=self.vae,
                 device=model.device,
                 dtype=model.dtype,
+                finish=None if writer is None else writer.pack,
                 on_step=step,
                 plan=memory.plan,
                 memory_errors=memory_errors(),
@@ -200,7 +203,7 @@ def upscale_video(run: Run, video: Input.Video) -> Path:
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     writer = open_video(footage, folder / f"steadyvsr_{uuid.uuid4().hex}.mp4", run.options.scale, OutputOptions())
-    upscale = partial(run.upscale, width=footage.width, height=footage.height, count=footage.count or 1)
+    upscale = partial(run.upscale, width=footage.width, height=footage.height, count=footage.count or 1, writer=writer)
     path, damage = write_footage(footage, upscale, writer)
     if damage is not None:
         raise DamagedVideoError(

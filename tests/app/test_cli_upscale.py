@@ -64,7 +64,7 @@ def engine(monkeypatch):
         interrupt_at: int | None = None
         error: BaseException | None = None
 
-        def __call__(self, model, frames, options, *, vae, device, dtype, on_step, on_memory_error, plan):
+        def __call__(self, model, frames, options, *, vae, device, dtype, on_step, on_memory_error, plan, finish):
             self.calls.append({"model": model, "options": options, "vae": vae, "device": device, "dtype": dtype})
             for index, frame in enumerate(frames):
                 on_step("transform", index, None)

@@ -12,7 +12,7 @@ from steadyvsr.models.flashvsr import StreamOptions, upscale_frames
 from steadyvsr.models.flashvsr.memory_plan import MemoryPlan, smaller
 from torch import Tensor
 
-FRAMES, WIDTH, HEIGHT = 25, 96, 64
+FRAMES, WIDTH, HEIGHT = 17, 96, 64
 OPTIONS = StreamOptions(scale=4.0)
 SIZE = (384, 256)
 CAPACITIES = 20
