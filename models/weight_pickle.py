@@ -146,7 +146,7 @@ class _Inert(dict):
     def __setstate__(self, state: Any) -> None:
         pass
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # pyright: ignore  a dict has none
 
 
 class _Storages(pickle._Unpickler):  # pyright: ignore  the one in C makes as much room for its memo as a pickle says
