@@ -288,6 +288,10 @@ def _run_upscale(args: argparse.Namespace) -> int:
     if args.workers is not None:
         what = "a single clip" if source.exists() else "no such file"
         raise ValueError(f"--workers: expected a folder of videos as IN; got {what}.")
+    if source.exists() and os.path.exists(args.output) and os.path.samefile(source, args.output):
+        raise ValueError(
+            f"OUT: expected another file than IN; got the same, {args.output}. It would replace the source."
+        )
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
     clip = open_clip(args.input, frame_rate=args.frame_rate, damaged="keep" if args.keep_damaged else "raise")

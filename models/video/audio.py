@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import suppress
 from fractions import Fraction
+from itertools import islice
 
 import av
 from av.container import OutputContainer
@@ -17,6 +19,7 @@ from .waveform import BITS_PER_SECOND
 
 log = logging.getLogger("steadyvsr.video")
 
+_LOOKED_AT_PACKETS, _TRIED_PACKETS = 1000, 2
 _CUSTOMARY_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}
 
 
@@ -47,6 +50,7 @@ class AudioCopy:
         known = [stream for stream in decodable if stream.codec_context.channels and stream.codec_context.sample_rate]
         if len(known) < len(decodable):
             self.notes.append("an audio stream without readable sound was left out")
+        self._first = _first_packets(clip) if known else {}
         for stream in known:
             self._targets[stream.index] = self._target(stream)
             self._clocks[stream.index] = JoinedClock(self._input)
@@ -56,12 +60,12 @@ class AudioCopy:
 
     def _target(self, stream) -> tuple:
         name = self._output.format.name
-        if _container_holds(name, stream):
+        if _container_holds(name, stream, self._first.get(stream.index, [])):
             target = self._output.add_stream_from_template(stream)
             encoded = False
         else:
             codec, rate = ("libopus", 48_000) if name == "webm" else ("aac", stream.rate)
-            target = self._output.add_stream(codec, rate=rate, layout=_layout(stream))
+            target = self._output.add_stream(codec, rate=rate, layout=_layout(stream, codec))
             target.bit_rate = BITS_PER_SECOND
             encoded = True
             self.notes.append(f"audio re-encoded from {stream.codec_context.name} to {codec}: {name} cannot hold it")
@@ -141,18 +145,44 @@ class AudioCopy:
                 self._output.mux(target.encode(None))
 
 
-def _layout(stream) -> str:
-    """The stream's channel layout, or the customary one where the file only counts channels ("2 channels")."""
+def _layout(stream, codec: str) -> str:
+    """The stream's channel layout, or the customary one where the file only counts channels ("2 channels").
+
+    Opus has no layouts with speakers at the side.
+    """
     name: str = stream.layout.name
-    return _CUSTOMARY_LAYOUTS.get(stream.layout.nb_channels, name) if name.endswith("channels") else name
+    if name.endswith("channels") or codec == "libopus":
+        return _CUSTOMARY_LAYOUTS.get(stream.layout.nb_channels, name)
+    return name
 
 
-def _container_holds(format_name: str, stream) -> bool:
-    """Whether a container accepts the stream as it is; found out by writing a header with it alone."""
+def _first_packets(clip: Clip) -> dict[int, list[av.Packet]]:
+    """Index of each audio stream → its first packets, of those at the beginning of the file."""
+    with open_container(clip.source) as container:
+        found: dict[int, list[av.Packet]] = {stream.index: [] for stream in container.streams.audio}
+        with suppress(FFmpegError):  # what is damaged is met again, and told of, on the way
+            for packet in islice(container.demux(), _LOOKED_AT_PACKETS):
+                if packet.stream.index in found and packet.dts is not None:
+                    found[packet.stream.index].append(packet)
+                if all(len(packets) >= _TRIED_PACKETS for packets in found.values()):
+                    break
+        return found
+
+
+def _container_holds(format_name: str, stream, packets: list[av.Packet]) -> bool:
+    """Whether a container accepts the stream as it is; found out by writing a file with its first packets alone.
+
+    Some refuse it at the end only: an MP4 with PCM whose file just counts the channels. A stream that begins late is
+    not known to be accepted.
+    """
     try:
         with av.open(io.BytesIO(), "w", format=format_name) as trial:
-            trial.add_stream_from_template(stream)
-            trial.start_encoding()
-    except (FFmpegError, ValueError):
+            target = trial.add_stream_from_template(stream)
+            origin = packets[0].dts
+            for packet in packets:
+                packet.pts = packet.dts = packet.dts - origin
+                packet.stream = target
+                trial.mux(packet)
+    except (FFmpegError, ValueError, IndexError):
         return False
     return True

@@ -305,6 +305,17 @@ def test_damage_before_the_first_frame_is_what_the_error_says(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("spelling", ["in.mp4", "folder/../in.mp4", "link.mp4"])
+def test_the_source_is_never_replaced_by_its_own_result(tmp_path, capsys, engine, spelling):
+    source = make_clip(tmp_path / "in.mp4", 3)
+    before = source.read_bytes()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.mp4").symlink_to(source)
+    assert cli.main(["upscale", str(source), str(tmp_path / spelling), "--force"]) == 2
+    assert "OUT: expected another file than IN" in capsys.readouterr().err
+    assert source.read_bytes() == before and engine.calls == []
+
+
 def test_freed_heap_pages_go_back_to_the_system_once_in_eight_frames(tmp_path, monkeypatch):
     trims = []
     monkeypatch.setattr(upscale, "trim", lambda: trims.append(1))
