@@ -99,7 +99,6 @@ class State:
         self.thread = _Thread()
         self.failures: set[str] = set()
         self.misfits: dict[str, str] = {}
-        self.ram_armed = True
         self.placed: list[Any] = []
 
 

@@ -34,6 +34,7 @@ import psutil
 import torch
 
 from ..memory.host import trim
+from ..memory.process import shared
 from ..memory.reading import size_text
 from . import chain, idle, limits, presses, prompt, versions
 from .chain import Hook, attempt, state
@@ -264,11 +265,10 @@ def yield_ram(running: prompt.RunningPrompt | None = None) -> None:
         running: a prompt whose models stay.
     """
     available, least = psutil.virtual_memory().available, registry().least_available_bytes()
-    if available >= idle.ENOUGH_RAM * least:
-        state().ram_armed = True
-    if not state().ram_armed or available >= least:
+    shortage = shared("shortage_of_kept_models", idle.Shortage)
+    if not shortage.is_new(available, least):
         return
-    state().ram_armed = False
+    shortage.armed = False
     owned = registry().kept_bytes()
     if registry().yield_ram(
         lambda: owned - registry().kept_bytes() < least - available,

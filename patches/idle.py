@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -70,17 +70,33 @@ def _waiting() -> deque[Callable[[], None]]:
 
 
 @dataclass
+class Shortage:
+    """Whether RAM has become short: once, and again only after there was enough of it.
+
+    Attributes:
+        armed: whether there was enough since the last time.
+    """
+
+    armed: bool = True
+
+    def is_new(self, available: int, least: int) -> bool:
+        """Whether these bytes are a shortage that nobody has answered; who answers it sets `armed` to False."""
+        self.armed = self.armed or available >= ENOUGH_RAM * least
+        return self.armed and available < least
+
+
+@dataclass
 class Relief:
     """Resets the node cache while nothing runs and RAM is short.
 
     Attributes:
         enabled: whether it does.
-        armed: whether there was enough RAM since the last time.
+        shortage: the one that it answers.
         before: bytes that were available when it did so, until the next look tells what came of it.
     """
 
     enabled: bool = True
-    armed: bool = True
+    shortage: Shortage = field(default_factory=Shortage)
     before: int | None = None
 
     def flags(self, queue: Any, flags: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +105,9 @@ class Relief:
         if self.before is not None:
             log.info("RAM relief: %s were available before, %s are now", size_text(self.before), size_text(available))
             self.before = None
-        self.armed = self.armed or available >= ENOUGH_RAM * least
-        if not (self.enabled and self.armed) or available >= least or queue.queue:
+        if not self.shortage.is_new(available, least) or not self.enabled or queue.queue:
             return flags
-        self.armed, self.before = False, available
+        self.shortage.armed, self.before = False, available
         log.info("less than %s of RAM are available: the node cache is reset", size_text(least))
         # Without "unload_models" ComfyUI takes the one for both.
         return {"unload_models": False, **flags, "free_memory": True}

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import comfy.model_base
 import comfy.model_management as mm
@@ -54,8 +54,7 @@ class Resident:
         return {**vars(self), "device": str(self.device)}
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(TypedDict):
     """A network in ComfyUI's list, or one that is kept, as ComfyUI's worker last saw it.
 
     Plain values only: on another thread, a reference to a model might be the last one when it goes.
@@ -96,7 +95,7 @@ def networks() -> tuple[Network, ...]:
     """What the last `look` saw of the networks that are alive; any thread may ask."""
     # Not by asking the weak references: that would hold each network for a moment.
     alive = set(shared("handles", weakref.WeakKeyDictionary).data.values())
-    return tuple(network for network in shared("networks", _Seen).networks if network.handle in alive)
+    return tuple(network for network in shared("networks", _Seen).networks if network["handle"] in alive)
 
 
 def patcher_of(handle: str) -> Any | None:

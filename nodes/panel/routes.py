@@ -125,7 +125,7 @@ def _settle() -> None:
 def offload(body: dict[str, Any]) -> dict[str, Any]:
     """Moves one network off its device, after the running prompt, and measures. {handle}"""
     handle = _needed(body, "handle")
-    name = next((network.name for network in residency.networks() if network.handle == handle), None)
+    name = next((network["name"] for network in residency.networks() if network["handle"] == handle), None)
     if name is None:
         raise BadRequest(f"no model {handle[:40]!r} is loaded or kept any more.", 404)
     title, id = f"Offload {name}", receipts.new_id()

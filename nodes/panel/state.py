@@ -23,25 +23,16 @@ PHASE_SECONDS = 120
 """How far back the timeline of the panel goes."""
 
 
-class ModelState(TypedDict):
-    """A network as `residency.Network` tells, with what its registry's entry says now.
+class ModelState(residency.Network):
+    """A network with what its registry's entry says now.
 
     Attributes:
         policy: no | keep | pin, or None.
         last_used: when it was handed out or put on a device, seconds of `time.time`, or None.
     """
 
-    handle: str
-    id: str | None
-    name: str
-    kind: str | None
-    dtype: str | None
-    device: str
-    bytes: int
-    size: int
     policy: str | None
     last_used: float | None
-    movable: bool
 
 
 class DeviceState(TypedDict):
@@ -106,8 +97,8 @@ def state() -> PanelState:
     known = {entry.id: (entry.wanted, entry.last_used) for entry in kept.entries()}
     models: list[ModelState] = []
     for network in residency.networks():
-        policy, last_used = known.get(network.id or "", (None, None))
-        models.append({**vars(network), "policy": policy, "last_used": last_used})  # type: ignore[typeddict-item]
+        policy, last_used = known.get(network["id"] or "", (None, None))
+        models.append({**network, "policy": policy, "last_used": last_used})
     levels = ledger.current().levels
     devices = [_device(reading, models, levels) for reading in _readings()]
     return {

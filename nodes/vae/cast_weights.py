@@ -13,19 +13,19 @@ class CastWeights(nn.Module):
 
     Args:
         network: whose weights are swapped.
-        device, dtype: where and in what ComfyUI holds them.
+        own: where and in what ComfyUI holds them; None once they have left.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, own: tuple[torch.device, torch.dtype] | None) -> None:
         super().__init__()
         self.network = network
-        self._own = (device, dtype)
+        self.own = own
         self._copies: dict[str, Tensor] = {}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Makes the copies, or none where ComfyUI's own weights will do."""
         self._copies = {}
-        if (device, dtype) != self._own:
+        if (device, dtype) != self.own:
             self._copies = {
                 name: value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)
                 for name, value in [*self.named_parameters(), *self.named_buffers()]

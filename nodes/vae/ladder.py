@@ -36,7 +36,6 @@ class TileLadder:
 
     Attributes:
         node: display name, which errors begin with.
-        attempts: of the run so far; those of its tiles are added.
         job: the tiles.
         around: runs a computation with the weights that it needs.
         tiles: smaller sides to try, largest first.
@@ -46,10 +45,11 @@ class TileLadder:
         unload_others: makes room; returns whether it could.
         prepare: gets the weights ready for a device and dtype.
         free: bytes that are free on the device, or None.
+        attempts: what has been tried.
+        prepared: whether the weights are ready for the device and dtype of the job.
     """
 
     node: str
-    attempts: Attempts
     job: TileJob
     around: Callable[[Callable[[], None]], None]
     tiles: list[int]
@@ -59,6 +59,9 @@ class TileLadder:
     unload_others: Callable[[], bool]
     prepare: Callable[[torch.device, torch.dtype], None]
     free: Callable[[], int | None]
+    attempts: Attempts
+    prepared: bool = True
+    _too_large: str = ""
 
     def advance(self, on_step: Callable[[], None]) -> None:
         """Computes one tile, as far down the ladder as that takes.
@@ -69,6 +72,9 @@ class TileLadder:
         while True:
             words = None
             try:
+                if not self.prepared:
+                    self.prepare(self.job.device, self.job.dtype)
+                    self.prepared = True
                 self.around(lambda: self.job.advance(on_step))
             except memory_errors() as error:
                 if not is_out_of_memory(error):
@@ -80,6 +86,19 @@ class TileLadder:
             gc.collect()
             empty_caches()
             self._descend(words)
+
+    def without_own_weights(self, words: str) -> None:
+        """Goes on where the weights themselves did not fit, which smaller tiles do not change.
+
+        Args:
+            words: what was expected, and what there was.
+
+        Raises:
+            mm.OOM_EXCEPTION: as `advance`.
+        """
+        self._too_large = words
+        self.tiles.clear()
+        self._descend(words)
 
     def _descend(self, words: str) -> None:
         job = self.job
@@ -100,17 +119,16 @@ class TileLadder:
             job.cut(side)
         elif self.dtype is not None:
             tried(f"weights and tiles in {dtype_name(self.dtype)}")
-            self.prepare(job.device, self.dtype)
-            job.dtype, self.dtype = self.dtype, None
+            job.dtype, self.dtype, self.prepared = self.dtype, None, False
         elif self.allow_cpu and job.device.type != "cpu":
             tried("the CPU")
-            cpu = torch.device("cpu")
-            self.prepare(cpu, torch.float32)
-            job.device, job.dtype = cpu, torch.float32
+            job.device, job.dtype, self.prepared = torch.device("cpu"), torch.float32, False
         else:
             tried("")
-            advice = "Choose a smaller image" + ("." if self.allow_cpu else ", or allow_cpu.")
-            raise self.attempts.exhausted(words, advice)
+            advice = "Unload other models" if self._too_large else "Choose a smaller image"
+            raise self.attempts.exhausted(
+                self._too_large or words, advice + ("." if self.allow_cpu else ", or allow_cpu.")
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

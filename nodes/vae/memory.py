@@ -71,16 +71,18 @@ class TileMemory:
         Asking for more than one tile needs would move other models away for nothing.
         """
         self._tile = tile
-        mm.load_models_gpu(
-            [self.vae.patcher],
-            memory_required=self.predicted(tile),
-            force_full_load=getattr(self.vae, "disable_offload", False),
-        )
-        self._loaded, self._held = self.read(), self.vae.patcher.loaded_size()
-        own = handle_of(self.vae.patcher.model)
-        found = [item for item in residents(self.vae.device) if item.bytes and item.handle != own]
-        self._others = [{"name": item.name, "bytes": item.bytes} for item in found]
-        self._begin_peak()
+        try:
+            mm.load_models_gpu(
+                [self.vae.patcher],
+                memory_required=self.predicted(tile),
+                force_full_load=getattr(self.vae, "disable_offload", False),
+            )
+        finally:  # a run may go on without them there
+            self._loaded, self._held = self.read(), self.vae.patcher.loaded_size()
+            own = handle_of(self.vae.patcher.model)
+            found = [item for item in residents(self.vae.device) if item.bytes and item.handle != own]
+            self._others = [{"name": item.name, "bytes": item.bytes} for item in found]
+            self._begin_peak()
 
     @contextmanager
     def measuring_tile(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...memory.reading import size_text
 from ...models.tiling import THREE_GRIDS, BlendDecode, BlendEncode, NotFinite, TileJob
 from ...patches import residency, versions
 from ...patches.versions import empty_caches, is_out_of_memory, memory_errors
@@ -98,9 +99,9 @@ class TiledRun:
     node_id: str | None
     notes: list[str] = field(default_factory=list)
     _exact: ExactPath | None = None
+    _attempts: Attempts = field(init=False)
     _again: list[str] = field(default_factory=list)
     _report: dict[str, Any] = field(default_factory=dict)
-    _attempts: Attempts = field(init=False)
 
     def __post_init__(self) -> None:
         self._attempts = Attempts(self.node, ATTEMPT_COLUMNS)
@@ -117,15 +118,17 @@ class TiledRun:
             self.vae, self._pixels(source), self.options.budget_gb, lambda side: self._predicted(source, side)
         )
         with versions.device_context(self.vae.device), memory.running("VAE encode" if self.encodes else "VAE decode"):
-            self._making_room(lambda: memory.load(MIN_TILE), memory)
-            self._exact = self._exact_path(source, memory)
+            too_large = self._load(memory, MIN_TILE)
+            self._exact = None if too_large else self._exact_path(source)
             tile, overlap = self._first_tile(memory)
-            self._making_room(lambda: memory.load(tile), memory)
+            too_large = too_large or self._load(memory, tile)
             job = self._making_room(lambda: self._job(source, tile, overlap), memory)
-            weights = CastWeights(self.vae.first_stage_model, self.vae.device, self.vae.vae_dtype)
-            ladder = self._ladder(job, weights, memory, source)
+            weights = CastWeights(self.vae.first_stage_model, (self.vae.device, self.vae.vae_dtype))
+            ladder = self._ladder(job, weights, memory, source, untried=bool(too_large) and self._exact is None)
+            if too_large:
+                ladder.without_own_weights(too_large)
             try:
-                self._carry_out(ladder, weights, memory, source)
+                self._carry_out(ladder, memory, source)
             except RuntimeError as error:
                 # From torch, or from a VAE that checks its input; the one cause known here is a mismatch of channels.
                 self._explain_channels(source, error)
@@ -160,6 +163,60 @@ class TiledRun:
         factor = 1 if self.encodes else self._compression
         return source.shape[-2] * factor, source.shape[-1] * factor
 
+    def _load(self, memory: TileMemory, tile: int) -> str:
+        """Has the weights put on the device, without the other models there if need be.
+
+        Returns:
+            "", or why they are not there: what was expected, and what there was.
+        """
+        while True:
+            try:
+                memory.load(tile)
+                return ""
+            except memory_errors() as error:
+                if not is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # Outside the handler: the traceback holds what was being copied.
+            gc.collect()
+            empty_caches()
+            free, need = memory.read().free, self.vae.patcher.model_size()
+            if self.options.on_oom != SHRINK or not self._unload_others():
+                self._report.setdefault(
+                    "mode_reason", "its weights do not fit on the device, where they would be tried"
+                )
+                return f"expected {size_text(need)} for the weights; got {size_text(free)} free: {words}"
+            place = {"dtype": dtype_name(self.vae.vae_dtype), "device": str(self.vae.device)}
+            self._attempts.append({"unit": 0, "tile": tile, **place, "free": free, "tried": UNLOAD_OTHERS})
+
+    def _making_room(self, step: Callable[[], Made], memory: TileMemory) -> Made:
+        """What a step before or after the tiles makes; where memory runs out in it, again without the other models.
+
+        Raises:
+            mm.OOM_EXCEPTION: no other model is left to unload, and the message says so; or on_oom is error.
+        """
+        while True:
+            try:
+                return step()
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # Outside the handler: the traceback holds the tensors of the step.
+            gc.collect()
+            empty_caches()
+            place: dict[str, Any] = {"dtype": dtype_name(self.vae.vae_dtype), "device": str(self.vae.device)}
+            place["free"], made_room = memory.read().free, self._unload_others()
+            self._attempts.append({"unit": 0, "tile": "", **place, "tried": UNLOAD_OTHERS if made_room else ""})
+            if not made_room:
+                raise self._attempts.exhausted(words, "Choose a smaller image, or unload other models.")
+
+    def _finished(self, job: TileJob) -> Tensor:
+        return self.vae.process_output(job.result) if isinstance(job, BlendDecode) else job.result
+
+    def _unload_others(self) -> bool:
+        return residency.unload_others(self.vae.device, [self.vae.patcher])
+
     def _first_tile(self, memory: TileMemory) -> tuple[int, int]:
         """Side and overlap to start with."""
         tile = min(self.options.tile, MAX_TILE) or memory.largest_tile(SIDES)
@@ -185,33 +242,7 @@ class TiledRun:
         estimate = self.vae.memory_used_encode if self.encodes else self.vae.memory_used_decode
         return int(estimate(shape, self.vae.vae_dtype))
 
-    def _making_room(self, step: Callable[[], Made], memory: TileMemory) -> Made:
-        """What a step beside the tiles makes; where memory runs out in it, again without the other models.
-
-        Raises:
-            mm.OOM_EXCEPTION: no other model is left to unload, and the message says so; or on_oom is error.
-        """
-        while True:
-            try:
-                return step()
-            except memory_errors() as error:
-                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
-                    raise
-                words = str(error)
-            # Outside the handler: the traceback holds the tensors of the step.
-            gc.collect()
-            empty_caches()
-            dtype, device, free = dtype_name(self.vae.vae_dtype), str(self.vae.device), memory.read().free
-            made_room = residency.unload_others(self.vae.device, [self.vae.patcher])
-            place = {"unit": 0, "tile": "", "dtype": dtype, "device": device, "free": free}
-            self._attempts.append({**place, "tried": UNLOAD_OTHERS if made_room else ""})
-            if not made_room:
-                raise self._attempts.exhausted(words, "Choose a smaller image, or unload other models.")
-
-    def _finished(self, job: TileJob) -> Tensor:
-        return self.vae.process_output(job.result) if isinstance(job, BlendDecode) else job.result
-
-    def _exact_path(self, source: Tensor, memory: TileMemory) -> ExactPath | None:
+    def _exact_path(self, source: Tensor) -> ExactPath | None:
         """The exact path, where it is wanted and possible.
 
         Raises:
@@ -220,7 +251,7 @@ class TiledRun:
         if self.options.mode == BLEND:
             self._report["mode_reason"] = "chosen"
             return None
-        found, reason = self._tried_exact_path(source, memory)
+        found, reason = self._tried_exact_path(source)
         if found is None and self.options.mode == EXACT:
             raise ValueError(
                 f"{self.node}: expected a VAE with an exact path for mode exact; got one without: {reason}. "
@@ -229,17 +260,20 @@ class TiledRun:
         self._report["mode_reason"] = reason
         return found
 
-    def _tried_exact_path(self, source: Tensor, memory: TileMemory) -> tuple[ExactPath | None, str]:
-        """As `exact_path`, which is none where its trial finds no memory."""
+    def _tried_exact_path(self, source: Tensor) -> tuple[ExactPath | None, str]:
+        """As `exact_path`, tried again without the other models on the device if memory runs out in its trial."""
         frames = source.shape[2] if source.ndim == 5 else 1
-        place = self._pixels(source), frames, self._compression
-        try:
-            return self._making_room(lambda: exact_path(self.vae, self.encodes, *place), memory)
-        except memory_errors() as error:
-            if self.options.on_oom != SHRINK or not is_out_of_memory(error):
-                raise
-            self._attempts[-1]["tried"] = BLEND
-            return None, "its trial ran out of memory"
+        while True:
+            try:
+                return exact_path(self.vae, self.encodes, self._pixels(source), frames, self._compression)
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+            # Outside the handler: the traceback holds the tensors of the trial.
+            gc.collect()
+            empty_caches()
+            if not self._unload_others():
+                return None, "its trial ran out of memory"
 
     def _job(self, source: Tensor, tile: int, overlap: int) -> TileJob:
         if self._exact is not None:
@@ -258,35 +292,40 @@ class TiledRun:
             return BlendEncode(network.encode, source, tile, overlap, size, **place, prepare=prepare)
         return BlendDecode(network.decode, source, tile, overlap, size, **place)
 
-    def _ladder(self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor) -> TileLadder:
+    def _ladder(
+        self, job: TileJob, weights: CastWeights, memory: TileMemory, source: Tensor, *, untried: bool
+    ) -> TileLadder:
+        """`untried`: the weights did not fit, so that there was no trial of the exact path."""
+        # Blended tiles in half precision may be far off, and nobody has chosen them.
+        untried = untried and self.options.mode != BLEND
         halves = [item for item in getattr(self.vae, "working_dtypes", ()) if item.itemsize < job.dtype.itemsize]
         return TileLadder(
             self.node,
-            self._attempts,
             job,
             weights.run,
             self._smaller(job.tile, source),
-            halves[0] if halves else None,
-            self.options.allow_cpu,
+            halves[0] if halves and not untried else None,
+            self.options.allow_cpu and not (untried and self.options.mode == EXACT),
             self.options.on_oom == SHRINK,
-            lambda: residency.unload_others(self.vae.device, [self.vae.patcher]),
+            self._unload_others,
             lambda device, dtype: self._move(weights, device, dtype),
             lambda: memory.read().free,
+            self._attempts,
         )
 
-    def _carry_out(self, ladder: TileLadder, weights: CastWeights, memory: TileMemory, source: Tensor) -> None:
+    def _carry_out(self, ladder: TileLadder, memory: TileMemory, source: Tensor) -> None:
         job = ladder.job
         bar = comfy.utils.ProgressBar(job.total, node_id=self.node_id)
         if self._exact is None:
             with memory.measuring_tile():
-                self._advance(ladder, weights)
+                self._advance(ladder)
             self._recalibrate(ladder, memory, source)
             bar.update_absolute(job.done, job.total)
         while job.done < job.total:
-            self._advance(ladder, weights)
+            self._advance(ladder)
             bar.update_absolute(job.done, job.total)
 
-    def _advance(self, ladder: TileLadder, weights: CastWeights) -> None:
+    def _advance(self, ladder: TileLadder) -> None:
         """Computes one tile, again in fp32 if it is not finite."""
         job, on_step = ladder.job, mm.throw_exception_if_processing_interrupted
         try:
@@ -295,15 +334,13 @@ class TiledRun:
             if job.dtype == torch.float32:
                 raise self._not_finite(error) from error
             self._again.append(str(error).partition("; ")[2])
-        dtype, job.dtype = job.dtype, torch.float32
-        weights.prepare(job.device, torch.float32)
+        dtype, job.dtype, ladder.prepared = job.dtype, torch.float32, False
         try:
             ladder.advance(on_step)
         except NotFinite as error:
             raise self._not_finite(error) from error
         finally:
-            job.dtype = dtype
-            weights.prepare(job.device, dtype)
+            job.dtype, ladder.prepared = dtype, False
 
     def _not_finite(self, error: NotFinite) -> ValueError:
         return ValueError(f"{self.node}: {error} Check the input, or load another VAE.")
@@ -333,6 +370,7 @@ class TiledRun:
     def _move(self, weights: CastWeights, device: torch.device, dtype: torch.dtype) -> None:
         """Swaps in copies of the weights; ComfyUI's own leave the device first."""
         residency.offload_model(self.vae)
+        weights.own = None
         weights.prepare(device, dtype)
 
     def _explain_channels(self, source: Tensor, error: RuntimeError) -> None:

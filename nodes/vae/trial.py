@@ -43,7 +43,7 @@ def differs(
         network: whose weights they use.
         device, dtype: of these weights.
     """
-    weights, results = CastWeights(network, device, dtype), []
+    weights, results = CastWeights(network, (device, dtype)), []
     widest = torch.promote_types(dtype, torch.float32)
     for tried in dict.fromkeys((dtype, widest)):
         weights.prepare(device, tried)

@@ -35,7 +35,7 @@ class Beside(World):
         SERVER.PromptServer.instance.prompt_queue = self.queue  # MultiGPU knows the server of its import
 
     def place_wrappers(self) -> None:
-        vars(sys.modules["steadyvsr_state"])["wrappers"].ram_armed = True
+        vars(sys.modules["steadyvsr_state"]).pop("shortage_of_kept_models", None)
 
     def load(self, *arguments: Any, **options: Any) -> Any:
         hooks.install()

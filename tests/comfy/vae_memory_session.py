@@ -132,10 +132,9 @@ def ladder_alone() -> dict:
         if raises is not None:
             job.advance = lambda on_step: (_ for _ in ()).throw(raises)
         made = ladders.TileLadder(
-            "Node", ladders.Attempts("Node", ladders.ATTEMPT_COLUMNS), job, lambda compute: compute(),
-            ladders.smaller_tiles(256, 480, 64), torch.bfloat16, allow_cpu, shrink,
-            lambda: bool(others) and others.pop(), lambda *place: prepared.append([str(p) for p in place]),
-            lambda: 1 << 20,
+            "Node", job, lambda compute: compute(), ladders.smaller_tiles(256, 480, 64), torch.bfloat16, allow_cpu,
+            shrink, lambda: bool(others) and others.pop(), lambda *place: prepared.append([str(p) for p in place]),
+            lambda: 1 << 20, pack("nodes.attempts").Attempts("Node", ladders.ATTEMPT_COLUMNS),
         )  # fmt: skip
         return made, prepared
 

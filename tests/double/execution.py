@@ -7,7 +7,7 @@ from typing import Any
 
 
 class PromptQueue:
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any = None) -> None:
         self.server = server
         self.mutex = threading.RLock()
         self.not_empty = threading.Condition(self.mutex)

@@ -54,6 +54,14 @@ def test_a_language_names_every_node_input_and_output_and_none_beside(language):
         assert set(nodes[name]["outputs"]) == {str(index) for index in range(len(schema["outputs"]))}
 
 
+@pytest.mark.parametrize(("language", "words"), [("en", "dynamic VRAM"), ("ja", "動的 VRAM"), ("zh", "动态显存")])
+def test_a_language_says_where_pin_cannot_be_promised(language, words):
+    nodes = locale(language, "nodeDefs")
+    pins = [name for name, item in SCHEMAS.items() if "dynamic VRAM" in json.dumps(item)]
+    assert len(pins) == 5
+    assert all(words in nodes[name]["inputs"]["keep_loaded"].get("tooltip", "") for name in pins)
+
+
 def test_english_is_what_the_schema_says():
     english = locale("en", "nodeDefs")
     for name, schema in SCHEMAS.items():

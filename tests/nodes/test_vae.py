@@ -47,6 +47,20 @@ def test_where_nothing_fits_the_error_holds_the_table_of_what_was_tried(observed
     assert "96" in said and "tile 64" in said and "allow_cpu" in said
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_do_not_fit_go_to_the_device_once_other_models_have_left_it(observed, kind):
+    seen = scenario(observed, f"vae weights do not fit {kind}")["beside"]
+    assert seen["tried"] == ["unload others"] and seen["mode"] == "exact" and seen["apart"] < 1e-4
+
+
+@pytest.mark.parametrize("case", ["auto", "exact", "stopped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_do_not_fit_at_all_end_in_the_table(observed, kind, case):
+    said = scenario(observed, f"vae weights do not fit {kind}")[case]
+    assert "VAE Decode (Tiled, Verified): the device is out of memory, and nothing is left to try (expected " in said
+    assert "MiB for the weights; got" in said and "tiles done" in said and "other models" in said
+
+
 REFUSED = {
     "channels": ("expected latents of 4 channels", "got 16"), "no weights": ("expected a VAE with weights", "got an"),
     "empty batch": ("expected at least 1 image", "got shape (0"), "grey": ("expected images of 3 channels", "got 1"),

@@ -107,6 +107,31 @@ def out_of_memory(kind: str) -> dict:
     return found
 
 
+def weights_do_not_fit(kind: str) -> dict:
+    """Until the other model on the device is gone; then at all."""
+    vae, latents = small_vaes.SMALL_VAES[kind](), latents_of(kind)
+    expected, _ = decode(vae, latents)
+    other = small_vaes.SMALL_VAES[kind]()
+    mm.unload_all_models()
+    mm.load_models_gpu([other.patcher])
+    load, found = vae.patcher.partially_load, {}
+
+    def short(*arguments: Any, **keywords: Any) -> Any:
+        if any(loaded.model is other.patcher for loaded in mm.current_loaded_models) or "beside" in found:
+            raise mm.OOM_EXCEPTION("planted")
+        return load(*arguments, **keywords)
+
+    vae.patcher.partially_load = short
+    result, report = decode(vae, latents)
+    tried = [attempt["tried"] for attempt in report["attempts"]]
+    found["beside"] = {"apart": apart(result, expected), "tried": tried, "mode": report["mode"]}
+    for mode in ("auto", "exact"):
+        mm.unload_all_models()
+        found[mode] = error_of(decode, vae, latents, mode=mode)
+    found["stopped"] = error_of(decode, vae, latents, on_oom="error")
+    return found
+
+
 def told() -> dict:
     vae, latents = small_vaes.sd_vae(), latents_of("sd")
     sent = events_of(lambda: decode(vae, latents), "steadyvsr.node")
@@ -127,5 +152,6 @@ def delegated() -> dict:
 SCENARIOS = {
     **{f"whole {kind}": (lambda kind=kind: whole(kind)) for kind in KINDS},
     **{f"out of memory {kind}": (lambda kind=kind: out_of_memory(kind)) for kind in KINDS},
+    **{f"weights do not fit {kind}": (lambda kind=kind: weights_do_not_fit(kind)) for kind in KINDS},
     "refused": refused, "told": told, "delegated": delegated,
 }  # fmt: skip

@@ -21,28 +21,13 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "session")]
 importlib.import_module("comfyui_place").prepare("double", TESTS.parents[1])
 
 import free_worlds  # noqa: E402
-from free_worlds import ERRORS, FIRST, MIB, Broken, World, hooks, kept, mm, ram  # noqa: E402
+from free_worlds import ERRORS, FIRST, MIB, Broken, NoProbe, World, hooks, kept, mm, ram  # noqa: E402
 
 SIZES = {"A": 1, "B": 2, "C": 3, "D": 1, "E": 2, "F": 3}
 CAPACITY = 8
 names = st.sampled_from(sorted(SIZES))
 policies = st.sampled_from(kept.POLICIES)
 ways = st.sampled_from(["plain", "lora", "cycle"])
-READING = importlib.import_module("steadyvsr.memory.reading").Reading
-
-
-class NoProbe:
-    """Reads nothing: the real one takes most of the time, and the books are what is looked at here."""
-
-    def sample(self, device: Any, *, settled: bool = False) -> Any:
-        return READING(str(device))
-
-    def reset_peak(self, device: Any) -> None:
-        pass
-
-    def synchronise(self, device: Any) -> None:
-        pass
-
 
 BASE = {name: getattr(mm, name) for name in hooks.NAMES}
 

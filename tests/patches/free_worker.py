@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
-import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-
-class PromptQueue:
-    """As much of ComfyUI's prompt queue as anybody asks for."""
-
-    def __init__(self) -> None:
-        self.mutex = threading.RLock()
-        self.not_empty = threading.Condition(self.mutex)
-        self.queue: list[Any] = []
-        self.flags: dict[str, object] = {}
-        self.currently_running: dict[int, tuple] = {}
-
-    def put(self, item: Any) -> None:
-        with self.mutex:
-            self.queue.append(item)
-            self.not_empty.notify()
-
-    def get(self, timeout: float | None = None) -> Any:
-        """The next prompt; None when the time is up, or when somebody wakes the worker while it waits."""
-        with self.not_empty:
-            while not self.queue:
-                self.not_empty.wait(timeout=timeout)
-                if timeout is not None and not self.queue:
-                    return None
-            return self.queue.pop(0), 0
-
-    def set_flag(self, name: str, value: object) -> None:
-        with self.mutex:
-            self.flags[name] = value
-            self.not_empty.notify()
-
-    def get_flags(self) -> dict[str, object]:
-        with self.mutex:
-            flags, self.flags = self.flags, {}
-            return flags
+PromptQueue: Any = runpy.run_path(str(Path(__file__).resolve().parents[1] / "double" / "execution.py"))["PromptQueue"]
 
 
 class NodeCache:

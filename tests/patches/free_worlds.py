@@ -38,11 +38,25 @@ ModelPatcher: Any = importlib.import_module("comfy.model_patcher").ModelPatcher
 CurrentNodeContext: Any = importlib.import_module("comfy_execution.utils").CurrentNodeContext
 kept: Any = importlib.import_module("steadyvsr.patches.kept")
 presses: Any = importlib.import_module("steadyvsr.patches.presses")
+READING: Any = importlib.import_module("steadyvsr.memory.reading").Reading
 hooks: Any = importlib.import_module("steadyvsr.patches.hooks")
 
 FIRST, SECOND, REST = torch.device("cpu:0"), torch.device("cpu:1"), torch.device("cpu")
 EVERYTHING = {"unload_models": True, "free_memory": True}
 STOCK = "stock"
+
+
+class NoProbe:
+    """Reads nothing: the real one takes most of the time, and the books are what is looked at here."""
+
+    def sample(self, device: Any, *, settled: bool = False) -> Any:
+        return READING(str(device))
+
+    def reset_peak(self, device: Any) -> None:
+        pass
+
+    def synchronise(self, device: Any) -> None:
+        pass
 
 
 class Errors(logging.Handler):
@@ -84,7 +98,8 @@ class World:
 
     def place_wrappers(self) -> None:
         hooks.uninstall()
-        vars(sys.modules["steadyvsr_state"]).pop("wrappers")
+        for name in ("wrappers", "shortage_of_kept_models"):
+            vars(sys.modules["steadyvsr_state"]).pop(name, None)
         if self.column != STOCK:
             hooks.install()
 

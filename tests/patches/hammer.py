@@ -30,7 +30,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(PACK / "tests" / "session"))
     importlib.import_module("comfyui_place").prepare(sys.argv[2], PACK)
 
-from free_worlds import ERRORS, ModelPatcher, World, kept, mm  # noqa: E402
+from free_worlds import ERRORS, ModelPatcher, NoProbe, World, kept, mm  # noqa: E402
 
 # The state alone: the rest of the nodes needs a whole ComfyUI.
 for name in ("nodes", "nodes.panel"):
@@ -38,7 +38,6 @@ for name in ("nodes", "nodes.panel"):
     package.__path__ = [str(PACK.joinpath(*name.split(".")))]
     sys.modules[f"steadyvsr.{name}"] = package
 panel: Any = importlib.import_module("steadyvsr.nodes.panel.state")
-READING = importlib.import_module("steadyvsr.memory.reading").Reading
 
 UNLOAD_SECONDS = 0.0005
 CAPACITY_MIB = 5
@@ -46,19 +45,6 @@ CAPACITY_MIB = 5
 SIZES = {"B": 1, "C": 2, "D": 1, "E": 2}
 WORKER = threading.get_ident()
 detach = ModelPatcher.detach
-
-
-class NoProbe:
-    """Reads nothing: the real one takes most of the time, and the books are what is looked at here."""
-
-    def sample(self, device: Any, *, settled: bool = False) -> Any:
-        return READING(str(device))
-
-    def reset_peak(self, device: Any) -> None:
-        pass
-
-    def synchronise(self, device: Any) -> None:
-        pass
 
 
 def slow_detach(self: Any, *arguments: Any, **keywords: Any) -> Any:
