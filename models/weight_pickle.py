@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import os
 import pickle
 import re
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,8 +28,15 @@ PICKLE_LIMIT_BYTES = 1 << 20
 """Of the pickle in an archive, without the tensors: enough for 5,000 of them; FlashVSR has 900."""
 READ_LIMIT = 1 << 20
 """Reads while an archive of the old format is unpickled: one or two for each step of the pickle."""
+DIRECTORY_LIMIT_BYTES = 4 << 20
+"""Of a zip archive's list of records, which is read in one piece; 5,000 tensors take a tenth of that."""
 UNPACKED_LIMIT = 2
 """How many times as large as the archive its records, or its tensors together, may be."""
+_ITEM_BYTES = {
+    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
+    "ShortStorage": 2, "ComplexDoubleStorage": 16, "ComplexFloatStorage": 8, "QInt32Storage": 4,
+}  # fmt: skip
+"""Of an element of a storage; one byte in all others."""
 _WRAPPERS = ("state_dict", "model", "module", "params_ema", "params")
 """Names under which training code stores the state dict inside a checkpoint."""
 _DAMAGED = (
@@ -50,7 +60,9 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             f"run code in spite of weights_only (CVE-2025-32434). Upgrade PyTorch, or use the .safetensors form."
         )
     try:
-        content = _load(path)
+        tensors = _flatten(_load(path))
+        if tensors and _is_zip(path):
+            _check_storages(path)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted or "Unsupported" in str(error):
@@ -64,14 +76,12 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise
     except _DAMAGED as error:
         raise CheckpointError(_damaged(path, error)) from None
-    tensors = _flatten(content)
     _check_tensors(path, tensors)
     return tensors
 
 
 def _load(path: Path) -> Any:
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
+    is_zip = _is_zip(path)
     # Mapping reads records where they lie, which is wrong for packed ones. Of a path, torch.load believes the suffix.
     if is_zip and _are_all_stored(path) and path.suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -83,9 +93,14 @@ def _load(path: Path) -> Any:
         return torch.load(stream, map_location="cpu", weights_only=True)
 
 
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
 def _are_all_stored(path: Path) -> bool:
     """Whether no record of a zip archive is packed. Raises a CheckpointError for one that unpacks to too much."""
-    with zipfile.ZipFile(path) as archive:
+    with _zip(path) as archive:
         records = archive.infolist()
     size, unpacked = path.stat().st_size, sum(record.file_size for record in records)
     pickled = max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0)
@@ -97,11 +112,84 @@ def _are_all_stored(path: Path) -> bool:
     return all(record.compress_type == zipfile.ZIP_STORED for record in records)
 
 
+@contextlib.contextmanager
+def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    with path.open("rb") as file, zipfile.ZipFile(_ShortReads(file)) as archive:  # pyright: ignore  reads alone
+        yield archive
+
+
+def _check_storages(path: Path) -> None:
+    """Raises a ValueError where a record is shorter than the storage in it: torch reads on into what lies behind it.
+
+    For archives that `torch.load` has accepted.
+    """
+    with _zip(path) as archive:
+        records = archive.infolist()
+        root = records[0].filename.split("/")[0]
+        storages = _Storages(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        storages.load()
+        sizes = {record.filename: record.file_size for record in sorted(records, key=lambda item: -item.file_size)}
+    for key, needed in storages.bytes.items():
+        there = sizes.get(f"{root}/data/{key}", 0)
+        if there < needed:
+            raise ValueError(f"the storage {printable(key)} has {there:,} of {needed:,} bytes")
+
+
+class _Inert(dict):
+    """Stands for any class or function in a pickle, and for what it makes, and does nothing."""
+
+    name = ""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    __hash__ = object.__hash__  # pyright: ignore  a dict has none
+
+
+class _Storages(pickle._Unpickler):  # pyright: ignore  the one in C makes as much room for its memo as a pickle says
+    """Reads which storages a pickle of tensors names; looks nothing up and calls nothing of it.
+
+    Attributes:
+        bytes: key of a storage → bytes that it takes.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.bytes: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return type("_Named", (_Inert,), {"name": name})
+
+    def persistent_load(self, pid: Any) -> Any:
+        """torch.save writes ("storage", its class, its key, its device, the number of its elements)."""
+        _, kind, key, _, numel = pid
+        needed = int(numel) * _ITEM_BYTES.get(kind.name, 1)
+        self.bytes[str(key)] = max(self.bytes.get(str(key), 0), needed)
+        return _Inert()
+
+
 def _is_tar(path: Path) -> bool:
     try:
         return tarfile.is_tarfile(path)
     except (OSError, ValueError, ArithmeticError, EOFError, zlib.error):
         return True  # whatever breaks tarfile is not for torch.load either
+
+
+class _ShortReads:
+    """A file that gives no piece above `DIRECTORY_LIMIT_BYTES`: a zip's directory may be as long as the file."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = size if size >= 0 else os.fstat(self._file.fileno()).st_size - self._file.tell()
+        if wanted > DIRECTORY_LIMIT_BYTES:
+            raise ValueError(f"a directory of {wanted:,} bytes; at most {DIRECTORY_LIMIT_BYTES:,} are read")
+        return self._file.read(wanted)
 
 
 class _FewReads:

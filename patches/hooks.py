@@ -4,6 +4,7 @@
 |---|---|
 | unload_all_models | kept entries are out of the list meanwhile; a press is for every accelerator with a listed model |
 | free_memory | kept entries are protected first; if that frees too little, KEPT ones may go, PINNED ones stay |
+| free_memory | after an error in the middle of it, what was unloaded before the error leaves the list |
 | unload_model_and_clones | nothing is protected from a caller that names the model it wants gone (since 0.33) |
 | soft_empty_cache | entries whose patcher died with a clone get their owner's patcher; RAM is yielded if it is short |
 | load_models_gpu | what will not fit is said, and refused beyond the limit of a phase |
@@ -37,8 +38,8 @@ from ..memory.process import shared
 from ..memory.reading import size_text
 from . import chain, idle, limits, presses, prompt, versions
 from .chain import Hook, attempt, state
-from .kept import KEPT, PINNED, registry, same_model
-from .residency import EVERYTHING, adopt, explicit, is_explicit, look
+from .kept import KEPT, PINNED, list_again, registry, same_model
+from .residency import EVERYTHING, explicit, is_explicit, look
 
 CPU = torch.device("cpu")
 NAMES = ("unload_all_models", "free_memory", "soft_empty_cache", "load_models_gpu")
@@ -122,6 +123,22 @@ def _put_back(hidden: list[tuple[int, Any]]) -> None:
 
 
 def free_memory(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
+    try:
+        return _free_memory(original, *arguments, **keywords)
+    except BaseException:
+        attempt("striking off what was unloaded before an error", _strike_off)
+        raise
+
+
+def _strike_off() -> None:
+    """Takes entries of nothing out of the list. ComfyUI does so after the last unload, and fails at them ever after."""
+    models = mm.current_loaded_models
+    for index in reversed(range(len(models))):
+        if models[index].real_model is None:
+            del models[index]
+
+
+def _free_memory(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:
     if state().thread.depth > 0 or not registry().keeps_anything or is_explicit():
         return original(*arguments, **keywords)
     asked = attempt("reading a wish for memory", lambda: _Asked.of(arguments, keywords))
@@ -277,7 +294,7 @@ def load_models_gpu(original: chain.Original, *arguments: Any, **keywords: Any) 
         return original(*arguments, **keywords)
     except BaseException:
         if registry().keeps_anything:
-            attempt("putting models back after an error", readopt)
+            attempt("putting models back after an error", relist)
         raise
     finally:
         thread.loading = False
@@ -296,13 +313,10 @@ def throw_if_interrupted(original: chain.Original, *arguments: Any, **keywords: 
     return result
 
 
-def readopt() -> None:
-    """Lists kept models again that are on their device, but that ComfyUI lost in the middle of a load."""
+def relist() -> None:
+    """Lists kept models again that ComfyUI lost in the middle of a load, each with a living patcher."""
     repair()
-    known = [loaded.model for loaded in mm.current_loaded_models if loaded.model is not None]
-    for patcher in (patcher for entry in registry().owned() for patcher in entry.patchers):
-        if patcher.loaded_size() and not any(same_model(patcher, other) for other in known):
-            adopt(patcher)
+    list_again(patcher for entry in registry().owned() for patcher in entry.patchers)
 
 
 def prompt_runs(original: chain.Original, *arguments: Any, **keywords: Any) -> Any:

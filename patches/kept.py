@@ -149,14 +149,16 @@ class Entry:
         return [] if value is None else list(self.patchers_of(value))
 
     def hold(self, value: Any) -> None:
-        """Takes or gives up ownership of `value`, as the policy says."""
+        """Takes or gives up ownership of `value`, as the policy says. What is kept and on its device is listed."""
         self._strong, self._weak = (value, None) if self.owned else (None, _weak_reference(value))
+        if self.owned:
+            list_again(self.patchers)
 
     def settle(self) -> bool:
         """As `hold`, of the value that it has, with a policy that was pending; False if the value has died."""
         self.policy, self.pending = self.wanted, None
         value = self.value
-        if value is not None and self.owned != (self._strong is not None):
+        if value is not None and (self.owned or self._strong is not None):
             self.hold(value)
         return value is not None
 
@@ -435,6 +437,26 @@ def same_model(first: Any, second: Any) -> bool:
     """Whether two patchers patch one model: one module, or its copy on another device."""
     base = versions.base_uuid(first)
     return first.model is second.model or (base is not None and base == versions.base_uuid(second))
+
+
+def list_again(patchers: Iterable[Any]) -> None:
+    """Lists networks that are on their device, but that ComfyUI lost in the middle of a load that failed."""
+    here = [loaded for loaded in mm.current_loaded_models if loaded.real_model is not None]
+    modules = {id(loaded.real_model()) for loaded in here}
+    known = [loaded.model for loaded in here if loaded.model is not None]
+    for patcher in patchers:
+        lost = id(patcher.model) not in modules and patcher.loaded_size()
+        if lost and not any(same_model(patcher, other) for other in known):
+            adopt(patcher)
+
+
+def adopt(patcher: Any) -> None:
+    """Puts a resident network into ComfyUI's list."""
+    loaded = mm.LoadedModel(patcher)
+    loaded.real_model = weakref.ref(patcher.model)
+    loaded.model_finalizer = weakref.finalize(patcher.model, mm.cleanup_models)
+    loaded.model_finalizer.atexit = False
+    mm.current_loaded_models.insert(0, loaded)
 
 
 def _weak_reference(value: Any) -> Callable[[], Any]:

@@ -20,7 +20,7 @@ import torch
 from ..memory import budget, ledger, offload, probe
 from ..memory.process import shared
 from . import prompt, versions
-from .kept import registry, same_model
+from .kept import adopt, registry, same_model
 
 EVERYTHING = 1e30
 """Bytes to ask ComfyUI for when every model has to go that is not excepted."""
@@ -189,7 +189,11 @@ def unload_others(device: torch.device, patchers: Sequence[Any]) -> bool:
     """
     own = [loaded for loaded in mm.current_loaded_models if any(loaded.model is patcher for patcher in patchers)]
     before = sum(resident.bytes for resident in residents(device))
-    versions.free_memory(EVERYTHING, device, own)
+    try:
+        versions.free_memory(EVERYTHING, device, own)
+    except versions.memory_errors() as error:  # to move a model takes memory, too
+        if not versions.is_out_of_memory(error):
+            raise
     versions.empty_caches()
     return sum(resident.bytes for resident in residents(device)) < before
 
@@ -248,15 +252,6 @@ def node_outputs() -> list[Any]:
     executors = [item for item in gc.get_objects() if type(item).__name__ == "PromptExecutor"]
     kept = [value for executor in executors for value in versions.cached_outputs(executor)]
     return [value for value in kept if not is_model(value)]
-
-
-def adopt(patcher: Any) -> None:
-    """Puts a resident model back into ComfyUI's list after an error in the middle of a load has dropped it."""
-    loaded = mm.LoadedModel(patcher)
-    loaded.real_model = weakref.ref(patcher.model)
-    loaded.model_finalizer = weakref.finalize(patcher.model, mm.cleanup_models)
-    loaded.model_finalizer.atexit = False
-    mm.current_loaded_models.insert(0, loaded)
 
 
 class _Explicit(threading.local):

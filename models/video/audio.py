@@ -43,10 +43,14 @@ class AudioCopy:
         self._origin = time_origin(self._input) + clip.start
         self._targets: dict[int, tuple] = {}
         self._clocks: dict[int, JoinedClock] = {}
-        known = [stream for stream in self._input.streams.audio if stream.codec_context is not None]
-        self._first = _first_packets(clip) if known else {}
-        if len(known) < len(self._input.streams.audio):
+        decodable = [stream for stream in self._input.streams.audio if stream.codec_context is not None]
+        if len(decodable) < len(self._input.streams.audio):
             self.notes.append("an audio stream in an unknown codec was left out")
+        # FFmpeg learns both from the first packets, and finds neither in damaged ones.
+        known = [stream for stream in decodable if stream.codec_context.channels and stream.codec_context.sample_rate]
+        if len(known) < len(decodable):
+            self.notes.append("an audio stream without readable sound was left out")
+        self._first = _first_packets(clip) if known else {}
         for stream in known:
             self._targets[stream.index] = self._target(stream)
             self._clocks[stream.index] = JoinedClock(self._input)

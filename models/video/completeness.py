@@ -31,6 +31,12 @@ FLV_END_BYTES = 64
 """After the last frame: its size, and an empty tag that ends the stream."""
 _STATISTICS = re.compile(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", re.ASCII)
 """Matroska's: 00:00:02.000000000."""
+END_SHARE = 1.1
+"""Of a frame: a transport stream, which states no length, is suspicious if picture and sound end so far apart."""
+_GIF_FRAME = re.compile(rb"!\xf9\x04.{4}\0,", re.DOTALL)
+"""How the blocks of a frame begin: its time, then its picture."""
+_GIF_FRAME_BYTES = 9
+_CHUNK_BYTES = 1 << 20
 _HEAD_BYTES = 1 << 16
 _BOX_LIMIT = 200_000
 _TS_PACKET_BYTES = 188
@@ -64,6 +70,7 @@ class Progress:
 
     Attributes:
         delivered: frames given to the caller so far; None where nothing is decoded.
+        packets: of the picture, so far.
         past_window: whether all packets of the clip's window have been seen.
     """
 
@@ -79,8 +86,9 @@ class Progress:
         self.past_window = False
         self._stream, self._container = stream, container
         self._clock = JoinedClock(container)
-        self._end = self._last_end = Fraction(0)
-        self._packets = self._incomplete = self._last_byte = 0
+        self.packets = 0
+        self._end = self._last_end = self._sound_end = Fraction(0)
+        self._incomplete = self._last_byte = 0
         self._times = array("d")
 
     def packet(self, packet: av.Packet) -> None:
@@ -92,9 +100,11 @@ class Progress:
         if packet.pts is not None and packet.time_base:
             step = packet.duration * packet.time_base if packet.duration else 0
             self._last_end = max(self._last_end, packet.pts * packet.time_base + step)
+            if packet.stream.type == "audio":
+                self._sound_end = max(self._sound_end, packet.pts * packet.time_base + step)
         if packet.stream.index != self._stream.index:
             return
-        self._packets += 1
+        self.packets += 1
         if packet.pts is not None:
             step = packet.duration * packet.time_base if packet.duration else 1 / self.rate
             self._end = max(self._end, packet.pts * packet.time_base + step)
@@ -111,7 +121,7 @@ class Progress:
             return "a packet that is cut off"
         if not self._end or self.past_window:
             return None
-        step = max(1 / self.rate, (self._end - self.origin) / self._packets)
+        step = max(1 / self.rate, (self._end - self.origin) / self.packets)
         promised, end, tolerance = self.expected_end, self._end, END_TOLERANCE_FRAMES * step
         if promised is None and self._container.duration and not has_joined_clock(self._container):
             # Stated for picture and sound together: compared with the end of whatever goes on longest.
@@ -138,6 +148,11 @@ class Progress:
         missing = float((self.expected_end or 0) - self._end) * float(self.rate)
         if self.window_end is None and missing > MISSING_FRAMES and self._container.format.name != "asf":
             notes.append(f"the end comes {missing:.1f} frames before the one that the file states")
+        apart = float(self._end - self._sound_end)
+        is_whole_stream = has_joined_clock(self._container) and self.window_end is None and not self._clock.jumps
+        if is_whole_stream and self._sound_end and abs(apart) * float(self.rate) > END_SHARE:
+            first, last = ("sound", "picture") if apart > 0 else ("picture", "sound")
+            notes.append(f"the {first} ends {abs(apart):.2f} s before the {last}; the end may be missing")
         unread = self._container.size - self._last_byte
         if self._container.format.name == "flv" and self.window_end is None and unread > FLV_END_BYTES:
             notes.append(f"{unread:,} bytes after the last frame could not be read")
@@ -147,7 +162,7 @@ class Progress:
         """How many frames of a video with regular frames come late, and the time before the first of them."""
         # Packets without a time leave gaps that are none, and so do AVI's chunks of no bytes, which repeat a frame; the
         # last picture of a program stream has the time that its end code got.
-        if len(self._times) < max(REGULAR_FRAMES, self._packets) or self._container.format.name in ("avi", "mpeg"):
+        if len(self._times) < max(REGULAR_FRAMES, self.packets) or self._container.format.name in ("avi", "mpeg"):
             return 0, 0.0
         times = torch.frombuffer(self._times, dtype=torch.float64).unique()
         steps = times.diff()
@@ -161,7 +176,7 @@ class Progress:
     def damage(self, problem: str) -> DamagedVideoError:
         """The error for a problem."""
         expected = f"{self.expected_frames} frames" if self.expected_frames else "an intact video"
-        got = f"{self._packets} readable packets" if self.delivered is None else f"{self.delivered} frames"
+        got = f"{self.packets} readable packets" if self.delivered is None else f"{self.delivered} frames"
         return DamagedVideoError(
             f"{self.name}: expected {expected}; got {got}, then {problem}."
             " Get an intact copy, or ask for the readable part (command line: --keep-damaged).",
@@ -272,6 +287,18 @@ def _gif(file: Any, size: int) -> int | None:
             file.seek(at)
         else:
             return size + 1
+
+
+def swallowed_frames(source: Source, format_name: str, packets: int) -> int:
+    """Frames of a GIF beyond its `packets`: where a length is wrong, one frame's data go on over those behind it."""
+    if format_name != "gif":
+        return 0
+    found, before = 0, b""
+    with binary(source) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            found += len(_GIF_FRAME.findall(before + chunk))
+            before = chunk[1 - _GIF_FRAME_BYTES :]
+    return max(0, found - packets)
 
 
 def _flv(file: Any, size: int) -> int | None:

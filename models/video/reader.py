@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from . import images
-from .completeness import Progress, header_end, missing_tail
+from .completeness import Progress, header_end, missing_tail, swallowed_frames
 from .orientation import Uprighter, display_matrix, turns_sideways, upright
 from .pixels import (
     MATRIX_BT709,
@@ -133,6 +133,9 @@ class Clip:
             if problem and self.damaged == "raise":
                 raise progress.damage(problem)
             notes = progress.notes()
+            swallowed = swallowed_frames(self.source, container.format.name, progress.packets)
+            if swallowed:
+                notes.append(f"damaged: frames that cannot be told from the data of those before them: {swallowed}")
             if problem or tail:
                 notes.append(f"damaged: {problem or tail}; frames at the end may be missing")
             return notes

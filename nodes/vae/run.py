@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import comfy.model_management as mm
 import comfy.utils
@@ -35,6 +37,8 @@ SIDES = range(MAX_TILE, 0, -MIN_TILE)
 """Sides to choose from where the user chose none."""
 NAMED_TILES = 3
 """How many tiles that were not finite the report names; the others are counted."""
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class TiledRun:
             self._exact = None if too_large else self._exact_path(source)
             tile, overlap = self._first_tile(memory)
             too_large = too_large or self._load(memory, tile)
-            job = self._job(source, tile, overlap)
+            job = self._making_room(lambda: self._job(source, tile, overlap), memory)
             weights = CastWeights(self.vae.first_stage_model, (self.vae.device, self.vae.vae_dtype))
             ladder = self._ladder(job, weights, memory, source, untried=bool(too_large) and self._exact is None)
             if too_large:
@@ -130,9 +134,7 @@ class TiledRun:
                 self._explain_channels(source, error)
                 raise
             self._note_again()
-            result = job.result
-            if isinstance(job, BlendDecode):
-                result = self.vae.process_output(result)
+            result = self._making_room(partial(self._finished, job), memory)
             place = f"{job.tile} px, {dtype_name(job.dtype)}, {job.device}"
             self._describe(source, job, result, ladder)
             del job, ladder, weights
@@ -186,6 +188,31 @@ class TiledRun:
                 return f"expected {size_text(need)} for the weights; got {size_text(free)} free: {words}"
             place = {"dtype": dtype_name(self.vae.vae_dtype), "device": str(self.vae.device)}
             self._attempts.append({"unit": 0, "tile": tile, **place, "free": free, "tried": UNLOAD_OTHERS})
+
+    def _making_room(self, step: Callable[[], Made], memory: TileMemory) -> Made:
+        """What a step before or after the tiles makes; where memory runs out in it, again without the other models.
+
+        Raises:
+            mm.OOM_EXCEPTION: no other model is left to unload, and the message says so; or on_oom is error.
+        """
+        while True:
+            try:
+                return step()
+            except memory_errors() as error:
+                if self.options.on_oom != SHRINK or not is_out_of_memory(error):
+                    raise
+                words = str(error)
+            # Outside the handler: the traceback holds the tensors of the step.
+            gc.collect()
+            empty_caches()
+            place: dict[str, Any] = {"dtype": dtype_name(self.vae.vae_dtype), "device": str(self.vae.device)}
+            place["free"], made_room = memory.read().free, self._unload_others()
+            self._attempts.append({"unit": 0, "tile": "", **place, "tried": UNLOAD_OTHERS if made_room else ""})
+            if not made_room:
+                raise self._attempts.exhausted(words, "Choose a smaller image, or unload other models.")
+
+    def _finished(self, job: TileJob) -> Tensor:
+        return self.vae.process_output(job.result) if isinstance(job, BlendDecode) else job.result
 
     def _unload_others(self) -> bool:
         return residency.unload_others(self.vae.device, [self.vae.patcher])

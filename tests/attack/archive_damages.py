@@ -90,7 +90,7 @@ def odd_values(tensors: Tensors, rng: random.Random) -> Spoilt:
         "stride 0, 96 GB": flat[:1].expand(24 << 30), "float8": tensor.to(torch.float8_e4m3fn), "a number": 4,
         "None": None, "a list": [tensor, tensor], "NaN": tensor * float("nan"), "infinity": tensor + float("inf"),
         "quantised": torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), "a word": "x" * 100,
-        "overlapping": flat[: max(1, flat.numel() // 2)].repeat(2).as_strided((flat.numel(),),
+        "overlapping": flat[: max(1, flat.numel() // 2)].repeat(3).as_strided((flat.numel(),),
         (1,))[: flat.numel() - 1],
         "empty": tensor[:0], "of another shape": tensor[None], "float64": tensor.double() * 1e300,
         "deep": [[[[tensor]]]],

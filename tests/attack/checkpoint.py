@@ -113,7 +113,9 @@ def inspected(path: Path) -> str:
 
 def good_growth(part: str, reader: str) -> int:
     """Bytes that this process grows by when it reads a good file, in a fork of its own."""
-    return isolated(_good, part, reader).grown_bytes
+    found = isolated(_good, part, reader)
+    assert found.good, found
+    return found.grown_bytes
 
 
 @cache

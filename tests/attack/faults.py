@@ -369,7 +369,8 @@ def alike(one: list[Tensor], two: list[Tensor]) -> bool:
 def warm_up() -> None:
     """What stays for good after the first use, such as constants and verdicts, is no finding."""
     for seed, make in enumerate((engine, engine, upscale_node, vae_node, vae_node, vae_node)):
-        make(random.Random(seed)).run([], None)
+        with Faults({}):  # its first use imports much of torch, which every look for tensors would go through again
+            make(random.Random(seed)).run([], None)
     gc.collect()
     gc.freeze()
 

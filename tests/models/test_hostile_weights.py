@@ -195,6 +195,27 @@ def test_a_pickle_that_unpacks_to_much_more_than_the_file_is_refused(tmp_path):
     refused(tmp_path / "a.pth", "a.pth: expected")
 
 
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])  # the latter is not mapped
+def test_a_record_shorter_than_its_storage_is_refused(tmp_path, name):
+    torch.save({"a": torch.zeros(1000), "b": torch.ones(1000)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(tmp_path / name, "w") as short:
+        for record in whole.infolist():
+            content = whole.read(record)
+            short.writestr(record.filename, content[:2000] if record.filename.endswith("/data/0") else content)
+    refused(tmp_path / name, f"{name}: expected an archive")
+
+
+def test_an_endless_list_of_records_is_not_read(tmp_path):
+    """The end of a zip archive states how long its list is: here 1.5 GB, which the file has."""
+    size = 1500 << 20
+    with (tmp_path / "a.pth").open("wb") as file:
+        file.write(b"PK\1\2")
+        file.truncate(size)
+        file.seek(size)
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 0, 0))
+    assert "a directory of" in refused(tmp_path / "a.pth", "a.pth: expected an archive")
+
+
 def test_a_packed_pickle_of_ordinary_size_has_the_right_values(tmp_path):
     tensor = torch.randn(1000)
     torch.save({"a": tensor}, tmp_path / "plain.pth")
