@@ -178,9 +178,9 @@ def _container_holds(format_name: str, stream, packets: list[av.Packet]) -> bool
     try:
         with av.open(io.BytesIO(), "w", format=format_name) as trial:
             target = trial.add_stream_from_template(stream)
-            origin = packets[0].dts
+            origin = packets[0].dts or 0
             for packet in packets:
-                packet.pts = packet.dts = packet.dts - origin
+                packet.pts = packet.dts = (packet.dts or 0) - origin
                 packet.stream = target
                 trial.mux(packet)
     except (FFmpegError, ValueError, IndexError):
