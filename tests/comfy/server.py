@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
-SERVER_SECONDS = 120
+SERVER_SECONDS = 300
 ANSWER_SECONDS = 60
 """Of one request: a busy machine is no failure."""
 CLIP_FRAMES, CLIP_WIDTH, CLIP_HEIGHT, CLIP_RATE, SAMPLE_RATE = 10, 48, 32, 12, 48_000

@@ -5,11 +5,15 @@ The diffusion model is kept (B), the text encoder is not (A), the VAE is kept by
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
+import threading
 import time
+import traceback
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.comfy
 
 A, B, D = "WanTEModel", "WAN21", "WanVAE"
 SETTLE_SECONDS = 40
+HAMMERED_PROMPTS = 24
 FIXTURE = """
 import os
 import sys
@@ -33,9 +38,20 @@ import phases_card
 phases_card.take_small_models()
 phases_card.write_models(Path({base!r}))
 if "STEADYVSR_CARD" not in os.environ:
-    phases_card.SimulatedCard(1 << 34).install()
+    phases_card.SimulatedCard(int(os.environ.get("STEADYVSR_CAPACITY") or 1 << 34)).install()
 
 import comfy.model_management as mm
+import comfy.model_patcher
+
+detach = comfy.model_patcher.ModelPatcher.detach
+
+
+def slow_detach(*arguments, **keywords):
+    time.sleep(float(os.environ.get("STEADYVSR_UNLOAD_SECONDS") or 0))
+    return detach(*arguments, **keywords)
+
+
+comfy.model_patcher.ModelPatcher.detach = slow_detach
 
 
 class Use:
@@ -94,6 +110,12 @@ class Turns:
     def run(self, *kinds: str, **options: Any) -> None:
         entry = self.server.run(self.workflow(*kinds, **options))
         assert entry["status"]["status_str"] == ("error" if options.get("fails") else "success"), entry["status"]
+
+    def queue(self, workflow: dict) -> None:
+        """Queues a workflow and does not wait for it."""
+        body = json.dumps({"prompt": workflow}).encode()
+        request = urllib.request.Request(self.server.url + "/prompt", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=10).close()
 
     def free(self, **flags: bool) -> None:
         assert self.server.post("/free", flags)[0] == 200
@@ -172,10 +194,7 @@ def test_a_kept_model_is_read_once_through_every_button(comfyui_path, any_card, 
     assert turns.listed() == sorted([B, D]), "all are kept"
     flags = {"unload_models": True, "free_memory": True}
     before = turns.presses()
-    workflow = turns.workflow("model", "clip", "vae", seconds=3.0)
-    body = json.dumps({"prompt": workflow}).encode()
-    request = urllib.request.Request(turns.server.url + "/prompt", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=10).close()
+    turns.queue(turns.workflow("model", "clip", "vae", seconds=3.0))
     turns.until(lambda: turns.listed() == sorted([A, B, D]), "the running prompt's models")
     turns.free(**flags)
     assert turns.listed() == sorted([A, B, D]) and turns.presses() == before, "not while the prompt runs"
@@ -244,3 +263,65 @@ def test_the_report_shows_what_a_press_did_and_release_gives_everything_back(com
     assert sum(item["bytes"] for item in given_up) > before[B]
     turns.press(unload_models=True, free_memory=True)
     assert turns.listed() == [] and turns.server.get("/steadyvsr/snapshots")["snapshots"][-1]["kept"] == []
+
+
+def hammered(turns: Turns, workflows: list[dict]) -> dict[str, Any]:
+    """Three threads release, change policies and read the state while the worker goes through the workflows."""
+    server, over, failures = turns.server, threading.Event(), []
+    answers: dict[str, list[int]] = {"release": [], "policy": [], "state": []}
+    residents: list[list[dict]] = []
+
+    def repeat(what: str, request: Callable[[random.Random], int]) -> None:
+        chance = random.Random(what)
+        while not over.is_set():
+            try:
+                answers[what].append(request(chance))
+            except Exception:
+                failures.append(traceback.format_exc()[-600:])
+            time.sleep(0.02 + 0.1 * chance.random())
+
+    def policy(chance: random.Random) -> int:
+        known = [id for item in residents[-1:] for id in {model["id"] for model in item} if id]
+        wish = {"id": chance.choice(known or ["none"]), "policy": chance.choice(["no", "keep", "pin"])}
+        return server.post("/steadyvsr/policy", wish)[0]
+
+    def state(_: random.Random) -> int:
+        residents.append(server.get("/steadyvsr/state")["residents"])
+        return 200
+
+    requests = {"release": lambda _: server.post("/steadyvsr/release", {})[0], "policy": policy, "state": state}
+    threads = [threading.Thread(target=repeat, args=item) for item in requests.items()]
+    for thread in threads:
+        thread.start()
+    try:
+        for workflow in workflows:
+            assert server.run(workflow)["status"]["status_str"] == "success"
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    doubled = [seen for seen in residents if len({model["handle"] for model in seen}) < len(seen)]
+    return {"answers": answers, "failures": failures, "doubled": doubled}
+
+
+def test_requests_from_three_threads_while_models_are_unloaded_slowly_break_nothing(
+    comfyui_path, started, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("STEADYVSR_UNLOAD_SECONDS", "0.2")
+    monkeypatch.setenv("STEADYVSR_CAPACITY", "6000000")  # no two of the three models, whose sizes are 2.3 to 3.7 MB
+    turns = start(started, comfyui_path, tmp_path)
+    kinds, policies = itertools.cycle(("model", "clip", "vae")), itertools.cycle(("keep", "no", "pin", "keep"))
+    workflows = [turns.workflow(next(kinds), keep=next(policies)) for _ in range(HAMMERED_PROMPTS)]
+    seen = hammered(turns, workflows)
+    assert seen["failures"] == [] and seen["doubled"] == []
+    assert min(len(given) for given in seen["answers"].values()) >= HAMMERED_PROMPTS
+    assert set(seen["answers"]["release"]) == {200}
+    assert set(seen["answers"]["policy"]) <= {200, 404}, "404: gone since"
+    assert "Traceback" not in turns.server.log.read_text()
+    turns.server.post("/steadyvsr/release", {})
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == [] and turns.kept() == {}
+    turns.run("model")
+    turns.press(unload_models=True, free_memory=True)
+    assert turns.listed() == [B] and turns.kept()[B]["listed"] == 1
+    turns.run("clip")  # the worker is alive
