@@ -29,6 +29,12 @@ def card() -> str:
 
 
 @pytest.fixture
+def device(card: str) -> str:
+    """The name of a session's first accelerator."""
+    return "cpu:0" if card == BOOKS else f"{card.partition(':')[0]}:0"
+
+
+@pytest.fixture
 def observed(
     request: pytest.FixtureRequest, comfyui_path: Path, card: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:

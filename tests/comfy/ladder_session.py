@@ -2,8 +2,9 @@
 
     python ladder_session.py PACK_FOLDER BASE_FOLDER
 
-The card is scripted: an operator that makes a new storage fails while a unit of work runs with a plan that is too large
-for it. Prints one JSON object on the last line; the assertions are in test_ladder.py.
+The card is scripted, be it ComfyUI's CPU or one with memory of its own (STEADYVSR_CARD=simcard): an operator that makes
+a new storage fails while a unit of work runs with a plan that is too large for it. Prints one JSON object on the last
+line; the assertions are in test_ladder.py.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
+if os.environ.get("STEADYVSR_CARD", "books") != "books":
+    importlib.import_module("simcard_card").AllocatorCards(1 << 30).install()
 sys.path.append(str(PACK / "tests" / "session"))
 import tiny_flashvsr  # noqa: E402
 
@@ -144,7 +147,7 @@ class Other(torch.nn.Module):
 
 def other_model():
     """Another model that ComfyUI has on the device."""
-    patcher = comfy.model_patcher.ModelPatcher(Other(), load_device=CPU, offload_device=CPU)
+    patcher = comfy.model_patcher.ModelPatcher(Other(), load_device=mm.get_torch_device(), offload_device=CPU)
     mm.load_models_gpu([patcher])
     return patcher
 

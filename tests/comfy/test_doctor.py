@@ -11,14 +11,18 @@ from steadyvsr.tests.session.observed import scenario
 pytestmark = pytest.mark.comfy
 
 SESSIONS = ("doctor_session.py",)
+CARDS = ("books", "simcard")
+ROUNDING = 1.02
+"""How much more an allocator counts than the tensors hold, at most: it rounds each of them up."""
 
 
-def test_the_network_was_on_the_card_and_left_it(observed):
+def test_the_network_was_on_the_card_and_left_it(observed, card):
     seen = scenario(observed, "fine")
     receipt = seen["report"]["offload"]
     assert seen["loads"][0] == {"Transformer": receipt["asked"]} and receipt["asked"] > 1_000_000
     assert receipt["verdict"] == "FREED" and receipt["still_loaded"] == 0
-    assert receipt["before"]["allocated"]["bytes"] - receipt["after"]["allocated"]["bytes"] == receipt["asked"]
+    left = receipt["before"]["allocated"]["bytes"] - receipt["after"]["allocated"]["bytes"]
+    assert receipt["asked"] <= left <= (1 if card == "books" else ROUNDING) * receipt["asked"]
     assert seen["report"]["exit_code"] == 0 and seen["report"]["problems"] == []
 
 
@@ -43,9 +47,9 @@ def test_the_leak_line_has_its_twelve_runs(observed):
     assert not report["growth"]["leaking"]
 
 
-def test_the_findings_are_shown_on_the_node_as_text(observed):
+def test_the_findings_are_shown_on_the_node_as_text(observed, device):
     shown = scenario(observed, "fine")["shown"]
-    assert "offload on cpu:0: FREED" in shown and shown.endswith("nothing is held, nothing grows")
+    assert f"offload on {device}: FREED" in shown and shown.endswith("nothing is held, nothing grows")
 
 
 def test_a_network_that_stays_on_the_card_is_a_problem(observed):

@@ -12,7 +12,10 @@ pytestmark = pytest.mark.comfy
 
 LOADERS = ["LoadDiffusionModel", "LoadCLIP", "LoadVAE", "LoadCheckpoint"]
 WAN_BYTES = 3_495_584
+ROUNDING = 1.02
+"""How much more an allocator counts than the tensors hold, at most: it rounds each of them up."""
 SESSIONS = ("loaders_session.py",)
+CARDS = ("books", "simcard")
 
 
 @pytest.mark.parametrize("name", [*LOADERS, "ApplyLoRA"])
@@ -81,12 +84,13 @@ def test_a_node_of_another_workflow_with_the_same_id_has_no_say(observed):
     assert scenario(observed, "wishes")["id of another"] == {"policies": ["no"], "cached": [], "error": None}
 
 
-def test_offload_after_load_moves_what_the_load_put_there_and_keeps_it(observed):
+def test_offload_after_load_moves_what_the_load_put_there_and_keeps_it(observed, card):
     seen = scenario(observed, "offloaded")["keep"]
     assert seen["before"] == {"WAN21": WAN_BYTES} and seen["after"] == {}
     (receipt,) = seen["receipts"]
-    assert (receipt["verdict"], receipt["asked"], receipt["left_tensors"]) == ("FREED", WAN_BYTES, WAN_BYTES)
-    assert receipt["line"].startswith("asked 3.33 MiB · left the tensors 3.33 · left the driver 3.33 (books)")
+    assert (receipt["verdict"], receipt["asked"]) == ("FREED", WAN_BYTES)
+    assert WAN_BYTES <= receipt["left_tensors"] <= (1 if card == "books" else ROUNDING) * WAN_BYTES
+    assert receipt["line"].startswith(f"asked 3.33 MiB · left the tensors 3.33 · left the driver 3.33 ({card})")
     assert seen["policy"] == "keep" and seen["source"] == "disk"
 
 
@@ -129,15 +133,15 @@ def test_a_lora_for_another_architecture_is_an_error_that_names_it(observed):
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("device", "expected a device of cpu:0, cpu; got 'cuda:7'"),
+        ("device", "expected a device of {device}, cpu; got 'cuda:7'"),
         ("missing", "got 'gone.safetensors', which is not there"),
         ("outside", "which is not there"),
         ("policy", "expected no, keep, pin; got 'forever'"),
-        ("auto without room", "cpu:0"),
+        ("auto without room", "{device}"),
     ],
 )
-def test_bad_input_is_refused_in_words(observed, case, words):
-    assert words in scenario(observed, "refusals")[case]
+def test_bad_input_is_refused_in_words(observed, device, case, words):
+    assert words.format(device=device) in scenario(observed, "refusals")[case]
 
 
 def test_auto_takes_the_card_with_room_and_the_cpu_only_when_allowed(observed):

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.comfy
 
 LOADERS = ["LoadDiffusionModel", "LoadCLIP", "LoadVAE", "LoadCheckpoint"]
 SESSIONS = ("loading_session.py",)
+CARDS = ("books", "simcard")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -56,10 +57,10 @@ def test_counters_that_die_leave_a_loaded_model_and_a_marked_verdict(observed, n
     assert seen["verdicts"] == ["UNVERIFIABLE"]
 
 
-def test_without_counters_nothing_is_chosen_or_admitted_by_guess(observed):
+def test_without_counters_nothing_is_chosen_or_admitted_by_guess(observed, device):
     seen = scenario(observed, "counters_die")
-    assert "cpu:0 unknown free" in seen["auto"] and "cannot be read" in seen["admission"]
-    assert seen["recovered"] == "cpu:0"
+    assert f"{device} unknown free" in seen["auto"] and "cannot be read" in seen["admission"]
+    assert seen["recovered"] == device
 
 
 def test_a_model_beyond_the_ram_for_kept_models_works_but_is_not_kept(observed):
@@ -76,6 +77,6 @@ def test_of_kept_models_the_one_not_used_for_longest_goes_first(observed):
     }  # fmt: skip
 
 
-def test_auto_goes_by_the_weights_not_by_the_file(observed):
+def test_auto_goes_by_the_weights_not_by_the_file(observed, device):
     error = scenario(observed, "small_budgets")["between file and weights"]
-    assert "expected 3.33 MiB free" in error and "cpu:0 1.76 MiB free" in error
+    assert "expected 3.33 MiB free" in error and f"{device} 1.76 MiB free" in error

@@ -161,6 +161,25 @@ def test_a_kept_model_stays_through_comfyuis_own_button_and_the_panel_says_what_
     assert turns.kept()[B]["loads"] == 1, "the kept model was not read again"
 
 
+@pytest.mark.parametrize(
+    "flags", [{"unload_models": True}, {"unload_models": True, "free_memory": True}], ids=["models", "models and cache"]
+)
+def test_what_the_two_buttons_of_comfyui_manager_send_takes_the_same_models(walk, flags):
+    turns, page = walk
+    before = turns.presses()
+    status = page.evaluate(
+        """async flags => {
+          const {api} = await import("/scripts/api.js");
+          const headers = {"Content-Type": "application/json"};
+          return (await api.fetchApi("/free", {method: "POST", headers, body: JSON.stringify(flags)})).status;
+        }""",
+        flags,
+    )
+    assert status == 200
+    turns.until(lambda: turns.presses() > before, "the press")
+    assert turns.listed() == [B] and turns.kept()[B]["loads"] == 1
+
+
 def test_each_button_of_the_panel_does_to_real_models_what_its_receipt_says(walk, comfyui_path, tmp_path):
     turns, page = walk
     sizes = {name: model["size"] for name, model in residents(turns).items()}
