@@ -14,6 +14,8 @@ SESSIONS = ("doctor_session.py",)
 CARDS = ("books", "simcard")
 ROUNDING = 1.02
 """How much more an allocator counts than the tensors hold, at most: it rounds each of them up."""
+LEAST_PEAK = {"books": 30 << 20, "simcard": 20 << 20}
+"""Of sampling with guidance in one batch: many times the 3.4 MiB of the weights."""
 
 
 def test_the_network_was_on_the_card_and_left_it(observed, card):
@@ -32,11 +34,11 @@ def test_afterwards_nothing_is_left_of_the_examination(observed):
     assert seen["report"]["dropped"]["before"] > 0 and seen["report"]["dropped"]["after"] == 0
 
 
-def test_guidance_is_measured_with_comfyuis_own_sampler(observed):
+def test_guidance_is_measured_with_comfyuis_own_sampler(observed, card):
     seen = scenario(observed, "fine")
     guidance = seen["report"]["guidance"]
     assert any("WAN21" in resident for resident in seen["loads"])
-    assert "small Wan 2.1" in guidance["measured_on"] and guidance["peaks"]["batched"] > 30 << 20
+    assert "small Wan 2.1" in guidance["measured_on"] and guidance["peaks"]["batched"] > LEAST_PEAK[card]
     assert guidance["peaks"]["off"] <= 0.6 * guidance["peaks"]["batched"]
     assert guidance["peaks"]["sequential"] <= 0.6 * guidance["peaks"]["batched"]
 
