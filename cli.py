@@ -243,6 +243,8 @@ def _add_upscale_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--encoder-threads", type=_count, metavar="N", help="of the encoder (default: its own choice)")
     files.add_argument("--ten-bit", action="store_true", help="ten bits per colour (16 with --image-sequence)")
     files.add_argument("--image-sequence", action="store_true", help="write PNG files into the folder OUT")
+    files.add_argument("--start", type=_seconds, metavar="SECONDS", help="of IN: leave out what comes before")
+    files.add_argument("--duration", type=_positive, metavar="SECONDS", help="of IN, from --start on")
     files.add_argument("--frame-rate", type=_positive, help="of IN if it is an image sequence (default: 24)")
     files.add_argument("--keep-damaged", action="store_true", help="upscale the readable part of a damaged IN")
 
@@ -255,6 +257,10 @@ def _positive(text: str) -> Fraction:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0 such as 24, 1.25 or 30000/1001; got {text}")
     return value
+
+
+def _seconds(text: str) -> Fraction:
+    return Fraction(0) if text == "0" else _positive(text)
 
 
 def _workers(text: str) -> int:
@@ -294,7 +300,10 @@ def _run_upscale(args: argparse.Namespace) -> int:
         )
     device = choose_device(args.device)
     dtype = choose_dtype(args.precision, device)
-    clip = open_clip(args.input, frame_rate=args.frame_rate, damaged="keep" if args.keep_damaged else "raise")
+    clip = open_clip(
+        args.input, frame_rate=args.frame_rate, start=args.start or 0, duration=args.duration,
+        damaged="keep" if args.keep_damaged else "raise",
+    )  # fmt: skip
     footage = footage_of(clip)
     output = OutputOptions(
         args.codec, args.crf, args.ten_bit, args.image_sequence, args.force, args.preset, args.encoder_threads
@@ -335,6 +344,8 @@ def _run_upscale(args: argparse.Namespace) -> int:
 def _run_folder(args: argparse.Namespace, options: StreamOptions) -> int:
     if args.vae is not None or args.image_sequence or args.keep_damaged:
         raise ValueError("a folder of videos: expected neither --vae nor --image-sequence nor --keep-damaged.")
+    if args.start is not None or args.duration is not None:
+        raise ValueError("a folder of videos: expected neither --start nor --duration; they are for one clip.")
     if args.download:
         _download(args)
     jobs = find_jobs(Path(args.input), Path(args.output), lambda text: _say(f"Note: {text}"))

@@ -158,8 +158,9 @@ class StreamOptions:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            numeric = field.name not in ("colour", "attention")
-            if numeric and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            if field.name in ("colour", "attention") or (value is None and field.name in ("topk_ratio", "tile")):
+                continue
+            if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"StreamOptions.{field.name}: expected a finite number; got {value!r}.")
         seed_fits = isinstance(self.seed, int) and 0 <= self.seed < 2**63
         for name, fits, expected in (

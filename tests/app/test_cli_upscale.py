@@ -316,6 +316,12 @@ def test_the_source_is_never_replaced_by_its_own_result(tmp_path, capsys, engine
     assert source.read_bytes() == before and engine.calls == []
 
 
+def test_a_part_of_the_clip_is_taken_by_its_times(tmp_path, engine):
+    source = make_clip(tmp_path / "in.mp4", 30)  # 25 a second
+    assert cli.main(["upscale", str(source), str(tmp_path / "o.mp4"), "--start", "0.4", "--duration", "0.2"]) == 0
+    assert open_clip(tmp_path / "o.mp4").frame_count == 5
+
+
 def test_freed_heap_pages_go_back_to_the_system_once_in_eight_frames(tmp_path, monkeypatch):
     trims = []
     monkeypatch.setattr(upscale, "trim", lambda: trims.append(1))

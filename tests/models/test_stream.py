@@ -96,6 +96,7 @@ def test_bad_frames_are_named(clip: list[Tensor], message: str) -> None:
     [
         {"scale": 0}, {"scale": float("nan")}, {"seed": -1}, {"sparse_ratio": 0.0}, {"topk_ratio": -1.0},
         {"kv_ratio": 1.9}, {"local_range": 0}, {"colour": "lab"}, {"attention": "dense"}, {"tile": 200},
+        {"scale": None}, {"seed": None}, {"sparse_ratio": None}, {"kv_ratio": None}, {"local_range": "11"},
     ],
 )  # fmt: skip
 def test_options_out_of_range_name_their_field(field: dict) -> None:
