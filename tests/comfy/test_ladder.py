@@ -28,7 +28,9 @@ def test_every_run_sums_up_its_memory_with_the_source_of_each_number(observed, c
     assert predicted["weights_bytes"] == seen["report"]["weights_loaded_bytes"] > 0
     for moment in ("before", "peak", "after"):
         figures = memory[moment].values()
-        assert any(figure["bytes"] for figure in figures)
+        # A card of its own is empty before and after the run, and a zero is a figure, too.
+        assert any(figure["bytes"] for figure in figures) or (card == "simcard" and moment != "peak")
+        assert any(figure["bytes"] is not None for figure in figures)
         assert all(figure["source"] for figure in figures if figure["bytes"] is not None)
         # By the books nothing counts tensors here, and nothing is guessed.
         assert (memory[moment]["allocated"]["bytes"] is None) == (card == "books")
@@ -75,10 +77,11 @@ def test_an_interrupt_in_the_middle_of_the_ladder_leaves_at_once(observed):
     assert seen["plans"] == ["everything on the device"] and seen["before"] == seen["after"]
 
 
-def test_a_budget_takes_the_first_plan_that_is_predicted_to_fit(observed):
+def test_a_budget_takes_the_first_plan_that_is_predicted_to_fit(observed, card):
     seen = scenario(observed, "budgets")
     assert seen["1.05"]["plan"] == "everything on the device" and seen["1.05"]["largest"] == 0.0
-    assert "spatial tiles of 256" in seen["0.97"]["plan"]
+    # Where ComfyUI computes in RAM, nothing is gained by keeping the cache there.
+    assert {"books": "spatial tiles of 256", "simcard": "KV cache in RAM"}[card] in seen["0.97"]["plan"]
     assert seen["0.97"]["predicted"] <= seen["0.97"]["budget"]
     assert "expected a budget_gb in which a plan fits" in seen["0.55"]["error"] and "Predicted" in seen["0.55"]["error"]
     assert "at least the model's own weights" in seen["below_weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def comparable(seen: Any) -> Any:
     """Without what depends on the weights of a network, and on the memory of the machine at that moment."""
     if isinstance(seen, dict):
         return {name: comparable(item) for name, item in seen.items() if name not in ("error", "apart", "all")}
+    if isinstance(seen, str):
+        return re.sub(r"[\d.]+ [GMK]iB", "…", seen)
     return seen
 
 
