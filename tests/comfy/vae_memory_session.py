@@ -45,8 +45,8 @@ def card(fits):
     run = pack("nodes.vae.run")
     make, jobs = run.TiledRun._ladder, []
 
-    def ladder(self, job, *arguments):
-        made = make(self, job, *arguments)
+    def ladder(self, job, *arguments, **keywords):
+        made = make(self, job, *arguments, **keywords)
         around = made.around
 
         def tried(compute):
