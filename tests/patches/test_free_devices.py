@@ -39,11 +39,21 @@ def test_without_keeping_the_process_gives_back_all(measured):
     assert seen["left"] == "-/-" and seen["loaded"] - seen["pressed"] >= 0.95 * (A + B + C)
 
 
+@pytest.fixture(scope="module")
+def devices_left_out(comfyui_or_double: Path | None) -> int:
+    """Of two accelerators, how many a press of ComfyUI alone does not reach: one until 0.3.64."""
+    if comfyui_or_double is None:
+        return 0
+    _, _, press = (comfyui_or_double / "comfy" / "model_management.py").read_text().partition("def unload_all_models")
+    return 0 if "for device in get_all_torch_devices" in press[:200] else 1
+
+
 @pytest.mark.parametrize("column", ["keep", "pin"])
-def test_of_two_accelerators_the_cache_of_each_is_emptied_once(measured, column):
+def test_of_two_accelerators_the_cache_of_each_is_emptied_once(measured, column, devices_left_out):
     mixed, all_kept = measured[column]["mixed"], measured[column]["all kept"]
     assert mixed["end"] == all_kept["end"] == "BC/BC"
     assert mixed["reserved_mib"] == {"cpu:0": [4, 1], "cpu:1": [6, 2]}
     assert mixed["emptied"] == {"cpu:0": 1, "cpu:1": 1}
-    assert mixed["calls"] <= measured["stock"]["mixed"]["calls"], "more calls than ComfyUI makes by itself"
+    own = measured["stock"]["mixed"]["calls"] + devices_left_out
+    assert mixed["calls"] <= own, "more calls than ComfyUI makes by itself, and one for a device that it leaves out"
     assert all_kept["calls"] == 1 and all_kept["reserved_mib"] == {"cpu:0": [1, 1], "cpu:1": [2, 2]}
