@@ -44,8 +44,9 @@ MEMORY_WORDS = ("DefaultCPUAllocator", "not enough memory", "out of memory")
 """By which a RuntimeError of torch is known as one of memory: its CPU allocator on Linux, on Windows, cuDNN."""
 STEP_FRAMES = 8
 """The engine pulls so many frames for each of its steps."""
-READ_BYTES, WRITE_BYTES = 128 << 20, 192 << 20
-"""May wait before and behind the engine: at 4K output, more than the frames of one of its steps, packed in 8 bits."""
+READ_BYTES, WRITE_BYTES, WAITING_FRAMES = 128 << 20, 192 << 20, 16
+"""At most these bytes, and so many frames, wait before and behind the engine: at 4K output, more than the frames of one
+of its steps, packed in 8 bits. Of small frames, more would only be memory."""
 
 Upscale = Callable[[Generator[Tensor, None, None]], Generator[Tensor, None, None]]
 """The engine: frames HWC 0..1 in, as many of the output size out: HWC 0..1, or packed by the writer's `pack`."""
@@ -212,8 +213,8 @@ def write_footage(
 ) -> tuple[Path, DamagedVideoError | None]:
     """Pulls the footage through the engine into the writer and finishes the file.
 
-    Frames are decoded and encoded in threads of their own while the engine works here; so many as `READ_BYTES` and
-    `WRITE_BYTES` say may wait in between. All three have ended when this returns or raises.
+    Frames are decoded and encoded in threads of their own while the engine works here; so many as `READ_BYTES`,
+    `WRITE_BYTES` and `WAITING_FRAMES` say may wait in between. All three have ended when this returns or raises.
 
     Footage that turns out damaged on the way loses nothing: all frames before the damage are upscaled and stored as
     `NAME.partial.EXT`, and so are those before a `MuxingError`, whose message then says so. Any other exception leaves
@@ -254,11 +255,11 @@ def write_footage(
         # Closed by hand: a traceback keeps both generators, with all that they hold, until it is gone itself.
         frames = source()
         if footage.decoded:
-            frames = read_ahead(frames, lambda frame: frame.nbytes, READ_BYTES)
+            frames = read_ahead(frames, lambda frame: max(frame.nbytes, READ_BYTES // WAITING_FRAMES), READ_BYTES)
         with (
             closing(frames) as pulled,
             closing(upscale(pulled)) as outputs,
-            written_behind(write, lambda item: item[0].nbytes, WRITE_BYTES) as put,
+            written_behind(write, lambda item: max(item[0].nbytes, WRITE_BYTES // WAITING_FRAMES), WRITE_BYTES) as put,
         ):
             for frame in outputs:
                 put((frame, times.popleft()))
