@@ -240,10 +240,10 @@ def _add_upscale_options(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--codec", help=text)
     files.add_argument("--crf", type=int, help="quality of the encoder; lower is better")
     files.add_argument("--preset", help="speed of the encoder against size of OUT, in its own words: slow, p6, 8, …")
-    files.add_argument("--encoder-threads", type=_count, metavar="N", help="of the encoder (default: its own choice)")
+    files.add_argument("--encoder-threads", type=_workers, metavar="N", help="of the encoder: auto or a number")
     files.add_argument("--ten-bit", action="store_true", help="ten bits per colour (16 with --image-sequence)")
     files.add_argument("--image-sequence", action="store_true", help="write PNG files into the folder OUT")
-    files.add_argument("--start", type=_seconds, metavar="SECONDS", help="of IN: leave out what comes before")
+    files.add_argument("--start", type=_positive, metavar="SECONDS", help="of IN: leave out what comes before")
     files.add_argument("--duration", type=_positive, metavar="SECONDS", help="of IN, from --start on")
     files.add_argument("--frame-rate", type=_positive, help="of IN if it is an image sequence (default: 24)")
     files.add_argument("--keep-damaged", action="store_true", help="upscale the readable part of a damaged IN")
@@ -259,22 +259,12 @@ def _positive(text: str) -> Fraction:
     return value
 
 
-def _seconds(text: str) -> Fraction:
-    return Fraction(0) if text == "0" else _positive(text)
-
-
 def _workers(text: str) -> int:
     """0 stands for auto."""
     if text == "auto":
         return 0
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected auto or a number from 1; got {text}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1; got {text}")
     return int(text)
 
 

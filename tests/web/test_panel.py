@@ -305,6 +305,8 @@ def test_closing_leaves_no_listener_no_timer_and_no_push(page, server):
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "nodes2"])
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_it_reads_well_in_both_themes_at_300_pixels(browser, static, tmp_path, palette, vue_nodes):
+    if vue_nodes and static.parents[1].name == FRONTENDS[0]:
+        pytest.skip("this front end has no Nodes 2.0 that draws widgets of extensions")
     settings = {"Comfy.ColorPalette": palette, "Comfy.VueNodes.Enabled": vue_nodes}
     with FrontendServer(static, OBJECT_INFO, settings) as server:
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
