@@ -50,17 +50,17 @@ class AudioCopy:
         known = [stream for stream in decodable if stream.codec_context.channels and stream.codec_context.sample_rate]
         if len(known) < len(decodable):
             self.notes.append("an audio stream without readable sound was left out")
-        self._first = _first_packets(clip) if known else {}
+        first = _first_packets(clip, [stream.index for stream in known])
         for stream in known:
-            self._targets[stream.index] = self._target(stream)
+            self._targets[stream.index] = self._target(stream, first[stream.index])
             self._clocks[stream.index] = JoinedClock(self._input)
         if clip.start:
             self._input.seek(int(self._origin * av.time_base))
         self._packets = self._input.demux(known) if known else iter(())  # demux([]) means all streams
 
-    def _target(self, stream) -> tuple:
+    def _target(self, stream, first: list[av.Packet]) -> tuple:
         name = self._output.format.name
-        if _container_holds(name, stream, self._first.get(stream.index, [])):
+        if _container_holds(name, stream, first):
             target = self._output.add_stream_from_template(stream)
             encoded = False
         else:
@@ -156,17 +156,19 @@ def _layout(stream, codec: str) -> str:
     return name
 
 
-def _first_packets(clip: Clip) -> dict[int, list[av.Packet]]:
-    """Index of each audio stream → its first packets, of those at the beginning of the file."""
-    with open_container(clip.source) as container:
-        found: dict[int, list[av.Packet]] = {stream.index: [] for stream in container.streams.audio}
-        with suppress(FFmpegError):  # what is damaged is met again, and told of, on the way
-            for packet in islice(container.demux(), _LOOKED_AT_PACKETS):
-                if packet.stream.index in found and packet.dts is not None:
-                    found[packet.stream.index].append(packet)
-                if all(len(packets) >= _TRIED_PACKETS for packets in found.values()):
-                    break
+def _first_packets(clip: Clip, streams: list[int]) -> dict[int, list[av.Packet]]:
+    """Index of each of these streams → its first packets, of those at the beginning of the file."""
+    found: dict[int, list[av.Packet]] = {index: [] for index in streams}
+    if not found:
         return found
+    # What is damaged is met again, and told of, on the way.
+    with open_container(clip.source) as container, suppress(FFmpegError):
+        for packet in islice(container.demux(), _LOOKED_AT_PACKETS):
+            if packet.stream.index in found and packet.dts is not None:
+                found[packet.stream.index].append(packet)
+            if all(len(packets) >= _TRIED_PACKETS for packets in found.values()):
+                break
+    return found
 
 
 def _container_holds(format_name: str, stream, packets: list[av.Packet]) -> bool:
